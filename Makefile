@@ -1,0 +1,74 @@
+# Every target makes the .venv it needs by itself, so `make run` and `make test` are all a fresh
+# machine has to be told. Installing is repeated only when pyproject.toml or constraints.txt changed.
+#
+#   make test PYTHON=python3.12        another interpreter, for a .venv that is not there yet
+#   make test ARGS="-k schedule -x"    arguments for pytest; likewise for `koi sine` and speed.py
+#   make run PIP_FLAGS="..."           flags for pip
+#
+# On Linux, pip's usual torch may be a build with CUDA, some gigabytes large. Koi runs on either.
+# For a CPU build, point pip at an index that has one, by PIP_FLAGS or in pip's own configuration.
+
+PYTHON ?= python3
+ARGS ?=
+PIP_FLAGS ?=
+
+BIN := .venv/bin
+# Twice quiet: errors only.
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) \
+          --constraint constraints.txt --editable
+PINS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help run test check format bench clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: .venv/.run ## Run the main job: meta-learn the paper's sine waves, then adapt to new ones
+	@$(BIN)/koi sine $(ARGS)
+
+test: .venv/.dev ## Run all tests: unit tests, doctests, documentation and examples
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev ## Check style, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/.dev ## Format the code and fix what can be fixed by itself
+	@$(BIN)/ruff check --fix --exit-zero --quiet .
+	@$(BIN)/ruff format .
+
+bench: .venv/.bench ## Compare speed with a hand-written loop
+	@$(BIN)/python benchmarks/speed.py $(ARGS)
+
+clean: ## Remove .venv, caches and build outputs
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Environments: one .venv, and a stamp file in it for each set of packages that was installed.
+
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "Koi needs Python 3.10 or newer as '$(PYTHON)'; name another one: make PYTHON=python3.11" >&2; \
+		exit 1; }
+	@echo "Making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.run: .venv/.made $(PINS)
+	@echo "Installing Koi and its command line into .venv (a minute or two, only this once)"
+	@$(INSTALL) ".[cli]"
+	@touch $@
+
+.venv/.dev: .venv/.made $(PINS)
+	@echo "Installing Koi and its development tools into .venv (a minute or two, only this once)"
+	@$(INSTALL) ".[dev]"
+	@touch .venv/.run $@
+
+.venv/.bench: .venv/.made $(PINS)
+	@echo "Installing Koi and what it is compared with into .venv (a minute or two, only this once)"
+	@$(INSTALL) ".[bench]"
+	@touch $@

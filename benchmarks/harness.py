@@ -1,0 +1,113 @@
+"""What every benchmark here shares: timing by turns, facts of the machine, results on disk."""
+
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import koi
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each repetition of one contestant."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def by_turns(
+    contestants: Mapping[str, Callable[[], object]], repetitions: int, warmups: int = 2
+) -> dict[str, Timing]:
+    """Time the contestants alternately, each going first as often as the others.
+
+    Whatever else the machine does then strikes all of them alike.
+    """
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(-warmups, repetitions):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            began = time.perf_counter()
+            contestants[name]()
+            elapsed = time.perf_counter() - began
+            if repetition >= 0:
+                seconds[name].append(elapsed)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def ratio(timing: Timing, reference: Timing) -> tuple[float, float, float]:
+    """The quotient of the medians, and the quartiles of the turn-by-turn quotients."""
+    quotients = [a / b for a, b in zip(timing.seconds, reference.seconds, strict=True)]
+    low, _, high = statistics.quantiles(quotients, n=4)
+    return timing.median / reference.median, low, high
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a result was measured with."""
+    facts: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "koi": koi.__version__,
+        "load average before": load_average(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def load_average() -> str:
+    """The load over the last 1, 5 and 15 minutes; above the number of cores, timings suffer."""
+    return " ".join(f"{load:.2f}" for load in os.getloadavg()) if hasattr(os, "getloadavg") else "?"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column to the left, numbers to the right."""
+    rule = [":--", *["--:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def write(
+    name: str,
+    title: str,
+    text: str,
+    facts: Mapping[str, Any],
+    timings: Mapping[str, Mapping[str, Timing]],
+) -> None:
+    """Write results/NAME.md for readers and results/NAME.json with every repetition."""
+    RESULTS.mkdir(exist_ok=True)
+    listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{text}\n\n{listed}\n", encoding="utf-8")
+    measured = {
+        case: {contestant: asdict(timing) for contestant, timing in contestants.items()}
+        for case, contestants in timings.items()
+    }
+    content = json.dumps({"environment": facts, "timings": measured}, indent=1)
+    (RESULTS / f"{name}.json").write_text(content + "\n", encoding="utf-8")

@@ -1,0 +1,39 @@
+"""Koi finds an initialisation from which a few gradient steps learn a new task."""
+
+from importlib.metadata import version
+
+from koi.errors import (
+    ConfigurationError,
+    EngineError,
+    KoiError,
+    KoiWarning,
+    ModelError,
+    NonFiniteError,
+    TaskError,
+)
+from koi.evaluation import Evaluation
+from koi.learner import Koi
+from koi.meta import linear
+from koi.records import Record
+from koi.tasks import SupervisedTask, Task, TaskDistribution, stack, tensor_task
+
+__version__ = version("koi-x")
+
+__all__ = [
+    "ConfigurationError",
+    "EngineError",
+    "Evaluation",
+    "Koi",
+    "KoiError",
+    "KoiWarning",
+    "ModelError",
+    "NonFiniteError",
+    "Record",
+    "SupervisedTask",
+    "Task",
+    "TaskDistribution",
+    "TaskError",
+    "linear",
+    "stack",
+    "tensor_task",
+]

@@ -1,0 +1,152 @@
+"""Checks of everything a user can pass to `koi.Koi`, all mistakes reported at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from koi.errors import ConfigurationError, did_you_mean
+from koi.inner.optimizers import FACTORIES, OptimizerFactory, UpdateRule
+
+ALGORITHMS = ("reptile", "fomaml", "maml")
+INNER_STATES = ("carry", "reset")
+ON_NONFINITE = ("raise", "skip")
+AUTOCAST = (None, torch.bfloat16, torch.float16)
+
+
+def check(
+    *,
+    model: Any,
+    step_size: Any,
+    num_steps: Any,
+    num_iterations: Any,
+    meta_step_size: Any,
+    meta_batch_size: Any,
+    inner_optimizer: Any,
+    inner_state: Any,
+    meta_optimizer: Any,
+    algorithm: Any,
+    vectorize: Any,
+    compile: Any,
+    seed: Any,
+    on_nonfinite: Any,
+    chunk_size: Any,
+    autocast: Any,
+) -> None:
+    """Check the arguments of `koi.Koi`.
+
+    Raises:
+        ConfigurationError: listing every argument that is wrong, with what is allowed.
+    """
+    problems = [
+        None if isinstance(model, nn.Module) else _wrong("model", model, "a torch.nn.Module"),
+        _number("step_size", step_size, positive=True),
+        _count("num_steps", num_steps, least=1),
+        _count("num_iterations", num_iterations, least=0),
+        _schedule(meta_step_size),
+        _count("meta_batch_size", meta_batch_size, least=1),
+        _choice("inner_optimizer", inner_optimizer, FACTORIES, " or a callable (params, lr)"),
+        _choice("inner_state", inner_state, INNER_STATES),
+        None
+        if meta_optimizer is None or callable(meta_optimizer)
+        else _wrong("meta_optimizer", meta_optimizer, "None or a callable (params)"),
+        _choice("algorithm", algorithm, ALGORITHMS),
+        _choice("vectorize", vectorize, ("auto", True, False)),
+        None
+        if isinstance(compile, bool | str)
+        else _wrong("compile", compile, "True, False or a mode of torch.compile"),
+        None if seed is None else _count("seed", seed, least=0),
+        _choice("on_nonfinite", on_nonfinite, ON_NONFINITE),
+        None if chunk_size is None else _count("chunk_size", chunk_size, least=1),
+        _choice("autocast", autocast, AUTOCAST),
+    ]
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        raise ConfigurationError(found)
+
+
+def check_rule(algorithm: str, rule: UpdateRule | None) -> None:
+    """Check that MAML has an optimizer that it can differentiate through."""
+    if algorithm == "maml" and rule is None:
+        raise ConfigurationError(
+            [
+                "algorithm='maml' differentiates through the inner optimizer, which works for "
+                "torch.optim's SGD (no dampening), Adam and AdamW (no amsgrad), each with one "
+                "parameter group and without maximize: choose one of these, or 'fomaml'"
+            ]
+        )
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Check one whole number, as `check` does."""
+    problem = _count(name, value, least)
+    if problem is not None:
+        raise ConfigurationError([problem])
+
+
+def check_tasks(tasks: Any) -> None:
+    """Check that ``tasks`` is a task distribution."""
+    if not callable(getattr(tasks, "sample", None)) and not hasattr(tasks, "sample_batch"):
+        hint = " (this looks like one task: give the object that samples them)"
+        raise ConfigurationError(
+            [
+                _wrong("tasks", tasks, "an object with a method sample() -> task")
+                + (hint if hasattr(tasks, "loss") else "")
+            ]
+        )
+
+
+def inner_factory(inner_optimizer: str | OptimizerFactory) -> OptimizerFactory:
+    """Return the factory of a checked ``inner_optimizer``."""
+    return FACTORIES[inner_optimizer] if isinstance(inner_optimizer, str) else inner_optimizer
+
+
+def _wrong(name: str, value: Any, allowed: str) -> str:
+    return f"{name} = {value!r}: must be {allowed}"
+
+
+def _number(name: str, value: Any, positive: bool = False) -> str | None:
+    valid = isinstance(value, Real) and not isinstance(value, bool)
+    if valid and _is_finite(value) and (value > 0 if positive else value >= 0):
+        return None
+    return _wrong(name, value, f"a finite number {'above' if positive else 'of at least'} 0")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False
+
+
+def _count(name: str, value: Any, least: int) -> str | None:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
+        return None
+    return _wrong(name, value, f"a whole number of at least {least}")
+
+
+def _schedule(value: Any) -> str | None:
+    if value is None or callable(value) or _number("", value) is None:
+        return None
+    return _wrong(
+        "meta_step_size",
+        value,
+        "a finite number of at least 0, a callable of the fraction done such as "
+        "koi.linear(1.0, 0.0), or None",
+    )
+
+
+def _choice(name: str, value: Any, allowed: Iterable[Any], more: str = "") -> str | None:
+    allowed = tuple(allowed)
+    if any(value is option or (isinstance(value, str) and value == option) for option in allowed):
+        return None
+    if more and callable(value):
+        return None
+    options = ", ".join(map(repr, allowed))
+    hint = did_you_mean(value, [option for option in allowed if isinstance(option, str)])
+    return _wrong(name, value, f"one of {options}{more}") + hint

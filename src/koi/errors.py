@@ -1,0 +1,64 @@
+"""What can go wrong, each with one sentence that says what was given and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable
+
+
+class KoiError(Exception):
+    """Base of every error that Koi raises itself."""
+
+
+class ConfigurationError(KoiError, ValueError):
+    """Arguments that cannot work; the message lists every mistake found, a line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ModelError(KoiError, ValueError):
+    """A module that cannot be meta-learned as it stands."""
+
+
+class TaskError(KoiError, RuntimeError):
+    """A task that did not do what a task must."""
+
+
+class NonFiniteError(TaskError):
+    """A loss or an adapted parameter that is NaN or infinite."""
+
+
+class EngineError(KoiError, RuntimeError):
+    """Tasks that cannot run the way that was asked for: all at once, or compiled."""
+
+
+class KoiWarning(UserWarning):
+    """Something that runs but is probably not what was meant."""
+
+
+def did_you_mean(given: object, allowed: Iterable[str]) -> str:
+    """Return a hint such as ``'; did you mean "sgd"?'``, or nothing where nothing is near.
+
+    >>> did_you_mean("sdg", ["sgd", "adam"])
+    '; did you mean "sgd"?'
+    >>> did_you_mean(3, ["sgd", "adam"])
+    ''
+    """
+    near = difflib.get_close_matches(str(given), list(allowed), n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def annotate(error: BaseException, note: str) -> None:
+    """Tell where ``error`` happened without changing its type, so that users can still catch it.
+
+    Koi's own errors say it in their message; others get a note.
+    """
+    if isinstance(error, KoiError):
+        error.args = (f"{error} ({note})",)
+    elif hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10 has no notes
+        logging.getLogger("koi").error(note)

@@ -1,0 +1,99 @@
+"""What `koi.Koi.evaluate` returns: means over tasks, with intervals, after each inner step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# two-sided 95 % of the normal distribution
+_NORMAL_95 = 1.959963984540054
+
+
+def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean over the first dimension and the half-width of its 95 % interval.
+
+    The half-width is 1.96 · s / √n with the sample standard deviation s: the interval of a mean of
+    n independent tasks, by the central limit theorem. With a single task it is NaN.
+
+    >>> import torch
+    >>> mean, half = mean_and_interval(torch.tensor([[1.0], [3.0]]))
+    >>> mean.item(), round(half.item(), 3)
+    (2.0, 1.96)
+    """
+    values = values.double()
+    count = values.shape[0]
+    mean = values.mean(0)
+    if count < 2:
+        return mean, mean * math.nan
+    return mean, values.std(0) * (_NORMAL_95 / math.sqrt(count))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss on each task's query set, before adaptation and after each inner step.
+
+    Args:
+        losses: shape (num_tasks, num_steps + 1); column k is after k inner steps.
+
+    >>> import torch
+    >>> evaluation = Evaluation(torch.tensor([[4.0, 1.0], [2.0, 1.0]]))
+    >>> evaluation.before, evaluation.after
+    (3.0, 1.0)
+    >>> print(evaluation)
+    steps   query loss   95 % interval
+        0            3             ± 2
+        1            1             ± 0
+    (mean over 2 tasks)
+    """
+
+    losses: Tensor
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks were adapted to."""
+        return self.losses.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        """How many inner steps were taken on each."""
+        return self.losses.shape[1] - 1
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean query loss after 0, 1, … num_steps inner steps."""
+        return [float(value) for value in mean_and_interval(self.losses)[0]]
+
+    @property
+    def interval(self) -> list[float]:
+        """Half-widths of the 95 % intervals of `mean` (see `mean_and_interval`)."""
+        return [float(value) for value in mean_and_interval(self.losses)[1]]
+
+    @property
+    def before(self) -> float:
+        """Mean query loss of φ itself."""
+        return self.mean[0]
+
+    @property
+    def after(self) -> float:
+        """Mean query loss after the last inner step."""
+        return self.mean[-1]
+
+    def __str__(self) -> str:
+        """Return a table of the curve at 0, 1, 2, 4, 8 … steps and at the last."""
+        rows = [f"{'steps':>5}   {'query loss':>10}   {'95 % interval':>13}"]
+        mean, interval = self.mean, self.interval
+        for step in doubling(self.num_steps):
+            rows.append(f"{step:>5}   {mean[step]:>10.4g}   {f'± {interval[step]:.2g}':>13}")
+        return "\n".join([*rows, f"(mean over {self.num_tasks} tasks)"])
+
+
+def doubling(last: int) -> list[int]:
+    """Return 0, 1, 2, 4, 8 … up to ``last``, which is always there.
+
+    >>> doubling(10)
+    [0, 1, 2, 4, 8, 10]
+    """
+    steps = [0, *(2**k for k in range(last.bit_length()))]
+    return steps if steps[-1] == last or last == 0 else [*steps, last]

@@ -1,0 +1,1 @@
+"""The inner loop: from φ, a few optimizer steps on each task. One interface, many engines."""

@@ -1,0 +1,293 @@
+"""The inner loop as one compiled graph: of all tasks at once, or of one task at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from koi import parameters
+from koi.errors import EngineError
+from koi.inner.base import (
+    SHARED_DRAWS,
+    InnerLoop,
+    depends_on_model,
+    drawn_views,
+    explained,
+    finite_tasks,
+    scalar,
+)
+from koi.inner.convolution import convolutions_as_products
+from koi.inner.functional import PureLoss
+from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
+from koi.randomness import Place, capture, restore, same_host_draws, same_states
+from koi.state import Outcome, OutcomeMean, Phi
+from koi.tasks import TaskBatch, stack, tensors_of, views
+
+log = logging.getLogger("koi")
+
+
+class CompiledEngine:
+    """Runs graphs that ``torch.compile`` made of the whole inner loop.
+
+    Each graph serves one combination of shapes, types, modes and settings, which is looked up here
+    at every call. So the compiler's own checks, which cost more than a small network's inner step,
+    are left out but for those on global constants.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: InnerLoop,
+        *,
+        mode: bool | str,
+        together: bool,
+        chunk_size: int | None,
+    ) -> None:
+        if inner.rule is None:
+            raise EngineError(
+                "compile=True has the optimizer inside the graph, which works for torch.optim's "
+                "SGD (no dampening), Adam and AdamW (no amsgrad): choose one of these, or "
+                "compile=False"
+            )
+        self.inner = inner
+        self.rule = inner.rule
+        self.source = model
+        self.model = parameters.copy_module(model)
+        self.device = inner.learned.params_of(model)[0].device
+        if self.device.type == "cpu":
+            convolutions_as_products(self.model)
+        self.together = together
+        self._mode = mode
+        self._chunk_size = chunk_size if together else 1
+        self._evaluation_chunk: int | None = None
+        self._pure = PureLoss(self.model, inner.learned)
+        self._plans: dict[Any, Plan] = {}
+        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._ran: set[Any] = set()
+
+    def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
+        """Adapt to every task: by one graph call, or by one for each chunk or task."""
+        parameters.match_modes(self.model, self.source)
+        start = self._state(phi)
+        size = self._chunk_size or len(batch)
+        means = OutcomeMean(copy=size < len(batch))
+        for first, chunk in batch.chunks(size):
+            with explained(place, first, len(chunk)):
+                place.set("inner", None if self.together else first)
+                output = self._train(start, chunk, num_steps, place, first)
+                *figures, distance = output.figures.tolist()
+                count = len(chunk)
+                rows = [figures[row:-count:count] for row in range(count)]
+                kept = finite_tasks(rows, figures[-count:], first, place, self.inner.skip_nonfinite)
+                losses = [rows[row] for row in kept]
+            if losses:
+                params, buffers, moments = output.means
+                means.add(params, buffers[: len(phi.buffers)], moments, losses)
+        outcome = means.outcome(len(batch))
+        outcome.distance = distance if size >= len(batch) else None
+        return outcome
+
+    def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
+        """Return each task's query loss before and after each step, shape (tasks, steps + 1).
+
+        The graph is made for one number of tasks; a smaller last chunk is filled up with its own
+        first task, and what comes of the filling dropped.
+        """
+        parameters.match_modes(self.model, self.source)
+        start = self._state(phi)
+        if self._evaluation_chunk is None:
+            self._evaluation_chunk = self._chunk_size or len(batch)
+        curves = []
+        for first, chunk in batch.chunks(self._evaluation_chunk):
+            with explained(place, first, len(chunk)):
+                place.set("inner", None if self.together else first)
+                full = chunk.filled(self._evaluation_chunk)
+                curve = self._evaluate(start, full, num_steps, place, first)
+            curves.append(curve.reshape(num_steps + 1, -1).t()[: len(chunk)])
+        return torch.cat(curves)
+
+    def _train(
+        self, start: State, chunk: TaskBatch, num_steps: int, place: Place, first: int
+    ) -> TrainOutput:
+        task, plan = self._tensors(chunk), self._plan(chunk, num_steps)
+        steps = self._drawn(chunk, num_steps, place, first) if plan.draws else None
+        key = ("train", num_steps, plan.key, self._signature(start, task, steps))
+        if key not in self._graphs:
+            graph = plan.graph
+
+            def train(start: State, task: TensorDict, steps: TensorDict | None) -> TrainOutput:
+                views = graph.prepare(task, num_steps) if steps is None else steps
+                return graph.train(start, task, views)
+
+            self._graphs[key] = self._compile(train)
+        output: TrainOutput = self._call(key, start, task, steps)
+        return output
+
+    def _evaluate(
+        self, start: State, chunk: TaskBatch, num_steps: int, place: Place, first: int
+    ) -> Tensor:
+        task, plan = self._tensors(chunk), self._plan(chunk, num_steps)
+        if plan.draws:
+            steps = self._drawn(chunk, num_steps, place, first)
+        else:
+            steps = plan.graph.prepare(task, num_steps)
+        one_step = {name: tensor[:1] for name, tensor in steps.items()}
+        static = num_steps if num_steps < 2 else None
+        key = ("evaluate", static, plan.key, self._signature(start, task, one_step))
+        if key not in self._graphs:
+            graph = plan.graph
+
+            def evaluate(start: State, task: TensorDict, steps: TensorDict) -> Tensor:
+                return graph.evaluate(start, task, steps)
+
+            self._graphs[key] = self._compile(evaluate)
+            if static is None:
+                for tensor in steps.values():
+                    torch._dynamo.mark_dynamic(tensor, 0)
+        curve: Tensor = self._call(key, start, task, steps)
+        return curve
+
+    def _state(self, phi: Phi) -> State:
+        moments = self.rule.initial(phi.params) if phi.moments is None else phi.moments
+        return State(phi.params, [*phi.buffers, *phi.constants], moments)
+
+    def _tensors(self, chunk: TaskBatch) -> TensorDict:
+        return tensors_of(chunk.stacked if self.together else chunk.tasks[0])
+
+    def _drawn(self, chunk: TaskBatch, num_steps: int, place: Place, first: int) -> TensorDict:
+        """Return the tensors of minibatches that are drawn at random, task by task."""
+        each = drawn_views(chunk, num_steps, place, first)
+        stacked = [stack(step) for step in zip(*each, strict=True)] if self.together else each[0]
+        rows = [tensors_of(view) for view in stacked]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _plan(self, chunk: TaskBatch, num_steps: int) -> Plan:
+        """Return how tasks of this class and settings are traced, found out on the first."""
+        example = chunk.example
+        key = type(example), len(chunk) if self.together else None, settings_of(example)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(key, chunk, num_steps)
+        return self._plans[key]
+
+    def _make_plan(self, key: Any, chunk: TaskBatch, num_steps: int) -> Plan:
+        task, before = chunk.tasks[0], capture()
+        steps = views(task, max(num_steps, 1))
+        draws = not same_states(before, capture())
+        constant = all(view is task for view in steps)
+        if len({(type(v), settings_of(v), shapes_of(v)) for v in steps}) > 1:
+            raise EngineError(
+                f"the minibatches of {type(task).__name__} differ in class, settings or shape: a "
+                "compiled inner loop needs them alike; cycle through the data instead of ending "
+                "with a smaller one, or use compile=False"
+            )
+        middle = capture()
+        params = self.inner.learned.params_of(self.model)
+        copies = [p.detach().clone().requires_grad_() for p in params]
+        with torch.enable_grad(), self.inner.precision(params[0].device):
+            loss = scalar(self._pure(copies, steps[0]), steps[0], 0)
+        grads = torch.autograd.grad(depends_on_model(loss, steps[0], 0), copies, allow_unused=True)
+        if self.together and not same_host_draws(middle, capture()):
+            raise EngineError(SHARED_DRAWS)
+        restore(before)
+        graph = InnerGraph(
+            self._pure,
+            self.inner,
+            self.rule,
+            used=tuple(i for i, g in enumerate(grads) if g is not None),
+            task=task,
+            view=None if constant else steps[0],
+            num_tasks=len(chunk) if self.together else None,
+            device_type=self.device.type,
+        )
+        return Plan(key, graph, draws)
+
+    def _signature(self, *trees: Any) -> tuple[Any, ...]:
+        """Return all that a graph takes for granted about its inputs and about the module."""
+        tensors = tree_leaves(trees)
+        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors if t is not None)
+        modes = tuple(module.training for module in self.model.modules())
+        return shapes, modes, torch.get_num_threads()
+
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` compiled, under a code object of its own.
+
+        The compiler keeps its graphs by code object, and with its checks left out would take one
+        engine's graph for another's.
+        """
+        fresh = types.FunctionType(
+            function.__code__.replace(),
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        return torch.compile(
+            fresh, fullgraph=True, options=options_for(self.device.type, self._mode)
+        )
+
+    def _call(self, key: Any, *inputs: Any) -> Any:
+        """Run a graph; the first time, which compiles it, with a message."""
+        with torch.no_grad():
+            if key in self._ran:
+                return self._graphs[key](*inputs)
+            what = "all tasks at once" if self.together else "one task"
+            log.info("compiling the inner loop of %s: this takes some seconds, once", what)
+            began = time.perf_counter()
+            result = self._graphs[key](*inputs)
+        log.info("compiled in %.0f s", time.perf_counter() - began)
+        self._ran.add(key)
+        return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How tasks of one class and settings are traced, and whether their minibatches draw."""
+
+    key: Any
+    graph: InnerGraph
+    draws: bool
+
+
+def settings_of(task: Any) -> tuple[Any, ...]:
+    """Return the fields of a tensor task that are no tensors."""
+    values = (getattr(task, field.name) for field in fields(task))
+    return tuple(value for value in values if not isinstance(value, Tensor))
+
+
+def shapes_of(task: Any) -> tuple[Any, ...]:
+    """Return the shapes and types of a tensor task's tensors."""
+    return tuple((name, t.shape, t.dtype) for name, t in tensors_of(task).items())
+
+
+def options_for(device: str, mode: bool | str) -> dict[str, Any]:
+    """Return the compiler's options: what pays on the device, then what the mode asks for.
+
+    On the CPU the graph is called through C++, which halves the time of a small network's
+    meta-iteration. On CUDA the default is CUDA graphs.
+    """
+    named = mode if isinstance(mode, str) else ("reduce-overhead" if device == "cuda" else None)
+    options: dict[str, Any] = (
+        {} if named is None else dict(torch._inductor.list_mode_options(named))
+    )
+    if device == "cpu":
+        options["cpp_wrapper"] = True
+    return {**options, "guard_filter_fn": guards_on_global_constants}
+
+
+def guards_on_global_constants(entries: Sequence[Any]) -> list[bool]:
+    """Keep, of the compiler's checks, those that see a constant of the user's program change."""
+    return [
+        entry.has_value
+        and isinstance(entry.value, bool | int | float | str | None)
+        and "G[" in entry.name
+        and "__import_torch" not in entry.name
+        for entry in entries
+    ]

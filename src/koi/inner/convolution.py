@@ -1,0 +1,78 @@
+"""Convolutions as matrix products, for graphs compiled for the CPU.
+
+A task's own convolution weights make many small convolutions of one meta-batch, which the CPU's
+convolution kernels run as a slow grouped one. Gathered patches times weights is a batched matrix
+product instead, its fastest form; the compiler fuses the gathering with its neighbours.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def convolutions_as_products(module: nn.Module) -> None:
+    """Make the plain 2-d convolutions of ``module``, a copy to work on, matrix products.
+
+    Grouped, dilated and otherwise padded ones stay as they are.
+    """
+    for conv in module.modules():
+        if (
+            type(conv) is nn.Conv2d
+            and conv.groups == 1
+            and conv.dilation == (1, 1)
+            and conv.padding_mode == "zeros"
+            and not isinstance(conv.padding, str)
+        ):
+            product = partial(patches_product, stride=conv.stride, padding=conv.padding)
+            conv._conv_forward = product  # type: ignore[method-assign]
+
+
+def patches_product(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    """Return ``conv2d(input, weight, bias, stride, padding)`` as one matrix product.
+
+    Args:
+        input: shape (N, C, H, W), or (C, H, W).
+        weight: shape (F, C, kh, kw).
+        bias: shape (F,), or None.
+        stride: in rows and columns.
+        padding: zeros on both sides, in rows and columns.
+
+    Returns:
+        Shape (N, F, H', W') or (F, H', W'), channels last in memory.
+
+    >>> x, w, b = torch.randn(2, 3, 9, 8), torch.randn(4, 3, 3, 2), torch.randn(4)
+    >>> expected = F.conv2d(x, w, b, stride=2, padding=(1, 0))
+    >>> torch.allclose(patches_product(x, w, b, (2, 2), (1, 0)), expected, atol=1e-5)
+    True
+    """
+    if input.dim() == 3:
+        return patches_product(input.unsqueeze(0), weight, bias, stride, padding).squeeze(0)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+    (down, right), (pad_h, pad_w) = stride, padding
+    num_out, _, kernel_h, kernel_w = weight.shape
+    batch, _, height, width = input.shape
+    rows = (height + 2 * pad_h - kernel_h) // down + 1
+    columns = (width + 2 * pad_w - kernel_w) // right + 1
+    padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, pad_w, pad_w, pad_h, pad_h))
+    taps = [
+        padded[:, i : i + down * (rows - 1) + 1 : down, j : j + right * (columns - 1) + 1 : right]
+        for i in range(kernel_h)
+        for j in range(kernel_w)
+    ]
+    patches = torch.cat(taps, dim=-1).reshape(batch * rows * columns, -1)
+    output = patches @ weight.permute(0, 2, 3, 1).reshape(num_out, -1).t()
+    if bias is not None:
+        output = output + bias.to(output.dtype)
+    return output.view(batch, rows, columns, num_out).permute(0, 3, 1, 2)

@@ -1,0 +1,109 @@
+"""One task at a time: any task, any module, any optimizer.
+
+The steps are taken in place on one working copy of the user's module, so that a task costs no copy
+of the state and no new optimizer. That copy is set back to φ before each task; φ is only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koi import parameters
+from koi.inner.base import InnerLoop, depends_on_model, explained, finite_tasks, scalar
+from koi.inner.bound import bound_optimizer
+from koi.inner.functional import PureLoss
+from koi.inner.stepwise import Adapted, StepwiseEngine
+from koi.parameters import Tensors
+from koi.randomness import Place
+from koi.state import Outcome, OutcomeMean, Phi
+from koi.tasks import TaskBatch, query_of, views
+
+
+class EagerEngine(StepwiseEngine):
+    """Runs the tasks of a meta-batch one after the other."""
+
+    def __init__(self, model: nn.Module, inner: InnerLoop) -> None:
+        self.inner = inner
+        self.source = model
+        self.model = parameters.copy_module(model)
+        self.params = inner.learned.params_of(self.model)
+        self.buffers = inner.learned.buffers_of(self.model)
+        self.constants = inner.learned.constants_of(self.model)
+        self.optimizer = bound_optimizer(inner, self.params)
+        self._substituted = PureLoss(self.model, inner.learned)
+
+    def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
+        """Adapt to each task in turn."""
+        parameters.match_modes(self.model, self.source)
+        means = OutcomeMean(copy=len(batch) > 1)
+        for number, task in enumerate(batch.tasks):
+            with explained(place, number, 1):
+                place.set("inner", number)
+                adapted = self.run(phi, task, views(task, num_steps))
+                losses = self._finite(adapted, number, place)
+            if losses:
+                means.add(adapted.params, adapted.buffers, adapted.moments, losses)
+        return means.outcome(len(batch))
+
+    def adapt(self, phi: Phi, task: Any, num_steps: int, place: Place) -> nn.Module:
+        """Return the working copy, adapted to one task."""
+        parameters.match_modes(self.model, self.source)
+        with explained(place, 0, 1):
+            place.set("inner", 0)
+            self._finite(self.adapt_to(phi, views(task, num_steps)), 0, place)
+        return self.model
+
+    def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
+        """Return each task's query loss before and after each step, shape (tasks, steps + 1)."""
+        parameters.match_modes(self.model, self.source)
+        rows = []
+        for number, task in enumerate(batch.tasks):
+            curve: Tensors = []
+            with explained(place, number, 1):
+                place.set("inner", number)
+                steps = views(task, num_steps)
+                self.adapt_to(phi, steps, partial(self._measure, query_of(task), curve))
+            rows.append(torch.stack(curve))
+        return torch.stack(rows)
+
+    def begin(self, phi: Phi) -> None:
+        """Set the working copy to φ."""
+        parameters.copy_(self.params, phi.params)
+        parameters.copy_(self.buffers, phi.buffers)
+        parameters.copy_(self.constants, phi.constants)
+
+    def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
+        """Return the loss of the working copy, or of ``params`` in its place."""
+        with torch.enable_grad(), self.inner.precision(self.params[0].device):
+            if params is None:
+                loss = scalar(view.loss(self.model), view, step)
+            else:
+                loss = scalar(self._substituted(params, view), view, step)
+        return depends_on_model(loss, view, step)
+
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """Undo what a loss that is no inner step does to the buffers."""
+        buffers = [*self.buffers, *self.constants]
+        before = parameters.clone(buffers)
+        yield
+        parameters.copy_(buffers, before)
+
+    def _finite(self, adapted: Adapted, number: int, place: Place) -> list[list[float]]:
+        """Return the losses of a task that is to be kept; nothing for one that is skipped."""
+        size = parameters.norm(adapted.params).to(adapted.losses.dtype)
+        *losses, norm = torch.cat([adapted.losses, size.unsqueeze(0)]).tolist()
+        kept = finite_tasks([losses], [norm], number, place, self.inner.skip_nonfinite)
+        return [losses] if kept else []
+
+    def _measure(self, query: Any, curve: Tensors) -> None:
+        step = len(curve)
+        # with gradients, since a loss may be made of derivatives of the model
+        with self.buffers_kept(), torch.enable_grad(), self.inner.precision(self.params[0].device):
+            curve.append(scalar(query.loss(self.model), query, step).detach())

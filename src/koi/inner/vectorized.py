@@ -1,0 +1,199 @@
+"""All tasks of a meta-batch at once: the user's own loss under ``torch.func.vmap``.
+
+Parameters and buffers are stacked, one row to a task. Stacked parameters are ordinary leaves: the
+sum of the tasks' losses has each task's gradient, and an element-wise optimizer steps all tasks at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from koi import parameters
+from koi.errors import EngineError
+from koi.inner.base import (
+    SHARED_DRAWS,
+    InnerLoop,
+    depends_on_model,
+    drawn_views,
+    explained,
+    finite_tasks,
+    scalar,
+)
+from koi.inner.bound import BoundOptimizer, bound_optimizer
+from koi.inner.functional import PureLoss
+from koi.inner.optimizers import check_elementwise
+from koi.inner.stepwise import Adapted, StepwiseEngine
+from koi.parameters import Tensors
+from koi.randomness import Place, capture, same_host_draws
+from koi.state import Outcome, OutcomeMean, Phi
+from koi.tasks import TaskBatch, query_of, stack, tensors_of, views, with_tensors
+
+
+class VectorizedEngine(StepwiseEngine):
+    """Runs the tasks of a meta-batch as one computation, at most chunk_size of them at a time."""
+
+    def __init__(self, model: nn.Module, inner: InnerLoop, chunk_size: int | None = None) -> None:
+        if inner.rule is None:
+            check_elementwise(inner.factory, inner.step_size)
+        self.inner = inner
+        self.source = model
+        self.chunk_size = chunk_size
+        self.model = parameters.copy_module(model)
+        self._pure = PureLoss(self.model, inner.learned)
+        self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
+        self._minibatches_draw = False
+        self._host_checked = False
+
+    def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
+        """Adapt to all tasks, chunk by chunk."""
+        means = OutcomeMean()
+        for first, chunk in self._chunks(phi, batch):
+            with explained(place, first, len(chunk)):
+                place.set("inner")
+                steps = self._views(chunk, num_steps, place, first)
+                adapted = self.run(phi, chunk.stacked, steps)
+                kept, losses = self._finite(adapted, first, place)
+            means.add(
+                means_of(adapted.params, kept),
+                means_of(adapted.buffers, kept),
+                means_of(adapted.moments, kept, self.optimizer.per_task(adapted.moments)),
+                losses,
+            )
+        return means.outcome(len(batch))
+
+    def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
+        """Return each task's query loss before and after each step, shape (tasks, steps + 1)."""
+        curves = []
+        for first, chunk in self._chunks(phi, batch):
+            curve: Tensors = []
+            with explained(place, first, len(chunk)):
+                place.set("inner")
+                steps = self._views(chunk, num_steps, place, first)
+                self.adapt_to(phi, steps, partial(self._measure, chunk.stacked, curve))
+            curves.append(torch.stack(curve, dim=1))
+        return torch.cat(curves)
+
+    def begin(self, phi: Phi) -> None:
+        """Set every row to φ."""
+        with torch.no_grad():
+            for rows, value in zip(self.params, phi.params, strict=True):
+                rows.copy_(value)
+        size = self.params[0].shape[0]
+        self.buffers = [b.expand(size, *b.shape).clone() for b in phi.buffers]
+        self.constants = [b.expand(size, *b.shape).clone() for b in phi.constants]
+
+    def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
+        """Return each task's loss, shape (tasks,)."""
+        params = self.params if params is None else params
+        with self._unshared(), torch.enable_grad(), self.inner.precision(params[0].device):
+            losses, moved = self._mapped(view, step, params)
+        self._host_checked = True
+        split = len(self.buffers)
+        self.buffers, self.constants = moved[:split], moved[split:]
+        return depends_on_model(losses, view, step)
+
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """Undo what a loss that is no inner step does to the buffers."""
+        before = self.buffers, self.constants
+        yield
+        self.buffers, self.constants = before
+
+    def _mapped(self, view: Any, step: int, params: Tensors) -> tuple[Tensor, Tensors]:
+        def one(params: Tensors, buffers: Tensors, tensors: dict[str, Tensor]) -> Any:
+            task = with_tensors(view, tensors)
+            loss, buffers = self._pure.with_buffers(params, buffers, task)
+            return scalar(loss, task, step), buffers
+
+        mapped: tuple[Tensor, Tensors] = vmap(one, randomness="different")(
+            params, [*self.buffers, *self.constants], tensors_of(view)
+        )
+        return mapped
+
+    def _measure(self, stacked: Any, curve: Tensors) -> None:
+        view = vmap_tasks(lambda task: [query_of(task)], stacked)[0]
+        # with gradients, since a loss may be made of derivatives of the model
+        with torch.enable_grad(), self.inner.precision(self.params[0].device):
+            curve.append(self._mapped(view, len(curve), self.params)[0].detach())
+
+    def _views(self, chunk: TaskBatch, num_steps: int, place: Place, first: int) -> list[Any]:
+        """Return the stacked tasks as each inner step sees them."""
+        if not hasattr(chunk.stacked, "minibatches"):
+            return [chunk.stacked] * num_steps
+        if not self._minibatches_draw:
+            try:
+                with self._unshared():
+                    return vmap_tasks(lambda task: views(task, num_steps), chunk.stacked)
+            except RuntimeError as error:
+                if "random" not in str(error):
+                    raise
+                self._minibatches_draw = True
+        each = drawn_views(chunk, num_steps, place, first)
+        return [stack(step) for step in zip(*each, strict=True)]
+
+    def _chunks(self, phi: Phi, batch: TaskBatch) -> Iterator[tuple[int, TaskBatch]]:
+        """Yield each chunk with the number of its first task, the stacked tensors made ready."""
+        parameters.match_modes(self.model, self.source)
+        for first, chunk in batch.chunks(self.chunk_size or len(batch)):
+            size = len(chunk)
+            if size not in self._stacks:
+                params = [p.detach().expand(size, *p.shape).clone() for p in phi.params]
+                leaves = [p.requires_grad_() for p in params]
+                self._stacks[size] = leaves, bound_optimizer(self.inner, leaves, num_tasks=size)
+            self.params, self.optimizer = self._stacks[size]
+            yield first, chunk
+
+    @contextmanager
+    def _unshared(self) -> Iterator[None]:
+        """Refuse draws that all tasks would share; looked for until the first loss is through."""
+        if self._host_checked:
+            yield
+            return
+        before = capture()
+        yield
+        if not same_host_draws(before, capture()):
+            raise EngineError(SHARED_DRAWS)
+
+    def _finite(
+        self, adapted: Adapted, first: int, place: Place
+    ) -> tuple[list[int] | None, list[list[float]]]:
+        """Return which rows are kept, None for all, and their losses."""
+        rows = adapted.losses.t().tolist()
+        total = parameters.norm(adapted.params) + adapted.losses.sum()
+        if bool(total.isfinite()):
+            return None, rows
+        squares = [p.square().flatten(1).sum(1) for p in adapted.params]
+        norms = torch.stack(squares).sum(0).tolist()
+        kept = finite_tasks(rows, norms, first, place, self.inner.skip_nonfinite)
+        return kept, [rows[row] for row in kept]
+
+
+def means_of(
+    tensors: Tensors, kept: list[int] | None, stacked: list[bool] | None = None
+) -> Tensors:
+    """Return the means over the kept rows (None: all); what is not stacked stays as it is."""
+    flags = [True] * len(tensors) if stacked is None else stacked
+    return [
+        (t if kept is None else t[kept]).mean(0).detach() if rows else t.detach()
+        for t, rows in zip(tensors, flags, strict=True)
+    ]
+
+
+def vmap_tasks(function: Any, stacked: Any) -> list[Any]:
+    """Map a function from a task to a list of tasks over stacked tasks; it must not draw."""
+    templates: list[Any] = []
+
+    def one(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        templates[:] = function(with_tensors(stacked, tensors))
+        return [tensors_of(task) for task in templates]
+
+    rows = vmap(one, randomness="error")(tensors_of(stacked))
+    return [with_tensors(task, row) for task, row in zip(templates, rows, strict=True)]

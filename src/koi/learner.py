@@ -1,0 +1,321 @@
+"""The learner: Reptile, FOMAML and MAML on any module and any tasks."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from koi import configuration, parameters
+from koi.configuration import check_count, check_tasks
+from koi.evaluation import Evaluation
+from koi.inner.base import InnerLoop
+from koi.inner.dispatch import Dispatch
+from koi.inner.eager import EagerEngine
+from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
+from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
+from koi.parameters import Learned, Tensors, same_tensors
+from koi.progress import ProgressBar
+from koi.randomness import Place, preserved_generators
+from koi.records import Record
+from koi.state import Phi
+from koi.tasks import draw
+from koi.watch import Watch
+
+Callback = Callable[["Koi", Record], None]
+
+# Tasks of an evaluation are drawn and, where they can be, adapted to so many at a time.
+_EVALUATION_BLOCK = 100
+
+
+class Koi:
+    """Finds an initialisation φ of ``model`` from which a few steps learn a new task.
+
+    Each meta-iteration samples meta_batch_size tasks, takes num_steps optimizer steps on each
+    task's loss from φ, which gives φ̃_1 … φ̃_n, and moves φ by the meta-update
+    φ ← φ + ε · mean(φ̃_i − φ) (Reptile; Nichol, Achiam, Schulman, arXiv 1803.02999, algorithm 2).
+
+    φ is the weights of ``model`` itself: they change once a meta-iteration, wholly or not at all.
+    All inner steps are taken on a copy.
+
+    Args:
+        model: any module; its current weights are the first φ.
+        step_size: learning rate of the inner optimizer.
+        num_steps: inner steps on each task.
+        num_iterations: meta-iterations.
+        meta_step_size: ε, a number or a schedule of the fraction done in [0, 1], such as
+            ``koi.linear(1.0, 0.0)``; None: step_size.
+        meta_batch_size: tasks in each meta-iteration.
+        inner_optimizer: "sgd", "adam" (both as torch.optim's defaults have them), or a callable
+            (params, lr) that returns a ``torch.optim.Optimizer``.
+        inner_state: whether momentum and adaptive moments live on from task to task ("carry", as
+            in the paper's code; over a meta-batch they are averaged) or start afresh ("reset").
+        meta_optimizer: None, or a callable (params) that returns a ``torch.optim.Optimizer``; it
+            is fed the gradient φ − mean(φ̃) and replaces ε (for the parameters).
+        algorithm: "reptile"; "fomaml" and "maml" move φ against the gradient of the query loss at
+            φ̃, taken with respect to φ̃ or, through all inner steps, to φ.
+        seed: makes runs repeatable, bit for bit on one machine, and independent of the global
+            random state. None: tasks draw from the global generators as they are.
+        on_nonfinite: what a NaN or infinite loss does: "raise" an error, or "skip" the task.
+
+    Raises:
+        ConfigurationError: arguments that cannot work, all named at once.
+        ModelError: the model has nothing to learn, or cannot be copied.
+
+    >>> import torch
+    >>> class Task:
+    ...     def loss(self, model):
+    ...         return (model(torch.ones(1, 1)) - 3).square().mean()
+    >>> class Tasks:
+    ...     def sample(self):
+    ...         return Task()
+    >>> model = torch.nn.Linear(1, 1)
+    >>> koi = Koi(model, step_size=0.1, num_steps=5, num_iterations=100, meta_step_size=0.5)
+    >>> koi.train(Tasks()) is model
+    True
+    >>> abs(model(torch.ones(1, 1)).item() - 3) < 1e-3
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step_size: float = 0.01,
+        num_steps: int = 10,
+        num_iterations: int = 1000,
+        *,
+        meta_step_size: float | Schedule | None = None,
+        meta_batch_size: int = 1,
+        inner_optimizer: str | OptimizerFactory = "sgd",
+        inner_state: str = "carry",
+        meta_optimizer: MetaOptimizerFactory | None = None,
+        algorithm: str = "reptile",
+        vectorize: str | bool = "auto",
+        compile: bool | str = False,
+        seed: int | None = None,
+        on_nonfinite: str = "raise",
+        chunk_size: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name != "self"}
+        configuration.check(**given)
+        self.model = model
+        self.step_size = float(step_size)  # NumPy's numbers become Python's own
+        self.num_steps = int(num_steps)
+        self.num_iterations = int(num_iterations)
+        self.meta_step_size = step_size if meta_step_size is None else meta_step_size
+        self.meta_batch_size = int(meta_batch_size)
+        self.inner_optimizer = inner_optimizer
+        self.inner_state = inner_state
+        self.meta_optimizer = meta_optimizer
+        self.algorithm = algorithm
+        self.vectorize = vectorize
+        self.compile = compile
+        self.seed = None if seed is None else int(seed)
+        self.on_nonfinite = on_nonfinite
+        self.chunk_size = chunk_size
+        self.autocast = autocast
+
+        self.iteration = 0
+        self.history: list[Record] = []
+        self._moments: Tensors | None = None
+        self._update: MetaUpdate | None = None
+        self.engine = "none yet"
+        self._dispatch: Dispatch | None = None
+        self._dispatch_key: Any = None
+        self._inner_loop()  # so that a mistake shows here, not after the first sampling
+
+    def train(
+        self,
+        tasks: Any,
+        progress: bool | None = None,
+        callbacks: Iterable[Callback] = (),
+    ) -> nn.Module:
+        """Run the meta-iterations that are left and return the model, its weights at φ.
+
+        An exception, an interrupt or a loss that is not finite leaves φ at the last completed
+        meta-iteration; calling ``train`` again goes on from there.
+
+        Args:
+            tasks: a task distribution, anything with ``sample() -> task``; a task is anything
+                with ``loss(model) -> scalar tensor``.
+            progress: whether to show a progress bar; None: where there is a terminal.
+            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration.
+
+        Raises:
+            ConfigurationError: ``tasks`` cannot be sampled from, or a schedule gave no number.
+            TaskError: a loss that is no scalar or does not depend on the model.
+            NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
+        """
+        check_tasks(tasks)
+        inner = self._inner_loop()
+        engine = self._engines(inner)
+        update = self._meta_update(self._phi(inner.learned))
+        watch = Watch(self.algorithm, self.num_steps)
+        callbacks = tuple(callbacks)
+        with ProgressBar(progress, self.num_iterations, self.iteration) as bar:
+            while self.iteration < self.num_iterations:
+                record = self._meta_iteration(tasks, engine, update, watch)
+                bar.advance(record)
+                for callback in callbacks:
+                    callback(self, record)
+        return self.model
+
+    def adapt(self, task: Any, num_steps: int | None = None) -> nn.Module:
+        """Return a new module adapted to ``task``; ``koi.model`` stays as it is.
+
+        Args:
+            task: anything with ``loss(model)``.
+            num_steps: inner steps; None: as in training.
+
+        Raises:
+            TaskError, NonFiniteError: as in `train`.
+        """
+        num_steps = self._steps(num_steps)
+        inner = self._inner_loop()
+        engine = EagerEngine(self.model, inner)
+        place = Place(self.seed, "adaptation", 0)
+        with preserved_generators(self.seed):
+            return engine.adapt(self._phi(inner.learned), task, num_steps, place)
+
+    def evaluate(
+        self, tasks: Any, num_tasks: int = 100, num_steps: int | None = None
+    ) -> Evaluation:
+        """Adapt to ``num_tasks`` tasks and measure each on its query set, step by step.
+
+        A task without ``query`` is measured by its ``loss``. With a seed every call sees the same
+        tasks. ``koi.model`` stays as it is.
+
+        Args:
+            tasks: a task distribution.
+            num_tasks: how many tasks to sample.
+            num_steps: inner steps on each; None: as in training.
+        """
+        check_tasks(tasks)
+        check_count("num_tasks", num_tasks)
+        num_steps = self._steps(num_steps)
+        inner = self._inner_loop()
+        engine, phi = self._engines(inner), self._phi(inner.learned)
+        losses = []
+        with preserved_generators(self.seed):
+            for block, first in enumerate(range(0, num_tasks, _EVALUATION_BLOCK)):
+                place = Place(self.seed, "evaluation block", block)
+                batch = draw(tasks, min(_EVALUATION_BLOCK, num_tasks - first), place)
+                losses.append(engine.evaluate(phi, batch, num_steps, place))
+        return Evaluation(torch.cat(losses))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model at φ."""
+        return self.model(*args, **kwargs)
+
+    def _meta_iteration(
+        self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch
+    ) -> Record:
+        began = time.perf_counter()
+        place = Place(self.seed, "meta-iteration", self.iteration)
+        epsilon = value_at(self.meta_step_size, self.iteration / self.num_iterations)
+        with preserved_generators(self.seed):
+            batch = draw(tasks, self.meta_batch_size, place)
+            outcome = engine.meta_batch(update.phi, batch, self.num_steps, place)
+        self.engine = engine.name
+        with uninterrupted():
+            norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
+            if outcome.losses and self.inner_state == "carry":
+                update.phi.moments = self._moments = outcome.moments
+            record = Record(
+                self.iteration,
+                *mean_ends(outcome.losses),
+                epsilon,
+                norm,
+                time.perf_counter() - began,
+                outcome.num_skipped,
+            )
+            self.history.append(record)
+            self.iteration += 1
+        watch.look(outcome, epsilon, norm)
+        return record
+
+    def _inner_loop(self) -> InnerLoop:
+        """Read what learns off the model as it is now, and the inner optimizer."""
+        learned = Learned.of(self.model)
+        factory = configuration.inner_factory(self.inner_optimizer)
+        optimizer = make_optimizer(factory, learned.params_of(self.model), self.step_size)
+        rule = update_rule(optimizer, differentiable=self.algorithm == "maml")
+        configuration.check_rule(self.algorithm, rule)
+        return InnerLoop(
+            learned,
+            self.algorithm,
+            factory,
+            self.step_size,
+            rule,
+            autocast=self.autocast,
+            skip_nonfinite=self.on_nonfinite == "skip",
+        )
+
+    def _engines(self, inner: InnerLoop) -> Dispatch:
+        """Return fresh engines, or the compiled ones of a module that has not changed since."""
+        key = repr(self.model), parameters.signature(self.model), inner
+        if not self.compile or self._dispatch is None or key != self._dispatch_key:
+            self._dispatch_key = key
+            self._dispatch = Dispatch(
+                self.model,
+                inner,
+                vectorize=self.vectorize,
+                compile=self.compile,
+                chunk_size=self.chunk_size,
+                seeded=self.seed is not None,
+            )
+        return self._dispatch
+
+    def _phi(self, learned: Learned) -> Phi:
+        return Phi(
+            learned.params_of(self.model),
+            learned.buffers_of(self.model),
+            learned.constants_of(self.model),
+            self._moments,
+        )
+
+    def _meta_update(self, phi: Phi) -> MetaUpdate:
+        """Return the meta-update, the one of an earlier `train` where φ is the same tensors."""
+        if self._update is None or not same_tensors(self._update.phi.params, phi.params):
+            self._update = MetaUpdate(self.algorithm, phi, self.meta_optimizer)
+        self._update.phi = phi
+        return self._update
+
+    def _steps(self, num_steps: int | None) -> int:
+        if num_steps is None:
+            return self.num_steps
+        check_count("num_steps", num_steps, least=0)
+        return num_steps
+
+
+def mean_ends(losses: list[list[float]]) -> tuple[float, float]:
+    """Return the means over tasks of the first and of the last loss; NaN where there is no task."""
+    if not losses:
+        return math.nan, math.nan
+    count = len(losses)
+    return sum(row[0] for row in losses) / count, sum(row[-1] for row in losses) / count
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back an interrupt (Ctrl-C) until the block is done, so that φ moves wholly or not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held and callable(before):
+            before(*held[0])

@@ -1,0 +1,128 @@
+"""The meta-update: how φ moves once every task of the meta-batch has been adapted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from koi import parameters
+from koi.errors import ConfigurationError, NonFiniteError
+from koi.parameters import Tensors
+from koi.state import Outcome, Phi
+
+Schedule = Callable[[float], float]
+MetaOptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class linear:  # noqa: N801 (reads as a function, compares and prints as data)
+    """A schedule from ``start`` to ``end``: (1 − f) · start + f · end at the fraction f done.
+
+    The paper anneals ε this way (section 6); the last meta-iteration of N has f = (N − 1) / N.
+
+    >>> linear(1.0, 0.0)(0.25)
+    0.75
+    """
+
+    start: float
+    end: float
+
+    def __call__(self, fraction: float) -> float:
+        """Return the value at ``fraction`` in [0, 1]."""
+        return (1 - fraction) * self.start + fraction * self.end
+
+
+def value_at(schedule: float | Schedule, fraction: float) -> float:
+    """Return ε at the fraction done, checking what the user's schedule gives.
+
+    Raises:
+        ConfigurationError: it is no finite number of at least 0.
+    """
+    if not callable(schedule):
+        return float(schedule)
+    value = schedule(fraction)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ConfigurationError(
+            [
+                f"the schedule meta_step_size gave {value!r} at the fraction {fraction:.4g}: "
+                "it must give a finite number of at least 0"
+            ]
+        )
+    return number
+
+
+class MetaUpdate:
+    """Moves φ by what a meta-batch gave, wholly or not at all.
+
+    Reptile (algorithm 2 of the paper):      φ ← φ + ε · mean(φ̃_i − φ)
+    FOMAML and MAML:                         φ ← φ − ε · mean(g_i)
+    A meta-optimizer, where there is one, is fed the gradient φ − mean(φ̃_i), or mean(g_i), and its
+    own learning rate takes the place of ε. Floating-point buffers always follow ε.
+    """
+
+    def __init__(
+        self, algorithm: str, phi: Phi, make_optimizer: MetaOptimizerFactory | None
+    ) -> None:
+        self.phi = phi
+        self.algorithm = algorithm
+        self.optimizer = None if make_optimizer is None else make_optimizer(phi.params)
+        if not isinstance(self.optimizer, torch.optim.Optimizer | None):
+            raise ConfigurationError(
+                [
+                    f"meta_optimizer returned {type(self.optimizer).__name__}: the callable "
+                    "(params) must return a torch.optim.Optimizer"
+                ]
+            )
+
+    @torch.no_grad()
+    def apply(self, outcome: Outcome, epsilon: float) -> float:
+        """Move φ and its buffers; return the Euclidean norm of the parameters' change.
+
+        Raises:
+            NonFiniteError: the change is not finite.
+        """
+        params = self.phi.params
+        reptile = self.algorithm == "reptile"
+        gradient = parameters.difference(params, outcome.params) if reptile else outcome.params
+        if self.optimizer is not None:
+            size = self._step(self.optimizer, gradient)
+        else:
+            size = self._finite(epsilon * parameters.norm(gradient).item())
+            if reptile:
+                parameters.interpolate_(params, outcome.params, epsilon)
+            else:
+                torch._foreach_add_(params, gradient, alpha=-epsilon)
+        parameters.interpolate_(self.phi.buffers, outcome.buffers, epsilon)
+        return size
+
+    def _step(self, optimizer: torch.optim.Optimizer, gradient: Tensors) -> float:
+        params = self.phi.params
+        before, users_grads = parameters.clone(params), [p.grad for p in params]
+        try:
+            for param, grad in zip(params, gradient, strict=True):
+                param.grad = grad
+            optimizer.step()
+            return self._finite(parameters.norm(parameters.difference(params, before)).item())
+        except BaseException:
+            parameters.copy_(params, before)
+            raise
+        finally:
+            for param, grad_before in zip(params, users_grads, strict=True):
+                param.grad = grad_before
+
+    @staticmethod
+    def _finite(size: float) -> float:
+        if not math.isfinite(size):
+            raise NonFiniteError(
+                f"the meta-update has norm {size}: φ is as it was before; try a smaller step_size "
+                "or meta_step_size"
+            )
+        return size

@@ -1,0 +1,6 @@
+"""Ready task distributions."""
+
+from koi.problems.lines import Lines
+from koi.problems.sines import Sines
+
+__all__ = ["Lines", "Sines"]

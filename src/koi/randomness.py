@@ -1,0 +1,122 @@
+"""Randomness as a function of place.
+
+With a seed, what is drawn depends on the seed and on where the draw stands (meta-iteration, task),
+never on how many draws came before. A resumed run, another engine and another rank then see the
+same tasks. Tasks draw from the global generators of Python, NumPy and torch; Koi sets those for
+the draw and puts them back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_HAS_NUMPY = importlib.util.find_spec("numpy") is not None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a draw stands: an activity ("meta-iteration", "evaluation", …) and its number."""
+
+    seed: int | None
+    activity: str
+    number: int
+
+    def set(self, purpose: str, task: int | None = None) -> None:
+        """With a seed, set the global generators for this purpose and task; else leave them."""
+        if self.seed is not None:
+            set_generators(mix(self.seed, self.activity, self.number, purpose, task))
+
+    def __str__(self) -> str:
+        return f"{self.activity} {self.number}"
+
+
+def mix(seed: int, *where: int | str | None) -> int:
+    """Return a 64-bit seed: a hash of the run's seed and the coordinates of one place.
+
+    >>> mix(0, "sample", 17) == mix(0, "sample", 17)
+    True
+    >>> mix(0, "sample", 17) == mix(0, "sample", 18)
+    False
+    """
+    text = repr((seed, *where)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def set_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy (if installed) and torch."""
+    random.seed(seed)
+    if _HAS_NUMPY:
+        import numpy
+
+        numpy.random.seed((seed & 0xFFFFFFFF, seed >> 32))
+    # torch.manual_seed also visits every backend that could exist: 100 µs, against 1 µs
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+class States(NamedTuple):
+    """The states of all global generators."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: list[Tensor] | None
+
+
+def capture() -> States:
+    """Return the states of the global generators."""
+    numpy_state: Any = None
+    if _HAS_NUMPY:
+        import numpy
+
+        numpy_state = numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return States(random.getstate(), numpy_state, torch.get_rng_state(), cuda)
+
+
+def same_host_draws(left: States, right: States) -> bool:
+    """Return whether nothing was drawn from Python's and NumPy's generators in between."""
+    same_numpy = left.numpy is None or (
+        (left.numpy[1] == right.numpy[1]).all() and left.numpy[2:] == right.numpy[2:]
+    )
+    return bool(left.python == right.python and same_numpy)
+
+
+def same_states(left: States, right: States) -> bool:
+    """Return whether nothing was drawn from any global generator in between."""
+    return same_host_draws(left, right) and torch.equal(left.torch, right.torch)
+
+
+def restore(states: States) -> None:
+    """Put the global generators back into ``states``."""
+    random.setstate(states.python)
+    torch.set_rng_state(states.torch)
+    if states.cuda is not None:
+        torch.cuda.set_rng_state_all(states.cuda)
+    if _HAS_NUMPY:
+        import numpy
+
+        numpy.random.set_state(states.numpy)
+
+
+@contextmanager
+def preserved_generators(seed: int | None) -> Iterator[None]:
+    """Leave the global generators as they were, where a seed makes Koi set them."""
+    if seed is None:
+        yield
+        return
+    states = capture()
+    try:
+        yield
+    finally:
+        restore(states)

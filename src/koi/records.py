@@ -1,0 +1,30 @@
+"""What is remembered of each meta-iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Record:
+    """One meta-iteration of a training, an entry of ``koi.history``.
+
+    Args:
+        iteration: its number, from 0.
+        loss_before: mean over tasks of the loss at the first inner step, thus at φ.
+        loss_after: mean over tasks of the last loss that was computed: at the last inner step,
+            before its update (Reptile), or the query loss at φ̃ (FOMAML, MAML). No loss is
+            evaluated for the record's sake.
+        meta_step_size: ε.
+        update_norm: Euclidean norm of the change of φ's parameters.
+        seconds: wall time, sampling included.
+        num_skipped: tasks left out by ``on_nonfinite="skip"``.
+    """
+
+    iteration: int
+    loss_before: float
+    loss_after: float
+    meta_step_size: float
+    update_norm: float
+    seconds: float
+    num_skipped: int = 0

@@ -1,0 +1,244 @@
+"""House rules that a diff does not show: who may import whom, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SRC = ROOT / "src"
+PACKAGE = SRC / "koi"
+
+# What every module may use: a set of sentences for errors, arithmetic, draws, and what a task is.
+BASE = {"errors", "parameters", "randomness", "state", "tasks"}
+
+# Module or package of koi -> the modules and packages that it may import. Inside a package, files
+# import each other freely. "koi" is koi/__init__.py, the door; a module that imports names from
+# the door itself, as a user does, has "koi" in its set.
+ALLOWED: dict[str, set[str]] = {
+    "koi": BASE
+    | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "learner", "meta"}
+    | {"models", "problems", "progress", "records"},
+    # The command line, and the experiments as data.
+    "__main__": {"cli"},
+    "cli": BASE
+    | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "meta"}
+    | {"models", "plots", "problems", "progress", "recipes", "records"},
+    "plots": BASE | {"evaluation"},
+    "recipes": BASE | {"fewshot", "meta", "models", "problems"},
+    "problems": BASE | {"fewshot"},
+    "models": BASE | {"fewshot"},
+    "fewshot": BASE,
+    # The algorithm, which knows no data set, no plot and no terminal.
+    "learner": BASE
+    | {"checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
+    | {"progress", "records", "watch"},
+    "configuration": BASE | {"inner", "meta"},
+    "watch": BASE,
+    "checkpoint": BASE,
+    "distributed": BASE,
+    "evaluation": BASE,
+    "inner": BASE,
+    "meta": BASE,
+    "progress": BASE | {"records"},
+    "records": BASE,
+    # The base; among themselves in this order.
+    "tasks": {"errors", "parameters", "randomness"},
+    "parameters": {"errors"},
+    "randomness": {"errors"},
+    "state": {"parameters"},
+    "errors": set(),
+}
+
+# Packages from outside that come with `pip install koi-x`, and those that an extra brings or that
+# a user may or may not have. The latter are imported inside the function that needs them.
+REQUIRED = {"safetensors", "torch", "tqdm"}
+TOP_LEVEL: dict[str, set[str]] = {
+    "cli": REQUIRED | {"numpy", "rich", "typer"},
+    "plots": REQUIRED | {"matplotlib"},
+}
+LAZY: dict[str, set[str]] = {}
+LAZY_ANYWHERE = {"numpy"}
+
+MAX_LINES = 400
+
+
+class Import(NamedTuple):
+    """One imported name: where, which, and whether it happens as soon as the file is imported."""
+
+    path: Path
+    line: int
+    name: str
+    at_import: bool
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.name}"
+
+
+def source_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def unit(module: str) -> str:
+    """The row of the table that a dotted module belongs to: koi.inner.eager -> inner."""
+    return module.split(".")[1] if "." in module else module
+
+
+def is_module(name: str) -> bool:
+    path = SRC.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(path: Path) -> Iterator[Import]:
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+
+    def visit(node: ast.AST, at_import: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(path, node.lineno, alias.name, at_import)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*start, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                name = f"{source}.{alias.name}"
+                yield Import(path, node.lineno, name if is_module(name) else source, at_import)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                yield from visit(child, False)
+            for child in node.orelse:
+                yield from visit(child, at_import)
+        else:
+            lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for inside in ast.iter_child_nodes(node):
+                yield from visit(inside, at_import and not lazy)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def is_ours(name: str) -> bool:
+    return name.split(".")[0] == "koi"
+
+
+def test_the_table_has_no_cycle() -> None:
+    tuple(TopologicalSorter(ALLOWED).static_order())
+
+
+def test_every_module_is_in_the_table() -> None:
+    unknown = {unit(module_name(path)) for path in source_files()} - set(ALLOWED)
+    assert not unknown, (
+        f"add {sorted(unknown)} to ALLOWED in {Path(__file__).name}, with the modules that each "
+        "may import, and to the picture of the house in the documentation"
+    )
+
+
+def test_imports_run_one_way() -> None:
+    breaches = []
+    for path in source_files():
+        here = unit(module_name(path))
+        for entry in sorted({entry for entry in imports(path) if is_ours(entry.name)}):
+            there = unit(entry.name)
+            if there != here and there not in ALLOWED.get(here, set()):
+                allowed = ", ".join(sorted(ALLOWED.get(here, set()))) or "nothing of koi"
+                breaches.append(f"{entry}, but {here} may import only: {allowed}")
+    assert not breaches, "\n" + "\n".join(breaches)
+
+
+def test_third_party_imports() -> None:
+    breaches = []
+    for path in source_files():
+        here = unit(module_name(path))
+        top_level = TOP_LEVEL.get(here, REQUIRED) | sys.stdlib_module_names
+        lazy = top_level | LAZY_ANYWHERE | LAZY.get(here, set())
+        for entry in sorted({entry for entry in imports(path) if not is_ours(entry.name)}):
+            package = entry.name.split(".")[0]
+            if package not in lazy:
+                breaches.append(f"{entry}, which {here} must do without")
+            elif entry.at_import and package not in top_level:
+                breaches.append(f"{entry} at the top; import it in the function that needs it")
+    assert not breaches, "\n" + "\n".join(breaches)
+
+
+def test_the_door_holds_names_and_version_only() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    others = [
+        f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}"
+        for node in tree.body[1:]
+        if not isinstance(node, ast.Import | ast.ImportFrom)
+        and not (
+            isinstance(node, ast.Assign | ast.AnnAssign)
+            and re.match(r"(__all__|__version__)\b", ast.unparse(node))
+        )
+    ]
+    assert not others, "koi/__init__.py is names and version, nothing else:\n" + "\n".join(others)
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_koi_is_light() -> None:
+    heavy = {"jax", "matplotlib", "pytest", "rich", "typer", "koi.cli", "koi.recipes"}
+    loaded = set(run_python("import sys, koi; print(*sys.modules)").split())
+    assert "koi" in loaded
+    assert not loaded & heavy
+
+
+def test_import_koi_works_without_numpy() -> None:
+    """As after `pip install koi-x`: torch runs without NumPy, and so does Koi."""
+    run_python("import sys; sys.modules['numpy'] = None; import koi")
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_outgrows_its_idea(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: two ideas; give each a file"
+
+
+def project_files() -> list[Path]:
+    """What is or could be committed: known to git, or new and not ignored."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = (ROOT / name for name in listing.stdout.split("\0") if name)
+    return sorted(path for path in paths if path.is_file())
+
+
+def test_no_path_of_somebodys_machine() -> None:
+    machine = re.compile(r"(?<![\w.$}~-])/(?:root|tmp|home|work|Users)/")
+    found = []
+    for path in project_files():
+        if path == Path(__file__).resolve():
+            continue
+        data = path.read_bytes()
+        if b"\0" in data:
+            continue
+        for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
+            if machine.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "\n" + "\n".join(found)
