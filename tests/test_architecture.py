@@ -40,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
     | {"checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
-    | {"progress", "records", "watch"},
+    | {"interrupts", "progress", "records", "watch"},
+    "interrupts": BASE,
     "configuration": BASE | {"inner", "meta"},
     "watch": BASE,
     "checkpoint": BASE,

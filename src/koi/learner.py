@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +17,7 @@ from koi.inner.base import InnerLoop
 from koi.inner.dispatch import Dispatch
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
+from koi.interrupts import Interrupts
 from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
 from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
@@ -128,6 +125,7 @@ class Koi:
         self.history: list[Record] = []
         self._moments: Tensors | None = None
         self._update: MetaUpdate | None = None
+        self._interrupts = Interrupts()
         self.engine = "none yet"
         self._dispatch: Dispatch | None = None
         self._dispatch_key: Any = None
@@ -161,7 +159,8 @@ class Koi:
         update = self._meta_update(self._phi(inner.learned))
         watch = Watch(self.algorithm, self.num_steps)
         callbacks = tuple(callbacks)
-        with ProgressBar(progress, self.num_iterations, self.iteration) as bar:
+        bar = ProgressBar(progress, self.num_iterations, self.iteration)
+        with bar, self._interrupts:
             while self.iteration < self.num_iterations:
                 record = self._meta_iteration(tasks, engine, update, watch)
                 bar.advance(record)
@@ -226,7 +225,7 @@ class Koi:
             batch = draw(tasks, self.meta_batch_size, place)
             outcome = engine.meta_batch(update.phi, batch, self.num_steps, place)
         self.engine = engine.name
-        with uninterrupted():
+        with self._interrupts.held():
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
             if outcome.losses and self.inner_state == "carry":
                 update.phi.moments = self._moments = outcome.moments
@@ -303,19 +302,3 @@ def mean_ends(losses: list[list[float]]) -> tuple[float, float]:
         return math.nan, math.nan
     count = len(losses)
     return sum(row[0] for row in losses) / count, sum(row[-1] for row in losses) / count
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back an interrupt (Ctrl-C) until the block is done, so that φ moves wholly or not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held and callable(before):
-            before(*held[0])

@@ -90,18 +90,25 @@ class MetaUpdate:
             NonFiniteError: the change is not finite.
         """
         params = self.phi.params
-        reptile = self.algorithm == "reptile"
-        gradient = parameters.difference(params, outcome.params) if reptile else outcome.params
         if self.optimizer is not None:
-            size = self._step(self.optimizer, gradient)
+            size = self._step(self.optimizer, self._gradient(outcome))
+        elif self.algorithm == "reptile":
+            distance = outcome.distance
+            if distance is None:
+                distance = parameters.norm(self._gradient(outcome)).item()
+            size = self._finite(epsilon * distance)
+            parameters.interpolate_(params, outcome.params, epsilon)
         else:
-            size = self._finite(epsilon * parameters.norm(gradient).item())
-            if reptile:
-                parameters.interpolate_(params, outcome.params, epsilon)
-            else:
-                torch._foreach_add_(params, gradient, alpha=-epsilon)
+            size = self._finite(epsilon * parameters.norm(outcome.params).item())
+            torch._foreach_add_(params, outcome.params, alpha=-epsilon)
         parameters.interpolate_(self.phi.buffers, outcome.buffers, epsilon)
         return size
+
+    def _gradient(self, outcome: Outcome) -> Tensors:
+        """Return φ − mean(φ̃), or the mean meta-gradient."""
+        if self.algorithm == "reptile":
+            return parameters.difference(self.phi.params, outcome.params)
+        return outcome.params
 
     def _step(self, optimizer: torch.optim.Optimizer, gradient: Tensors) -> float:
         params = self.phi.params

@@ -87,11 +87,21 @@ def signature(module: nn.Module) -> tuple[tuple[torch.Size, torch.dtype, torch.d
     return tuple((t.shape, t.dtype, t.device) for t in tensors)
 
 
-def match_modes(module: nn.Module, like: nn.Module) -> None:
-    """Give every submodule of ``module`` the training or evaluation mode it has in ``like``."""
-    for mine, theirs in zip(module.modules(), like.modules(), strict=True):
-        if mine.training != theirs.training:
-            mine.training = theirs.training
+class Modes:
+    """Keeps the training and evaluation modes of a copy those of the original."""
+
+    def __init__(self, copied: nn.Module, like: nn.Module) -> None:
+        self._pairs = list(zip(copied.modules(), like.modules(), strict=True))
+
+    def match(self) -> None:
+        """Give every submodule of the copy its original's mode."""
+        for mine, theirs in self._pairs:
+            if mine.training != theirs.training:
+                mine.training = theirs.training
+
+    def values(self) -> tuple[bool, ...]:
+        """Return whether each submodule is in training mode."""
+        return tuple(mine.training for mine, _ in self._pairs)
 
 
 def clone(tensors: Sequence[Tensor]) -> Tensors:
@@ -116,7 +126,6 @@ def difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
     return list(torch._foreach_sub(list(left), list(right))) if left else []
 
 
-@torch.no_grad()
 def interpolate_(start: Sequence[Tensor], end: Sequence[Tensor], fraction: float) -> None:
     """Move ``start`` in place to start + fraction · (end − start), exact at 0 and at 1."""
     if start:
@@ -125,8 +134,9 @@ def interpolate_(start: Sequence[Tensor], end: Sequence[Tensor], fraction: float
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm over all the tensors together, as one scalar."""
-    device = tensors[0].device
-    norms = [n.to(device) for n in torch._foreach_norm(list(tensors))]
+    norms = torch._foreach_norm(list(tensors))
+    if len({norm.device for norm in norms}) > 1:
+        norms = tuple(norm.to(norms[0].device) for norm in norms)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
@@ -134,44 +144,44 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 class RunningMean:
     """A mean over tasks that holds one sum, however many tasks there are.
 
-    Half-precision tensors are summed in float32. A single task passes through unrounded; with
-    ``copy=False``, for a mean over a single task, as the very tensors that were added.
+    Half-precision tensors are summed in float32. What is added only once passes through as it is;
+    with ``copy=False``, for a mean of which that is known, as the very tensors.
 
     >>> mean = RunningMean()
     >>> mean.add([torch.tensor([1.0])])
-    >>> mean.add([torch.tensor([3.0])])
+    >>> mean.add([torch.tensor([4.0])], count=2)
     >>> mean.value()
-    [tensor([2.])]
+    [tensor([3.])]
     """
 
     def __init__(self, copy: bool = True) -> None:
         self.count = 0
         self._copy = copy
+        self._first: tuple[Tensors, int] | None = None
         self._sums: Tensors = []
-        self._dtypes: list[torch.dtype] = []
 
     def add(self, tensors: Sequence[Tensor], count: int = 1) -> None:
         """Add the tensors of one task, or the mean over ``count`` tasks."""
         if count == 0:
             return
-        if self.count == 0:
-            self._dtypes = [t.dtype for t in tensors]
-            self._sums = clone(tensors) if self._copy else list(tensors)
-            if count > 1:
-                self._sums = [t * count for t in self._wide(self._sums)]
+        if self._first is None:
+            self._first = clone(tensors) if self._copy else list(tensors), count
         elif tensors:
-            if self.count == 1:
-                self._sums = self._wide(self._sums)
-            torch._foreach_add_(self._sums, self._wide(tensors), alpha=count)
+            if not self._sums:
+                self._sums = [t * self._first[1] for t in _wide(self._first[0])]
+            torch._foreach_add_(self._sums, _wide(tensors), alpha=count)
         self.count += count
 
     def value(self) -> Tensors:
         """Return the mean, in the tensors' own precision."""
-        if self.count <= 1 or not self._sums:
-            return self._sums
+        if self._first is None:
+            return []
+        first, _ = self._first
+        if not self._sums:
+            return first
         means = torch._foreach_div(self._sums, float(self.count))
-        return [m.to(d) for m, d in zip(means, self._dtypes, strict=True)]
+        return [mean.to(own.dtype) for mean, own in zip(means, first, strict=True)]
 
-    @staticmethod
-    def _wide(tensors: Sequence[Tensor]) -> Tensors:
-        return [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
+
+def _wide(tensors: Sequence[Tensor]) -> Tensors:
+    return [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]

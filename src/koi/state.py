@@ -31,7 +31,7 @@ class Outcome:
         losses: for each task the loss at each inner step, before its update; FOMAML and MAML add
             the loss that is differentiated. Skipped tasks are not in it.
         num_skipped: how many tasks were left out; when all were, the lists are empty.
-        distance: the Euclidean norm of params − φ, where the engine has it at hand.
+        distance: the Euclidean norm of params − φ, where the engine knows it anyway.
     """
 
     params: Tensors
@@ -66,7 +66,7 @@ class OutcomeMean:
         self._moments.add(moments, len(losses))
         self._losses += losses
 
-    def outcome(self, num_tasks: int) -> Outcome:
+    def outcome(self, num_tasks: int, distance: float | None = None) -> Outcome:
         """Return the means, over all but the skipped of ``num_tasks`` tasks."""
         return Outcome(
             self._params.value(),
@@ -74,4 +74,5 @@ class OutcomeMean:
             self._moments.value(),
             self._losses,
             num_skipped=num_tasks - len(self._losses),
+            distance=distance,
         )

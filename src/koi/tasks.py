@@ -69,13 +69,26 @@ def tensor_task(cls: TaskClass) -> TaskClass:
                 "write @koi.tensor_task above @dataclass"
             ]
         )
-    setattr(cls, _TASK_MARK, True)
+    mark(cls)
     return cls
+
+
+def mark(cls: type) -> None:
+    """Keep the names of the fields of ``cls`` in it, where the compiler can read them."""
+    setattr(cls, _TASK_MARK, (cls, tuple(field.name for field in dataclasses.fields(cls))))
+
+
+def field_names(cls: type) -> tuple[str, ...]:
+    """Return the names of the fields of a tensor task's class."""
+    if getattr(cls, _TASK_MARK)[0] is not cls:  # a subclass without a mark of its own
+        mark(cls)
+    names: tuple[str, ...] = getattr(cls, _TASK_MARK)[1]
+    return names
 
 
 def is_tensor_task(task: object) -> bool:
     """Return whether the class of ``task`` is marked by `tensor_task`."""
-    return bool(getattr(type(task), _TASK_MARK, False))
+    return hasattr(type(task), _TASK_MARK)
 
 
 def tensors_of(task: Any) -> dict[str, Tensor]:
@@ -89,17 +102,16 @@ def tensors_of(task: Any) -> dict[str, Tensor]:
             f"{type(task).__name__} is not a tensor task: make it a dataclass of tensors marked "
             "@koi.tensor_task"
         )
-    values = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    values = ((name, getattr(task, name)) for name in field_names(type(task)))
+    return {name: value for name, value in values if isinstance(value, Tensor)}
 
 
 def with_tensors(task: Any, tensors: dict[str, Tensor]) -> Any:
     """Return ``task`` with its tensor fields replaced, its settings kept, __init__ not called."""
-    cls = type(task)
-    other = object.__new__(cls)
-    for field in dataclasses.fields(task):
-        value = tensors[field.name] if field.name in tensors else getattr(task, field.name)
-        object.__setattr__(other, field.name, value)
+    other = object.__new__(type(task))
+    for name in field_names(type(task)):
+        value = tensors[name] if name in tensors else getattr(task, name)
+        object.__setattr__(other, name, value)
     return other
 
 
@@ -204,12 +216,13 @@ class TaskBatch:
 
 
 def draw(distribution: Any, num_tasks: int, place: Place) -> TaskBatch:
-    """Draw ``num_tasks`` tasks, at once where the distribution has ``sample_batch``.
+    """Draw ``num_tasks`` tasks: several at once where the distribution has ``sample_batch``.
 
     With a seed the global generators are set before the draw: for each task where tasks are drawn
     apart, once where they are drawn together. The caller puts the generators back.
     """
-    if hasattr(distribution, "sample_batch"):
+    alone = num_tasks == 1 and hasattr(distribution, "sample")
+    if hasattr(distribution, "sample_batch") and not alone:
         place.set("sample")
         try:
             stacked = distribution.sample_batch(num_tasks)
@@ -365,4 +378,4 @@ class SupervisedTask:
 
     def _on(self, inputs: Tensor, targets: Tensor) -> SupervisedTask:
         changed = {"support_inputs": inputs, "support_targets": targets}
-        return cast(SupervisedTask, with_tensors(self, tensors_of(self) | changed))
+        return cast(SupervisedTask, with_tensors(self, changed))

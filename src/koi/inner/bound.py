@@ -51,6 +51,7 @@ class RuleOptimizer:
     def __init__(self, rule: UpdateRule, params: Tensors, num_tasks: int | None) -> None:
         self.rule = rule
         self.params = params
+        self._values = [p.detach() for p in params]  # the same memory, stepped without autograd
         self._num_tasks = num_tasks
         self._moments: Tensors = []
 
@@ -66,8 +67,7 @@ class RuleOptimizer:
 
     def step(self, grads: Sequence[Tensor | None]) -> None:
         """Step by the gradients."""
-        with torch.no_grad():
-            self._moments = self.rule.step_(grads, self.params, self._moments)
+        self._moments = self.rule.step_(grads, self._values, self._moments)
 
     def moments(self) -> Tensors:
         """Return the moments; the rule never changes them in place."""

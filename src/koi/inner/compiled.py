@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from koi import parameters
 from koi.errors import EngineError
@@ -27,6 +26,7 @@ from koi.inner.base import (
 from koi.inner.convolution import convolutions_as_products
 from koi.inner.functional import PureLoss
 from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
+from koi.parameters import Modes
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch, stack, tensors_of, views
@@ -59,8 +59,8 @@ class CompiledEngine:
             )
         self.inner = inner
         self.rule = inner.rule
-        self.source = model
         self.model = parameters.copy_module(model)
+        self.modes = Modes(self.model, like=model)
         self.device = inner.learned.params_of(model)[0].device
         if self.device.type == "cpu":
             convolutions_as_products(self.model)
@@ -75,7 +75,7 @@ class CompiledEngine:
 
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to every task: by one graph call, or by one for each chunk or task."""
-        parameters.match_modes(self.model, self.source)
+        self.modes.match()
         start = self._state(phi)
         size = self._chunk_size or len(batch)
         means = OutcomeMean(copy=size < len(batch))
@@ -90,10 +90,8 @@ class CompiledEngine:
                 losses = [rows[row] for row in kept]
             if losses:
                 params, buffers, moments = output.means
-                means.add(params, buffers[: len(phi.buffers)], moments, losses)
-        outcome = means.outcome(len(batch))
-        outcome.distance = distance if size >= len(batch) else None
-        return outcome
+                means.add(params, buffers, moments, losses)
+        return means.outcome(len(batch), distance if size >= len(batch) else None)
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
         """Return each task's query loss before and after each step, shape (tasks, steps + 1).
@@ -101,7 +99,7 @@ class CompiledEngine:
         The graph is made for one number of tasks; a smaller last chunk is filled up with its own
         first task, and what comes of the filling dropped.
         """
-        parameters.match_modes(self.model, self.source)
+        self.modes.match()
         start = self._state(phi)
         if self._evaluation_chunk is None:
             self._evaluation_chunk = self._chunk_size or len(batch)
@@ -119,7 +117,7 @@ class CompiledEngine:
     ) -> TrainOutput:
         task, plan = self._tensors(chunk), self._plan(chunk, num_steps)
         steps = self._drawn(chunk, num_steps, place, first) if plan.draws else None
-        key = ("train", num_steps, plan.key, self._signature(start, task, steps))
+        key = ("train", num_steps, plan.key, self._signature(task, steps))
         if key not in self._graphs:
             graph = plan.graph
 
@@ -141,7 +139,7 @@ class CompiledEngine:
             steps = plan.graph.prepare(task, num_steps)
         one_step = {name: tensor[:1] for name, tensor in steps.items()}
         static = num_steps if num_steps < 2 else None
-        key = ("evaluate", static, plan.key, self._signature(start, task, one_step))
+        key = ("evaluate", static, plan.key, self._signature(task, one_step))
         if key not in self._graphs:
             graph = plan.graph
 
@@ -209,12 +207,11 @@ class CompiledEngine:
         )
         return Plan(key, graph, draws)
 
-    def _signature(self, *trees: Any) -> tuple[Any, ...]:
-        """Return all that a graph takes for granted about its inputs and about the module."""
-        tensors = tree_leaves(trees)
-        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors if t is not None)
-        modes = tuple(module.training for module in self.model.modules())
-        return shapes, modes, torch.get_num_threads()
+    def _signature(self, task: TensorDict, steps: TensorDict | None) -> tuple[Any, ...]:
+        """Return all that a graph takes for granted and that may change while the module stays."""
+        tensors = task.values() if steps is None else [*task.values(), *steps.values()]
+        forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+        return forms, self.modes.values(), torch.get_num_threads()
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` compiled, under a code object of its own.
@@ -288,6 +285,7 @@ def guards_on_global_constants(entries: Sequence[Any]) -> list[bool]:
         entry.has_value
         and isinstance(entry.value, bool | int | float | str | None)
         and "G[" in entry.name
-        and "__import_torch" not in entry.name
+        and "G['__import_torch" not in entry.name
+        and "G['__import_koi_dot" not in entry.name
         for entry in entries
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,17 @@ from koi.inner.base import InnerLoop, depends_on_model, explained, finite_tasks,
 from koi.inner.bound import bound_optimizer
 from koi.inner.functional import PureLoss
 from koi.inner.stepwise import Adapted, StepwiseEngine
-from koi.parameters import Tensors
+from koi.parameters import Modes, Tensors
 from koi.randomness import Place
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch, query_of, views
+
+
+class Kept(NamedTuple):
+    """A task's losses, in a list that is empty if it is skipped, and its distance from φ."""
+
+    losses: list[list[float]]
+    distance: float
 
 
 class EagerEngine(StepwiseEngine):
@@ -30,38 +37,42 @@ class EagerEngine(StepwiseEngine):
 
     def __init__(self, model: nn.Module, inner: InnerLoop) -> None:
         self.inner = inner
-        self.source = model
         self.model = parameters.copy_module(model)
+        self.modes = Modes(self.model, like=model)
         self.params = inner.learned.params_of(self.model)
+        self._values = [p.detach() for p in self.params]
         self.buffers = inner.learned.buffers_of(self.model)
         self.constants = inner.learned.constants_of(self.model)
         self.optimizer = bound_optimizer(inner, self.params)
         self._substituted = PureLoss(self.model, inner.learned)
 
+    @torch.enable_grad()
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to each task in turn."""
-        parameters.match_modes(self.model, self.source)
+        self.modes.match()
         means = OutcomeMean(copy=len(batch) > 1)
         for number, task in enumerate(batch.tasks):
             with explained(place, number, 1):
                 place.set("inner", number)
                 adapted = self.run(phi, task, views(task, num_steps))
-                losses = self._finite(adapted, number, place)
+                losses, distance = self._finite(phi, adapted, number, place)
             if losses:
                 means.add(adapted.params, adapted.buffers, adapted.moments, losses)
-        return means.outcome(len(batch))
+        return means.outcome(len(batch), distance if len(batch) == 1 else None)
 
+    @torch.enable_grad()
     def adapt(self, phi: Phi, task: Any, num_steps: int, place: Place) -> nn.Module:
         """Return the working copy, adapted to one task."""
-        parameters.match_modes(self.model, self.source)
+        self.modes.match()
         with explained(place, 0, 1):
             place.set("inner", 0)
-            self._finite(self.adapt_to(phi, views(task, num_steps)), 0, place)
+            self._finite(phi, self.adapt_to(phi, views(task, num_steps)), 0, place)
         return self.model
 
+    @torch.enable_grad()
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
         """Return each task's query loss before and after each step, shape (tasks, steps + 1)."""
-        parameters.match_modes(self.model, self.source)
+        self.modes.match()
         rows = []
         for number, task in enumerate(batch.tasks):
             curve: Tensors = []
@@ -74,13 +85,13 @@ class EagerEngine(StepwiseEngine):
 
     def begin(self, phi: Phi) -> None:
         """Set the working copy to φ."""
-        parameters.copy_(self.params, phi.params)
+        parameters.copy_(self._values, phi.params)
         parameters.copy_(self.buffers, phi.buffers)
         parameters.copy_(self.constants, phi.constants)
 
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return the loss of the working copy, or of ``params`` in its place."""
-        with torch.enable_grad(), self.inner.precision(self.params[0].device):
+        with self.inner.precision(self.params[0].device):
             if params is None:
                 loss = scalar(view.loss(self.model), view, step)
             else:
@@ -95,15 +106,16 @@ class EagerEngine(StepwiseEngine):
         yield
         parameters.copy_(buffers, before)
 
-    def _finite(self, adapted: Adapted, number: int, place: Place) -> list[list[float]]:
-        """Return the losses of a task that is to be kept; nothing for one that is skipped."""
-        size = parameters.norm(adapted.params).to(adapted.losses.dtype)
-        *losses, norm = torch.cat([adapted.losses, size.unsqueeze(0)]).tolist()
+    def _finite(self, phi: Phi, adapted: Adapted, number: int, place: Place) -> Kept:
+        """Return the task's losses, none if it is skipped, and how far it is from φ."""
+        distance = parameters.norm(parameters.difference(adapted.params, phi.params))
+        together = torch.cat([adapted.losses, distance.to(adapted.losses.dtype).unsqueeze(0)])
+        *losses, norm = together.tolist()
         kept = finite_tasks([losses], [norm], number, place, self.inner.skip_nonfinite)
-        return [losses] if kept else []
+        return Kept([losses] if kept else [], norm)
 
     def _measure(self, query: Any, curve: Tensors) -> None:
         step = len(curve)
         # with gradients, since a loss may be made of derivatives of the model
-        with self.buffers_kept(), torch.enable_grad(), self.inner.precision(self.params[0].device):
+        with self.buffers_kept(), self.inner.precision(self.params[0].device):
             curve.append(scalar(query.loss(self.model), query, step).detach())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import scan
 from torch.func import grad, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from koi.inner.base import InnerLoop
 from koi.inner.functional import PureLoss
@@ -110,7 +111,7 @@ class InnerGraph:
         moments = self._means(after.moments[:split], kept)
         means = State(
             self._means(result, kept),
-            self._means(after.buffers, kept),
+            self._means(after.buffers[: len(self.inner.learned.buffers)], kept),
             moments + [count.clone() for count in after.moments[split:]],
         )
         moved = [m - p for m, p in zip(means.params, phi.params, strict=True)]
@@ -143,7 +144,9 @@ class InnerGraph:
             outer = self._loss(state, *self._outer(task, steps))
             return outer.sum(), (state, torch.stack([*losses, outer]))
 
-        grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
+        # of attention's kernels only the plain one can be differentiated twice
+        with sdpa_kernel(SDPBackend.MATH):
+            grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
         return grads, state, losses
 
     def _step(self, task: TensorDict, state: State, tensors: TensorDict) -> tuple[State, Tensor]:
@@ -167,9 +170,17 @@ class InnerGraph:
                 params[index] = param
             return self._one_loss(params, buffers, target, tensors)
 
-        function = self._mapped(grad_and_value(loss_of, has_aux=True))
-        learning = [state.params[index] for index in used]
-        found, (loss, moved) = function(learning, state.params, state.buffers, tensors)
+        def total(learning: Tensors, *others: Any) -> tuple[Tensor, tuple[Tensor, Tensors]]:
+            losses, moved = self._mapped(loss_of)(learning, *others)
+            return losses.sum(), (losses, moved)
+
+        given = [state.params[index] for index in used], state.params, state.buffers, tensors
+        if self.inner.algorithm == "maml":
+            # vmap inside of both derivatives: torch 2.13 gets second derivatives of affine
+            # normalisations wrong in grad(vmap(grad(…)))
+            found, (loss, moved) = grad(total, has_aux=True)(*given)
+        else:
+            found, (loss, moved) = self._mapped(grad_and_value(loss_of, has_aux=True))(*given)
         grads: list[Tensor | None] = [None] * len(state.params)
         for index, gradient in zip(used, found, strict=True):
             grads[index] = gradient

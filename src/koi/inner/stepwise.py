@@ -43,6 +43,7 @@ class StepwiseEngine(ABC):
     params: Tensors
     buffers: Tensors
     optimizer: BoundOptimizer
+    _ones: Tensor | None = None
 
     @abstractmethod
     def begin(self, phi: Phi) -> None:
@@ -78,7 +79,7 @@ class StepwiseEngine(ABC):
         after_each()
         for step, view in enumerate(steps):
             loss = self.loss(view, step)
-            grads = gradients(loss, self.params)
+            grads = self.gradients(loss, self.params)
             self.optimizer.step(grads)
             losses.append(loss.detach())
             after_each()
@@ -89,7 +90,7 @@ class StepwiseEngine(ABC):
         adapted = self.adapt_to(phi, steps)
         with self.buffers_kept():  # until the gradient, which may need them as they were
             loss = self.loss(outer_view(task, steps), len(steps))
-            grads = gradients(loss, self.params)
+            grads = self.gradients(loss, self.params)
         losses = torch.cat([adapted.losses, loss.detach().unsqueeze(0)])
         return Adapted(filled(grads, self.params), self.buffers, adapted.moments, losses)
 
@@ -103,30 +104,38 @@ class StepwiseEngine(ABC):
         moments = self.optimizer.spread(phi.moments)
         losses = []
         # of attention's kernels only the plain one can be differentiated twice
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             for step, view in enumerate(steps):
                 loss = self.loss(view, step, params)
-                grads = gradients(loss, params, create_graph=True)
+                grads = self.gradients(loss, params, create_graph=True)
                 params, moments = rule.step(grads, params, moments)
                 losses.append(loss.detach())
         with self.buffers_kept():
             loss = self.loss(outer_view(task, steps), len(steps), params)
-            grads = gradients(loss, leaves)
+            grads = self.gradients(loss, leaves)
         losses.append(loss.detach())
         moments = [m.detach() for m in moments]
         return Adapted(filled(grads, leaves), self.buffers, moments, torch.stack(losses))
+
+    def gradients(
+        self, loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the sum of ``loss``, None where a parameter is unused."""
+        if self._ones is None or not same_kind(self._ones, loss):
+            self._ones = torch.ones_like(loss)  # kept, since autograd would make one each time
+        return torch.autograd.grad(
+            loss, params, self._ones, create_graph=create_graph, allow_unused=True
+        )
 
     def stacked(self, losses: Tensors) -> Tensor:
         """Return the losses of the steps along a first dimension, which may be empty."""
         return torch.stack(losses) if losses else self.params[0].new_zeros(0)
 
 
-def gradients(
-    loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the sum of ``loss``, also where gradients are switched off."""
-    ones = torch.ones_like(loss)
-    return torch.autograd.grad(loss, params, ones, create_graph=create_graph, allow_unused=True)
+def same_kind(left: Tensor, right: Tensor) -> bool:
+    """Return whether two tensors agree in shape, type and device."""
+    kinds = ((t.shape, t.dtype, t.device) for t in (left, right))
+    return next(kinds) == next(kinds)
 
 
 def filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensors:

@@ -31,7 +31,7 @@ from koi.inner.bound import BoundOptimizer, bound_optimizer
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers import check_elementwise
 from koi.inner.stepwise import Adapted, StepwiseEngine
-from koi.parameters import Tensors
+from koi.parameters import Modes, Tensors
 from koi.randomness import Place, capture, same_host_draws
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch, query_of, stack, tensors_of, views, with_tensors
@@ -44,14 +44,15 @@ class VectorizedEngine(StepwiseEngine):
         if inner.rule is None:
             check_elementwise(inner.factory, inner.step_size)
         self.inner = inner
-        self.source = model
         self.chunk_size = chunk_size
         self.model = parameters.copy_module(model)
+        self.modes = Modes(self.model, like=model)
         self._pure = PureLoss(self.model, inner.learned)
         self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
         self._minibatches_draw = False
         self._host_checked = False
 
+    @torch.enable_grad()
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to all tasks, chunk by chunk."""
         means = OutcomeMean()
@@ -69,6 +70,7 @@ class VectorizedEngine(StepwiseEngine):
             )
         return means.outcome(len(batch))
 
+    @torch.enable_grad()
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
         """Return each task's query loss before and after each step, shape (tasks, steps + 1)."""
         curves = []
@@ -93,7 +95,7 @@ class VectorizedEngine(StepwiseEngine):
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return each task's loss, shape (tasks,)."""
         params = self.params if params is None else params
-        with self._unshared(), torch.enable_grad(), self.inner.precision(params[0].device):
+        with self._unshared(), self.inner.precision(params[0].device):
             losses, moved = self._mapped(view, step, params)
         self._host_checked = True
         split = len(self.buffers)
@@ -121,7 +123,7 @@ class VectorizedEngine(StepwiseEngine):
     def _measure(self, stacked: Any, curve: Tensors) -> None:
         view = vmap_tasks(lambda task: [query_of(task)], stacked)[0]
         # with gradients, since a loss may be made of derivatives of the model
-        with torch.enable_grad(), self.inner.precision(self.params[0].device):
+        with self.inner.precision(self.params[0].device):
             curve.append(self._mapped(view, len(curve), self.params)[0].detach())
 
     def _views(self, chunk: TaskBatch, num_steps: int, place: Place, first: int) -> list[Any]:
@@ -141,7 +143,7 @@ class VectorizedEngine(StepwiseEngine):
 
     def _chunks(self, phi: Phi, batch: TaskBatch) -> Iterator[tuple[int, TaskBatch]]:
         """Yield each chunk with the number of its first task, the stacked tensors made ready."""
-        parameters.match_modes(self.model, self.source)
+        self.modes.match()
         for first, chunk in batch.chunks(self.chunk_size or len(batch)):
             size = len(chunk)
             if size not in self._stacks:

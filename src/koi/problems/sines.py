@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
+from torch import Tensor
 
 from koi.errors import ConfigurationError
-from koi.tasks import SupervisedTask, TaskBatch
+from koi.tasks import SupervisedTask
 
 
 class Sines:
     """Waves f(x) = a · sin(x + b), a from U[0.1, 5], b from U[0, 2π], on 50 points of [−5, 5].
 
     The support set is num_points of the 50, drawn without replacement, in random order; the query
-    set is all 50. The loss is the mean squared error.
+    set is all 50, in the same order. The loss is the mean squared error.
 
     Args:
         num_points: support points of each wave, at most 50.
@@ -37,25 +37,27 @@ class Sines:
             )
         self.num_points = num_points
         self.batch_size = batch_size
+        self._grid = torch.linspace(-5, 5, self.grid_size).unsqueeze(1)
 
     def sample(self) -> SupervisedTask:
         """Draw one wave."""
-        return cast(SupervisedTask, TaskBatch(stacked=self.sample_batch(1)).tasks[0])
+        amplitude, phase = torch.rand(2).tolist()
+        x = self._grid[torch.randperm(self.grid_size)]
+        y = (0.1 + 4.9 * amplitude) * torch.sin(x + 2 * math.pi * phase)
+        support = slice(self.num_points)
+        return self._task(x[support], y[support], x, y, torch.randint(2**62, ()))
 
     def sample_batch(self, num_tasks: int) -> SupervisedTask:
         """Draw many waves at once; each tensor has them along its first dimension."""
-        amplitude = 0.1 + 4.9 * torch.rand(num_tasks, 1, 1)
-        phase = 2 * math.pi * torch.rand(num_tasks, 1, 1)
-        grid = torch.linspace(-5, 5, self.grid_size).reshape(1, -1, 1)
-        values = amplitude * torch.sin(grid + phase)
-        order = torch.rand(num_tasks, self.grid_size).argsort(1)[:, : self.num_points]
-        order = order.unsqueeze(2)
-        grid = grid.expand(num_tasks, -1, -1)
-        return SupervisedTask(
-            support_inputs=grid.gather(1, order),
-            support_targets=values.gather(1, order),
-            query_inputs=grid,
-            query_targets=values,
-            key=torch.randint(2**62, (num_tasks,)),
-            batch_size=self.batch_size,
-        )
+        amplitude, phase = torch.rand(2, num_tasks, 1, 1)
+        order = torch.rand(num_tasks, self.grid_size).argsort(1)
+        x = self._grid[order]
+        y = (0.1 + 4.9 * amplitude) * torch.sin(x + 2 * math.pi * phase)
+        support = slice(self.num_points)
+        keys = torch.randint(2**62, (num_tasks,))
+        return self._task(x[:, support], y[:, support], x, y, keys)
+
+    def _task(
+        self, inputs: Tensor, targets: Tensor, grid: Tensor, values: Tensor, key: Tensor
+    ) -> SupervisedTask:
+        return SupervisedTask(inputs, targets, grid, values, key, batch_size=self.batch_size)

@@ -1,0 +1,58 @@
+"""Ctrl-C at the right moment: held back while φ, the history and the count change together."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupts:
+    """Handles SIGINT during a training as the program did before, but never inside `held`.
+
+    The handler is set once for the whole training, since setting one costs as much as several
+    operations on tensors. Outside the main thread, where Python delivers no signals, nothing is
+    done.
+    """
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._holding = False
+        self._missed: tuple[int, FrameType | None] | None = None
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if signal.getsignal(signal.SIGINT) == self._handle:
+            signal.signal(signal.SIGINT, self._before)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the block finish before an interrupt is handled."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+            if self._missed is not None:
+                missed, self._missed = self._missed, None
+                self._handle(*missed)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._holding:
+            self._missed = number, frame
+        elif callable(self._before):
+            self._before(number, frame)
+        elif self._before == signal.SIG_DFL:
+            raise KeyboardInterrupt
