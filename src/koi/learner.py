@@ -17,6 +17,7 @@ from koi.inner.base import InnerLoop
 from koi.inner.dispatch import Dispatch
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
+from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
 from koi.parameters import Learned, Tensors, same_tensors
@@ -124,6 +125,7 @@ class Koi:
         self.iteration = 0
         self.history: list[Record] = []
         self._moments: Tensors | None = None
+        self._scale = LossScale() if autocast is torch.float16 else None
         self._update: MetaUpdate | None = None
         self._interrupts = Interrupts()
         self.engine = "none yet"
@@ -256,6 +258,7 @@ class Koi:
             self.step_size,
             rule,
             autocast=self.autocast,
+            scale=self._scale,
             skip_nonfinite=self.on_nonfinite == "skip",
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from koi.errors import NonFiniteError, TaskError, annotate
 from koi.inner.optimizers import OptimizerFactory, UpdateRule
+from koi.inner.scaling import LossScale
 from koi.parameters import Learned
 from koi.randomness import Place
 from koi.state import Outcome, Phi
@@ -36,6 +37,7 @@ class InnerLoop:
         rule: the same optimizer as a pure rule; None where it has none.
         autocast: the lower precision of the forward pass; None: the parameters' own.
         skip_nonfinite: leave out a task whose loss or result is not finite, instead of an error.
+        scale: the loss scale of float16; None: losses are differentiated as they are.
     """
 
     learned: Learned
@@ -45,6 +47,7 @@ class InnerLoop:
     rule: UpdateRule | None
     autocast: torch.dtype | None = None
     skip_nonfinite: bool = False
+    scale: LossScale | None = None
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which losses are computed."""

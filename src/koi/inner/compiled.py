@@ -57,6 +57,11 @@ class CompiledEngine:
                 "SGD (no dampening), Adam and AdamW (no amsgrad): choose one of these, or "
                 "compile=False"
             )
+        if inner.scale is not None:
+            raise EngineError(
+                "float16 has a loss scale that changes as it runs, which a compiled inner loop "
+                "cannot follow: use autocast=torch.bfloat16, or compile=False"
+            )
         self.inner = inner
         self.rule = inner.rule
         self.model = parameters.copy_module(model)
@@ -78,7 +83,8 @@ class CompiledEngine:
         self.modes.match()
         start = self._state(phi)
         size = self._chunk_size or len(batch)
-        means = OutcomeMean(copy=size < len(batch))
+        # a CUDA graph writes its next results over the last ones, so that they must be copied
+        means = OutcomeMean(copy=size < len(batch) or self.device.type == "cuda")
         for first, chunk in batch.chunks(size):
             with explained(place, first, len(chunk)):
                 place.set("inner", None if self.together else first)
