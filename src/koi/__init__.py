@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from koi.errors import (
+    CheckpointError,
     ConfigurationError,
     EngineError,
     KoiError,
@@ -20,6 +21,7 @@ from koi.tasks import SupervisedTask, Task, TaskDistribution, stack, tensor_task
 __version__ = version("koi-x")
 
 __all__ = [
+    "CheckpointError",
     "ConfigurationError",
     "EngineError",
     "Evaluation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -68,6 +69,10 @@ def check(
     found = [problem for problem in problems if problem is not None]
     if found:
         raise ConfigurationError(found)
+
+
+# What `koi.Koi` is given besides the model; each is an attribute of that name.
+SETTINGS = tuple(name for name in inspect.signature(check).parameters if name != "model")
 
 
 def check_rule(algorithm: str, rule: UpdateRule | None) -> None:

@@ -35,6 +35,10 @@ class EngineError(KoiError, RuntimeError):
     """Tasks that cannot run the way that was asked for: all at once, or compiled."""
 
 
+class CheckpointError(KoiError, RuntimeError):
+    """A checkpoint that cannot be written or read, or that does not fit."""
+
+
 class KoiWarning(UserWarning):
     """Something that runs but is probably not what was meant."""
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at the right moment: held back while φ, the history and the count change together."""
+"""Signals at the right moment: Ctrl-C between meta-updates, SIGTERM once all is saved."""
 
 from __future__ import annotations
 
@@ -56,3 +56,53 @@ class Interrupts:
             self._before(number, frame)
         elif self._before == signal.SIG_DFL:
             raise KeyboardInterrupt
+
+
+class Termination:
+    """Holds SIGTERM back until the training has saved itself, then lets it do what it does.
+
+    Where the program has no handler of its own it then ends with the usual code, 143. A program
+    that ignores SIGTERM goes on ignoring it.
+    """
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._set = False
+        self._missed: tuple[int, FrameType | None] | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a SIGTERM waits to be handled."""
+        return self._missed is not None
+
+    def __enter__(self) -> Termination:
+        before = signal.getsignal(signal.SIGTERM)
+        python_handles = before not in (None, signal.SIG_IGN)
+        if python_handles and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+            self._set = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._set and signal.getsignal(signal.SIGTERM) == self._handle:
+            signal.signal(signal.SIGTERM, self._before)
+        self._set = False
+        self.let_through()
+
+    def let_through(self) -> None:
+        """Handle a SIGTERM that waits as the program did before."""
+        if self._missed is None:
+            return
+        missed, self._missed = self._missed, None
+        if callable(self._before):
+            self._before(*missed)
+        else:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._missed = number, frame

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from koi import configuration, parameters
+from koi import checkpoint, configuration, parameters
+from koi.autosave import Autosave
+from koi.checkpoint import Pending
 from koi.configuration import check_count, check_tasks
 from koi.evaluation import Evaluation
 from koi.inner.base import InnerLoop
@@ -128,7 +132,10 @@ class Koi:
         self._scale = LossScale() if autocast is torch.float16 else None
         self._update: MetaUpdate | None = None
         self._interrupts = Interrupts()
+        self._tasks: Any = None  # of the last training, for their state
+        self._pending: Pending | None = None
         self.engine = "none yet"
+        self._ruled_out: set[str] = set()
         self._dispatch: Dispatch | None = None
         self._dispatch_key: Any = None
         self._inner_loop()  # so that a mistake shows here, not after the first sampling
@@ -138,6 +145,9 @@ class Koi:
         tasks: Any,
         progress: bool | None = None,
         callbacks: Iterable[Callback] = (),
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = False,
     ) -> nn.Module:
         """Run the meta-iterations that are left and return the model, its weights at φ.
 
@@ -149,25 +159,35 @@ class Koi:
                 with ``loss(model) -> scalar tensor``.
             progress: whether to show a progress bar; None: where there is a terminal.
             callbacks: each is called as ``callback(koi, record)`` after each meta-iteration.
+            checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
+                is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
+            checkpoint_every: meta-iterations from one checkpoint to the next as well.
+            resume: go on from the newest good checkpoint in the folder, if there is one: what
+                comes out is then, bit for bit, what a training that never stopped gives.
 
         Raises:
             ConfigurationError: ``tasks`` cannot be sampled from, or a schedule gave no number.
+            CheckpointError: a checkpoint cannot be written, or does not fit model or settings.
             TaskError: a loss that is no scalar or does not depend on the model.
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
+        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume)
         inner = self._inner_loop()
         engine = self._engines(inner)
+        engine.refused |= autosave.ruled_out
         update = self._meta_update(self._phi(inner.learned))
         watch = Watch(self.algorithm, self.num_steps)
         callbacks = tuple(callbacks)
         bar = ProgressBar(progress, self.num_iterations, self.iteration)
-        with bar, self._interrupts:
+        with bar, self._interrupts, autosave:
             while self.iteration < self.num_iterations:
+                autosave.before_iteration()
                 record = self._meta_iteration(tasks, engine, update, watch)
                 bar.advance(record)
                 for callback in callbacks:
                     callback(self, record)
+                autosave.after_iteration()
         return self.model
 
     def adapt(self, task: Any, num_steps: int | None = None) -> nn.Module:
@@ -213,6 +233,45 @@ class Koi:
                 losses.append(engine.evaluate(phi, batch, num_steps, place))
         return Evaluation(torch.cat(losses))
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that training needs to go on into one file.
+
+        It holds φ and the buffers, the optimizers' states, settings, history, the state of the
+        task distribution of the last training (if it has ``state_dict``) and, without a seed, of
+        the global generators. Frozen parameters and settings that are code are not in it.
+
+        Args:
+            path: the file; it appears under this name whole or not at all.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        checkpoint.save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, **settings: Any) -> Koi:
+        """Return a learner that goes on from a file of `save` or of `train`.
+
+        Args:
+            path: the file. Nothing in it is executed.
+            model: a module with the parameters and buffers that were saved; it is set to φ.
+            settings: arguments of `Koi` that are code (a callable inner_optimizer,
+                meta_step_size or meta_optimizer) must be given again; others may be, and replace
+                those in the file.
+
+        Raises:
+            CheckpointError: the file cannot be read, does not fit the model, or needs settings.
+
+        >>> import tempfile, torch
+        >>> koi = Koi(torch.nn.Linear(2, 1), step_size=0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     koi.save(folder + "/koi.safetensors")
+        ...     same = Koi.load(folder + "/koi.safetensors", torch.nn.Linear(2, 1))
+        >>> same.step_size, torch.equal(same.model.weight, koi.model.weight)
+        (0.1, True)
+        """
+        return checkpoint.load(cls, Path(path), model, settings)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model at φ."""
         return self.model(*args, **kwargs)
@@ -226,7 +285,7 @@ class Koi:
         with preserved_generators(self.seed):
             batch = draw(tasks, self.meta_batch_size, place)
             outcome = engine.meta_batch(update.phi, batch, self.num_steps, place)
-        self.engine = engine.name
+        self.engine, self._ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
             if outcome.losses and self.inner_state == "carry":

@@ -132,12 +132,17 @@ def interpolate_(start: Sequence[Tensor], end: Sequence[Tensor], fraction: float
         torch._foreach_lerp_(list(start), list(end), fraction)
 
 
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of each tensor, as one vector."""
+    each = torch._foreach_norm(list(tensors))
+    if len({norm.device for norm in each}) > 1:
+        each = tuple(norm.to(each[0].device) for norm in each)
+    return torch.stack(each)
+
+
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm over all the tensors together, as one scalar."""
-    norms = torch._foreach_norm(list(tensors))
-    if len({norm.device for norm in norms}) > 1:
-        norms = tuple(norm.to(norms[0].device) for norm in norms)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    total: Tensor = torch.linalg.vector_norm(norms(tensors))
     return total
 
 

@@ -101,9 +101,9 @@ def restore(states: States) -> None:
     """Put the global generators back into ``states``."""
     random.setstate(states.python)
     torch.set_rng_state(states.torch)
-    if states.cuda is not None:
-        torch.cuda.set_rng_state_all(states.cuda)
-    if _HAS_NUMPY:
+    if states.cuda is not None:  # in a checkpoint they may be of a machine with more devices
+        torch.cuda.set_rng_state_all(states.cuda[: torch.cuda.device_count()])
+    if _HAS_NUMPY and states.numpy is not None:
         import numpy
 
         numpy.random.set_state(states.numpy)

@@ -8,10 +8,10 @@ tensors (`tensor_task`), minibatches, a query set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -370,12 +370,16 @@ class SupervisedTask:
         if self.batch_size is None or self.batch_size >= size:
             return [self] * num_steps
         if num_steps * self.batch_size <= size:  # one pass needs no order: slices are views
-            starts = range(0, num_steps * self.batch_size, self.batch_size)
-            order: list[Any] = [slice(k, k + self.batch_size) for k in starts]
+            inputs: Iterable[Tensor] = self.support_inputs.split(self.batch_size)
+            targets: Iterable[Tensor] = self.support_targets.split(self.batch_size)
         else:
-            order = list(cycled_order(self.key, size, self.batch_size, num_steps))
-        return [self._on(self.support_inputs[i], self.support_targets[i]) for i in order]
+            order = cycled_order(self.key, size, self.batch_size, num_steps)
+            inputs, targets = self.support_inputs[order], self.support_targets[order]
+        pairs = islice(zip(inputs, targets, strict=True), num_steps)
+        return [self._on(x, y) for x, y in pairs]
 
     def _on(self, inputs: Tensor, targets: Tensor) -> SupervisedTask:
-        changed = {"support_inputs": inputs, "support_targets": targets}
-        return cast(SupervisedTask, with_tensors(self, changed))
+        other: SupervisedTask = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.support_inputs, other.support_targets = inputs, targets
+        return other

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from koi.errors import NonFiniteError, TaskError, annotate
 from koi.inner.optimizers import OptimizerFactory, UpdateRule
@@ -54,6 +55,19 @@ class InnerLoop:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
+
+
+def attention_kernel(
+    inner: InnerLoop, mapped: bool, device_type: str
+) -> AbstractContextManager[Any]:
+    """Return a context with a kernel for attention that can do what is asked of it.
+
+    Only the plain one can be differentiated twice, and on the CPU mapped over tasks.
+    """
+    if inner.algorithm == "maml" or (mapped and device_type == "cpu"):
+        context: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
+        return context
+    return nullcontext()
 
 
 class Engine(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import types
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from koi import parameters
 from koi.errors import EngineError
 from koi.inner.base import (
-    SHARED_DRAWS,
     InnerLoop,
     depends_on_model,
     drawn_views,
@@ -29,9 +29,10 @@ from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
 from koi.parameters import Modes
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
 from koi.state import Outcome, OutcomeMean, Phi
-from koi.tasks import TaskBatch, stack, tensors_of, views
+from koi.tasks import TaskBatch, query_of, stack, tensors_of, views
 
 log = logging.getLogger("koi")
+_numbers = itertools.count()
 
 
 class CompiledEngine:
@@ -129,7 +130,8 @@ class CompiledEngine:
 
             def train(start: State, task: TensorDict, steps: TensorDict | None) -> TrainOutput:
                 views = graph.prepare(task, num_steps) if steps is None else steps
-                return graph.train(start, task, views)
+                with graph.attention():
+                    return graph.train(start, task, views)
 
             self._graphs[key] = self._compile(train)
         output: TrainOutput = self._call(key, start, task, steps)
@@ -150,7 +152,8 @@ class CompiledEngine:
             graph = plan.graph
 
             def evaluate(start: State, task: TensorDict, steps: TensorDict) -> Tensor:
-                return graph.evaluate(start, task, steps)
+                with graph.attention():
+                    return graph.evaluate(start, task, steps)
 
             self._graphs[key] = self._compile(evaluate)
             if static is None:
@@ -197,9 +200,13 @@ class CompiledEngine:
         copies = [p.detach().clone().requires_grad_() for p in params]
         with torch.enable_grad(), self.inner.precision(params[0].device):
             loss = scalar(self._pure(copies, steps[0]), steps[0], 0)
+            scalar(self._pure(copies, query_of(task)), query_of(task), num_steps)
         grads = torch.autograd.grad(depends_on_model(loss, steps[0], 0), copies, allow_unused=True)
-        if self.together and not same_host_draws(middle, capture()):
-            raise EngineError(SHARED_DRAWS)
+        if not same_host_draws(middle, capture()):
+            raise EngineError(
+                "the loss draws from Python's or NumPy's random generator, which a compiled inner "
+                "loop would do only once: draw from torch, or in sample(), or use compile=False"
+            )
         restore(before)
         graph = InnerGraph(
             self._pure,
@@ -220,13 +227,14 @@ class CompiledEngine:
         return forms, self.modes.values(), torch.get_num_threads()
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` compiled, under a code object of its own.
+        """Return ``function`` compiled, under a code object and a name of its own.
 
         The compiler keeps its graphs by code object, and with its checks left out would take one
-        engine's graph for another's.
+        engine's graph for another's. By name it remembers what shapes and numbers came before, and
+        would make symbols of those that differ from another engine's.
         """
         fresh = types.FunctionType(
-            function.__code__.replace(),
+            function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
             function.__globals__,
             function.__name__,
             function.__defaults__,

@@ -72,7 +72,11 @@ def patches_product(
         for j in range(kernel_w)
     ]
     patches = torch.cat(taps, dim=-1).reshape(batch * rows * columns, -1)
-    output = patches @ weight.permute(0, 2, 3, 1).reshape(num_out, -1).t()
+    matrix = weight.permute(0, 2, 3, 1).reshape(num_out, -1).t()
+    if matrix.shape[0] < num_out:
+        # decides in which order autograd multiplies for the weights' gradient: 5 times faster here
+        matrix = matrix.contiguous()
+    output = patches @ matrix
     if bias is not None:
         output = output + bias.to(output.dtype)
     return output.view(batch, rows, columns, num_out).permute(0, 3, 1, 2)

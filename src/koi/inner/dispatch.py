@@ -28,7 +28,8 @@ _TRIALS = 4
 _HINTS = {
     ".item()": "keep tensors as they are, without .item(), float() or if on their values",
     "data-dependent control flow": "write torch.where in the place of if on a tensor's values",
-    "numpy": "compute with torch, or in sample(), what is now computed with NumPy",
+    # a tensor that stands for many tasks has no memory that NumPy could read
+    "data pointer": "compute with torch, or in sample(), what is now computed with NumPy",
 }
 
 
@@ -67,7 +68,7 @@ class Dispatch:
             ),
         }
         self._engines: dict[str, Engine] = {}
-        self._refused: set[str] = set()
+        self.refused: set[str] = set()
         self._seconds: dict[str, list[float]] = {}
         self.name = "none yet"
 
@@ -91,7 +92,7 @@ class Dispatch:
             return [self._together]
         together = self._vectorize == "auto" and len(batch) > 1 and is_tensor_task(batch.example)
         forms = [self._together, self._one_by_one] if together else [self._one_by_one]
-        return [form for form in forms if form not in self._refused]
+        return [form for form in forms if form not in self.refused] or [self._one_by_one]
 
     def _turn(self, batch: TaskBatch) -> str:
         """Return the form for this meta-batch: each in turn while they are tried."""
@@ -105,7 +106,7 @@ class Dispatch:
         fastest = min(forms, key=medians.__getitem__)
         found = ", ".join(f"{form} {1e3 * medians[form]:.3g} ms" for form in forms)
         log.info("a meta-batch took %s: keeping %s", found, fastest)
-        self._refused.update(form for form in forms if form != fastest)
+        self.refused.update(form for form in forms if form != fastest)
         return fastest
 
     def _run(
@@ -126,7 +127,7 @@ class Dispatch:
             if self._vectorize is True:
                 raise refusal(error, batch) from error
             log.warning("%s; running one task at a time", refusal(error, batch))
-            self._refused.add(form)
+            self.refused.add(form)
             if states is not None:
                 restore(states)
             return self._run(self._one_by_one, batch, work)

@@ -6,6 +6,7 @@ of the state and no new optimizer. That copy is set back to φ before each task;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +41,7 @@ class EagerEngine(StepwiseEngine):
         self.model = parameters.copy_module(model)
         self.modes = Modes(self.model, like=model)
         self.params = inner.learned.params_of(self.model)
+        self.precision = inner.precision(self.params[0].device)
         self._values = [p.detach() for p in self.params]
         self.buffers = inner.learned.buffers_of(self.model)
         self.constants = inner.learned.constants_of(self.model)
@@ -91,7 +93,7 @@ class EagerEngine(StepwiseEngine):
 
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return the loss of the working copy, or of ``params`` in its place."""
-        with self.inner.precision(self.params[0].device):
+        with self.precision:
             if params is None:
                 loss = scalar(view.loss(self.model), view, step)
             else:
@@ -108,14 +110,14 @@ class EagerEngine(StepwiseEngine):
 
     def _finite(self, phi: Phi, adapted: Adapted, number: int, place: Place) -> Kept:
         """Return the task's losses, none if it is skipped, and how far it is from φ."""
-        distance = parameters.norm(parameters.difference(adapted.params, phi.params))
-        together = torch.cat([adapted.losses, distance.to(adapted.losses.dtype).unsqueeze(0)])
-        *losses, norm = together.tolist()
-        kept = finite_tasks([losses], [norm], number, place, self.inner.skip_nonfinite)
-        return Kept([losses] if kept else [], norm)
+        moved = parameters.norms(parameters.difference(adapted.params, phi.params))
+        figures = torch.cat([adapted.losses, moved]).tolist()
+        losses, distance = figures[: -len(moved)], math.hypot(*figures[-len(moved) :])
+        kept = finite_tasks([losses], [distance], number, place, self.inner.skip_nonfinite)
+        return Kept([losses] if kept else [], distance)
 
     def _measure(self, query: Any, curve: Tensors) -> None:
         step = len(curve)
         # with gradients, since a loss may be made of derivatives of the model
-        with self.buffers_kept(), self.inner.precision(self.params[0].device):
+        with self.buffers_kept(), self.precision:
             curve.append(scalar(query.loss(self.model), query, step).detach())

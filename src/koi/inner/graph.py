@@ -8,6 +8,7 @@ so that it needs no autograd when it runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,9 +17,8 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import scan
 from torch.func import grad, grad_and_value, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from koi.inner.base import InnerLoop
+from koi.inner.base import InnerLoop, attention_kernel
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers import UpdateRule
 from koi.inner.stepwise import filled
@@ -48,6 +48,11 @@ def scanned(
 
     carry, results = scan(plain, tuple(start), steps)
     return State(*carry), results
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy: a scan's carry keeps its strides and shares no memory."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class TrainOutput(NamedTuple):
@@ -80,6 +85,10 @@ class InnerGraph:
     view: Any
     num_tasks: int | None
     device_type: str
+
+    def attention(self) -> AbstractContextManager[Any]:
+        """Return the context in which `train` and `evaluate` run."""
+        return attention_kernel(self.inner, self.num_tasks is not None, self.device_type)
 
     def prepare(self, task: TensorDict, num_steps: int) -> TensorDict:
         """Return the tensors of the task's views, stacked along the inner steps."""
@@ -144,9 +153,7 @@ class InnerGraph:
             outer = self._loss(state, *self._outer(task, steps))
             return outer.sum(), (state, torch.stack([*losses, outer]))
 
-        # of attention's kernels only the plain one can be differentiated twice
-        with sdpa_kernel(SDPBackend.MATH):
-            grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
+        grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
         return grads, state, losses
 
     def _step(self, task: TensorDict, state: State, tensors: TensorDict) -> tuple[State, Tensor]:
@@ -154,7 +161,7 @@ class InnerGraph:
         seen = task if self.view is None else tensors
         grads, loss, buffers = self._gradients(state, self._seen, seen, self.used)
         params, moments = self.rule.step(grads, state.params, state.moments)
-        copies = ([t.clone() for t in group] for group in (params, buffers, moments))
+        copies = ([fresh(t) for t in group] for group in (params, buffers, moments))
         return State(*copies), loss.clone()
 
     def _gradients(
@@ -221,10 +228,10 @@ class InnerGraph:
     def _spread(self, phi: State) -> State:
         """Return φ as every task starts from it."""
         if self.num_tasks is None:
-            return State(*([t.clone() for t in group] for group in phi))
+            return State(*([fresh(t) for t in group] for group in phi))
         split = self.rule.num_slots * len(phi.params)
         rows = [
-            [t.expand(self.num_tasks, *t.shape).clone() for t in group]
+            [fresh(t.expand(self.num_tasks, *t.shape)) for t in group]
             for group in (phi.params, phi.buffers, phi.moments[:split])
         ]
         return State(rows[0], rows[1], rows[2] + [m.clone() for m in phi.moments[split:]])

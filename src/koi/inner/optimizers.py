@@ -183,8 +183,8 @@ class Adam(UpdateRule):
             steps = torch._foreach_add(steps, tuple(params), alpha=self.weight_decay)
         first: tuple[Tensor, ...] = ()
         second = tuple(moments[-1 - len(params) : -1])
-        squares = torch._foreach_mul(torch._foreach_mul(steps, steps), 1 - self.beta2)
-        second = torch._foreach_add(torch._foreach_mul(second, self.beta2), squares)
+        second = torch._foreach_mul(second, self.beta2)
+        second = torch._foreach_addcmul(second, steps, steps, value=1 - self.beta2)
         if self.beta1:
             first = torch._foreach_mul(tuple(moments[: len(params)]), self.beta1)
             first = torch._foreach_add(first, steps, alpha=1 - self.beta1)
@@ -275,7 +275,7 @@ def check_elementwise(factory: OptimizerFactory, lr: float) -> None:
     except (RuntimeError, ValueError, NotImplementedError):
         same = False
     if not same:
-        name = type(make_optimizer(factory, [values[0].clone().requires_grad_()], lr)).__name__
+        name = type(make_optimizer(factory, [values[0, 0].clone().requires_grad_()], lr)).__name__
         raise EngineError(
             f"{name} does not work element by element, so it cannot step the stacked parameters "
             "of many tasks: choose another inner_optimizer, or vectorize=False"

@@ -8,7 +8,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from koi.errors import EngineError
 from koi.inner.base import (
     SHARED_DRAWS,
     InnerLoop,
+    attention_kernel,
     depends_on_model,
     drawn_views,
     explained,
@@ -50,14 +51,14 @@ class VectorizedEngine(StepwiseEngine):
         self._pure = PureLoss(self.model, inner.learned)
         self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
         self._minibatches_draw = False
-        self._host_checked = False
+        self._looked_at: set[Any] = set()
 
     @torch.enable_grad()
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to all tasks, chunk by chunk."""
         means = OutcomeMean()
         for first, chunk in self._chunks(phi, batch):
-            with explained(place, first, len(chunk)):
+            with explained(place, first, len(chunk)), self._attention():
                 place.set("inner")
                 steps = self._views(chunk, num_steps, place, first)
                 adapted = self.run(phi, chunk.stacked, steps)
@@ -76,7 +77,7 @@ class VectorizedEngine(StepwiseEngine):
         curves = []
         for first, chunk in self._chunks(phi, batch):
             curve: Tensors = []
-            with explained(place, first, len(chunk)):
+            with explained(place, first, len(chunk)), self._attention():
                 place.set("inner")
                 steps = self._views(chunk, num_steps, place, first)
                 self.adapt_to(phi, steps, partial(self._measure, chunk.stacked, curve))
@@ -95,9 +96,8 @@ class VectorizedEngine(StepwiseEngine):
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return each task's loss, shape (tasks,)."""
         params = self.params if params is None else params
-        with self._unshared(), self.inner.precision(params[0].device):
+        with self._unshared(type(view), step), self.inner.precision(params[0].device):
             losses, moved = self._mapped(view, step, params)
-        self._host_checked = True
         split = len(self.buffers)
         self.buffers, self.constants = moved[:split], moved[split:]
         return depends_on_model(losses, view, step)
@@ -122,9 +122,13 @@ class VectorizedEngine(StepwiseEngine):
 
     def _measure(self, stacked: Any, curve: Tensors) -> None:
         view = vmap_tasks(lambda task: [query_of(task)], stacked)[0]
+        step = len(curve)
         # with gradients, since a loss may be made of derivatives of the model
-        with self.inner.precision(self.params[0].device):
-            curve.append(self._mapped(view, len(curve), self.params)[0].detach())
+        with (
+            self._unshared(type(view), "query", step),
+            self.inner.precision(self.params[0].device),
+        ):
+            curve.append(self._mapped(view, step, self.params)[0].detach())
 
     def _views(self, chunk: TaskBatch, num_steps: int, place: Place, first: int) -> list[Any]:
         """Return the stacked tasks as each inner step sees them."""
@@ -132,7 +136,7 @@ class VectorizedEngine(StepwiseEngine):
             return [chunk.stacked] * num_steps
         if not self._minibatches_draw:
             try:
-                with self._unshared():
+                with self._unshared(type(chunk.stacked), "minibatches"):
                     return vmap_tasks(lambda task: views(task, num_steps), chunk.stacked)
             except RuntimeError as error:
                 if "random" not in str(error):
@@ -153,16 +157,20 @@ class VectorizedEngine(StepwiseEngine):
             self.params, self.optimizer = self._stacks[size]
             yield first, chunk
 
+    def _attention(self) -> AbstractContextManager[Any]:
+        return attention_kernel(self.inner, True, self.params[0].device.type)
+
     @contextmanager
-    def _unshared(self) -> Iterator[None]:
-        """Refuse draws that all tasks would share; looked for until the first loss is through."""
-        if self._host_checked:
+    def _unshared(self, *what: Any) -> Iterator[None]:
+        """Refuse draws that all tasks would share; looked for the first time that it is done."""
+        if what in self._looked_at:
             yield
             return
         before = capture()
         yield
         if not same_host_draws(before, capture()):
             raise EngineError(SHARED_DRAWS)
+        self._looked_at.add(what)
 
     def _finite(
         self, adapted: Adapted, first: int, place: Place

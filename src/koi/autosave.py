@@ -1,0 +1,179 @@
+"""Checkpoints that a training writes of itself and goes on from."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from koi import checkpoint, randomness, storage
+from koi.checkpoint import Learner, Mark
+from koi.configuration import check_count
+from koi.errors import CheckpointError, ConfigurationError, annotate
+from koi.interrupts import Termination
+from koi.watch import warn
+
+_NAME = re.compile(r"iteration-(\d+)\.safetensors")
+_KEPT = 2
+
+
+class Autosave:
+    """Saves a training every so often, at its end, and where it is stopped.
+
+    Files are named by how many meta-iterations they have behind them; the last two are kept. What
+    a stopped training saves is its state after the last completed meta-iteration, so that going on
+    from there gives what going on without a stop would have given.
+
+    Args:
+        koi: the learner.
+        tasks: the task distribution.
+        folder: where to save, made if it is missing; None: nowhere.
+        every: meta-iterations from one file to the next; None: only at the end.
+        resume: go on from the newest good file in ``folder``.
+
+    Raises:
+        ConfigurationError: arguments that make no sense together.
+        CheckpointError: the folder cannot be used, or what is in it does not fit.
+    """
+
+    def __init__(
+        self, koi: Learner, tasks: Any, folder: Any, every: int | None, resume: bool
+    ) -> None:
+        if folder is None and (every is not None or resume):
+            name = "resume" if resume else "checkpoint_every"
+            raise ConfigurationError([f"{name} was given without checkpoint_dir: give both"])
+        if every is not None:
+            check_count("checkpoint_every", every)
+        self._koi = koi
+        self._every = every
+        self._folder = None if folder is None else Path(folder)
+        self._termination = Termination()
+        self._mark: tuple[int, Mark] | None = None
+        self._saved_at: int | None = None
+        self._damaged: set[int] = set()
+        koi._tasks = tasks
+        if self._folder is not None:
+            storage.encode(checkpoint.mark(koi).tasks, "tasks", {})  # better now than after an hour
+            self._prepare(self._folder)
+            self._resume(self._folder, tasks, resume)
+        if koi._pending is not None and self._saved_at is None:
+            checkpoint.give_state(tasks, koi._pending.mark.tasks)
+
+    @property
+    def ruled_out(self) -> frozenset[str]:
+        """The forms of the inner loop that the training that goes on had ruled out."""
+        return frozenset() if self._koi._pending is None else self._koi._pending.ruled_out
+
+    def __enter__(self) -> Autosave:
+        pending, self._koi._pending = self._koi._pending, None
+        if pending is not None and pending.mark.generators is not None:
+            randomness.restore(pending.mark.generators)
+        if self._folder is not None:
+            self._termination.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._save()
+            elif self._koi.iteration > 0 and not isinstance(error, CheckpointError):
+                self._save_stopped(error)
+        finally:
+            self._termination.__exit__(kind, error, trace)
+
+    def before_iteration(self) -> None:
+        """Remember where the meta-iteration draws from, should it not be completed."""
+        if self._folder is not None:
+            self._mark = self._koi.iteration, checkpoint.mark(self._koi)
+
+    def after_iteration(self) -> None:
+        """Save where it is time to, or where SIGTERM asks for an end."""
+        due = self._every is not None and self._koi.iteration % self._every == 0
+        if due or self._termination.requested:
+            self._save()
+            self._termination.let_through()
+
+    def _save(self) -> None:
+        """Write the file of this iteration, unless it is there, and remove what is too old."""
+        number = self._koi.iteration
+        if self._folder is None or number == self._saved_at:
+            return
+        begun = self._mark is not None and self._mark[0] == number
+        at = self._mark[1] if self._mark is not None and begun else None
+        with self._koi._interrupts.held():
+            checkpoint.save(self._koi, _path(self._folder, number), at)
+            self._saved_at = number
+            self._remove_old(self._folder, number)
+
+    def _save_stopped(self, error: BaseException) -> None:
+        try:
+            self._save()
+        except CheckpointError as second:
+            annotate(error, str(second))
+
+    def _remove_old(self, folder: Path, newest: int) -> None:
+        good = [n for n in _numbers(folder) if n <= newest and n not in self._damaged - {newest}]
+        kept = {_path(folder, n).name for n in good[-_KEPT:]}
+        with contextlib.suppress(OSError):
+            for path in list(folder.iterdir()):
+                begun = path.name.startswith(".iteration-") and path.suffix == ".tmp"
+                if begun or (_NAME.fullmatch(path.name) and path.name not in kept):
+                    path.unlink()
+
+    def _prepare(self, folder: Path) -> None:
+        """Make the folder and try to write there."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trial = storage.temporary_name(_path(folder, 0))
+            trial.write_bytes(b"")
+            trial.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint_dir {folder} cannot be written to ({error.strerror or error}): "
+                "choose another folder"
+            ) from error
+
+    def _resume(self, folder: Path, tasks: Any, wanted: bool) -> None:
+        """Go on from the newest good file, if one is ahead of the learner."""
+        koi = self._koi
+        ahead = [n for n in _numbers(folder) if n >= koi.iteration]
+        if not wanted and ahead and (koi.iteration == 0 or ahead[-1] > koi.iteration):
+            raise CheckpointError(
+                f"checkpoint_dir {folder} holds an earlier training, up to meta-iteration "
+                f"{ahead[-1]}: give resume=True to go on with it, or another folder"
+            )
+        if not wanted:
+            return
+        for number in reversed(ahead):
+            path = _path(folder, number)
+            try:
+                saved = checkpoint.read(path)
+            except CheckpointError as error:
+                self._damaged.add(number)
+                warn(f"{error}; looking for one")
+                continue
+            checkpoint.go_on(koi, saved, tasks)
+            self._saved_at = number
+            return
+        if ahead and koi.iteration == 0:
+            raise CheckpointError(
+                f"none of the {len(ahead)} checkpoints in {folder} can be used: to train from the "
+                "beginning, choose another folder or empty this one"
+            )
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"iteration-{number:09d}.safetensors"
+
+
+def _numbers(folder: Path) -> list[int]:
+    """Return the meta-iterations of which the folder has files, in order."""
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)

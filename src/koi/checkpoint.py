@@ -1,0 +1,337 @@
+"""What a checkpoint holds, and how training goes on from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from koi import parameters, randomness, storage
+from koi.agreement import (
+    arguments_of,
+    as_data,
+    different_optimizer,
+    different_settings,
+    different_tensors,
+    from_data,
+    is_kind,
+    tensors_of,
+)
+from koi.configuration import SETTINGS, inner_factory
+from koi.errors import CheckpointError
+from koi.inner.optimizers import OptimizerFactory, make_optimizer
+from koi.interrupts import Interrupts
+from koi.meta import MetaOptimizerFactory, MetaUpdate
+from koi.parameters import Learned, Tensors
+from koi.randomness import States
+from koi.records import Record
+from koi.state import Phi
+
+Data = dict[str, Any]
+
+_VERSION = version("koi-x")
+
+
+class Mark(NamedTuple):
+    """Where the next meta-iteration draws from: what the seed does not determine.
+
+    Args:
+        tasks: a copy of the task distribution's ``state_dict()``; None where it has none.
+        generators: the states of the global generators; None with a seed.
+    """
+
+    tasks: Any
+    generators: States | None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What `koi.Koi.load` has read and only the next training can use."""
+
+    mark: Mark
+    ruled_out: frozenset[str]
+
+
+class Learner(Protocol):
+    """What a checkpoint needs of `koi.Koi`."""
+
+    model: nn.Module
+    step_size: float
+    inner_optimizer: str | OptimizerFactory
+    inner_state: str
+    meta_optimizer: MetaOptimizerFactory | None
+    algorithm: str
+    seed: int | None
+    iteration: int
+    history: list[Record]
+    engine: str
+    _moments: Tensors | None
+    _update: MetaUpdate | None
+    _interrupts: Interrupts
+    _tasks: Any
+    _pending: Pending | None
+    _ruled_out: set[str]
+
+    def _phi(self, learned: Learned) -> Phi: ...
+
+
+AnyLearner = TypeVar("AnyLearner", bound=Learner)
+
+
+def mark(koi: Learner) -> Mark:
+    """Return where the next meta-iteration of ``koi`` draws from."""
+    if koi._pending is not None:
+        return koi._pending.mark
+    tasks = koi._tasks.state_dict() if hasattr(koi._tasks, "state_dict") else None
+    return Mark(copy.deepcopy(tasks), randomness.capture() if koi.seed is None else None)
+
+
+def contents(koi: Learner, at: Mark) -> Data:
+    """Return everything that training needs to go on.
+
+    Args:
+        koi: the learner between two meta-iterations.
+        at: where its next meta-iteration draws from.
+    """
+    learned = Learned.of(koi.model)
+    params, moments = learned.params_of(koi.model), koi._moments
+    names = (*learned.buffers, *learned.constants)
+    meta = None if koi._update is None else koi._update.optimizer
+    ruled_out = koi._ruled_out if koi._pending is None else koi._pending.ruled_out
+    return {
+        "koi": _VERSION,
+        "torch": torch.__version__,
+        "settings": _settings(koi),
+        "iteration": koi.iteration,
+        "engine": koi.engine,
+        "ruled_out": sorted(ruled_out),
+        "history": {
+            column.name: _column([getattr(record, column.name) for record in koi.history])
+            for column in fields(Record)
+        },
+        "params": dict(zip(learned.params, params, strict=True)),
+        "buffers": {name: koi.model.get_buffer(name) for name in names},
+        "tensors": tensors_of(koi.model),
+        "devices": [str(p.device) for p in params],
+        "moments": moments,
+        "moment_devices": [str(m.device) for m in moments or []],
+        "inner_optimizer": _inner_description(koi),
+        "meta_optimizer": None if meta is None else arguments_of(meta),
+        "meta_state": None if meta is None else meta.state_dict(),
+        "tasks": at.tasks,
+        "generators": None if at.generators is None else tuple(at.generators),
+    }
+
+
+def save(koi: Learner, path: Path, at: Mark | None = None) -> None:
+    """Write a checkpoint, Ctrl-C held back.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    storage.write(path, contents(koi, mark(koi) if at is None else at))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as it was read; the fields are what `contents` gives."""
+
+    path: Path
+    settings: Data
+    iteration: int
+    engine: str
+    ruled_out: frozenset[str]
+    history: list[Record]
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    tensors: dict[str, str]
+    devices: list[str]
+    moments: Tensors | None
+    moment_devices: list[str]
+    inner_optimizer: Data
+    meta_optimizer: Data | None
+    meta_state: Data | None
+    mark: Mark
+
+    def code(self) -> dict[str, str]:
+        """Return the names of settings that were code, and what code it was."""
+        return {name: value[1] for name, value in self.settings.items() if is_kind(value, "code")}
+
+
+def read(path: Path) -> Saved:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another program or of a newer Koi.
+    """
+    data = storage.read(path)
+    try:
+        kept = {field.name: data[field.name] for field in fields(Saved) if field.name in data}
+        generators = data["generators"]
+        states = None if generators is None else States(*generators)
+        kept["settings"] = {name: data["settings"][name] for name in SETTINGS}
+        kept["ruled_out"] = frozenset(data["ruled_out"])
+        kept["history"] = _records(data["history"])
+        return Saved(path=path, mark=Mark(data["tasks"], states), **kept)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is not whole ({type(error).__name__}: {error}): use an "
+            "earlier one"
+        ) from error
+
+
+def load(kind: Callable[..., AnyLearner], path: Path, model: nn.Module, given: Data) -> AnyLearner:
+    """Return a learner that goes on from ``path``.
+
+    Args:
+        kind: `koi.Koi`.
+        path: a checkpoint.
+        model: takes φ, once all has been checked.
+        given: settings that replace those in the file, or that a file cannot hold.
+
+    Raises:
+        CheckpointError: the file cannot be read, does not fit, or lacks settings that are code.
+    """
+    saved = read(path)
+    code = saved.code()
+    missing = [name for name in code if name not in given]
+    if missing:
+        named = " and ".join(f"{name} ({code[name]})" for name in missing)
+        again = ", ".join(f"{name}=…" for name in missing)
+        raise CheckpointError(
+            f"the checkpoint {path} was made with code as {named}, which a file cannot hold: give "
+            f"it again, Koi.load(path, model, {again})"
+        )
+    data = {name: from_data(value) for name, value in saved.settings.items() if name not in code}
+    koi = kind(model, **{**data, **given})
+    problems = [
+        *different_tensors(saved.tensors, tensors_of(koi.model)),
+        *_optimizer_problems(koi, saved, ("lr",)),
+    ]
+    put(koi, saved, problems)
+    return koi
+
+
+def go_on(koi: Learner, saved: Saved, tasks: Any) -> None:
+    """Let ``koi`` go on from a checkpoint as if it had never stopped.
+
+    Args:
+        koi: the learner.
+        saved: the checkpoint.
+        tasks: the task distribution, which takes its own state first, since that may fail.
+
+    Raises:
+        CheckpointError: the model, or any setting, is another; all differences are named.
+    """
+    problems = [
+        *different_tensors(saved.tensors, tensors_of(koi.model)),
+        *different_settings(saved.settings, _settings(koi)),
+        *_optimizer_problems(koi, saved, ()),
+    ]
+    put(koi, saved, problems, tasks)
+
+
+def put(koi: Learner, saved: Saved, problems: list[str], tasks: Any = None) -> None:
+    """Put what was read into ``koi``, its model and the tasks; nothing if there are problems."""
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise CheckpointError(
+            f"the checkpoint {saved.path} does not fit; make these as they were:\n{lines}"
+        )
+    phi = koi._phi(Learned.of(koi.model))
+    update = _meta_update(koi, phi, saved)
+    moments = _moments(saved, phi.params) if koi.inner_state == "carry" else None
+    sources = [saved.params[name] for name in Learned.of(koi.model).params]
+    buffers = [koi.model.get_buffer(name) for name in saved.buffers]
+    if tasks is not None:
+        give_state(tasks, saved.mark.tasks)
+    with koi._interrupts, koi._interrupts.held():
+        parameters.copy_(phi.params, sources)
+        parameters.copy_(buffers, list(saved.buffers.values()))
+        koi.iteration, koi.engine = saved.iteration, saved.engine
+        koi.history, koi._moments, koi._update = list(saved.history), moments, update
+        koi._pending = Pending(saved.mark, saved.ruled_out)
+
+
+def give_state(tasks: Any, state: Any) -> None:
+    """Give a task distribution the state that was stored.
+
+    Raises:
+        CheckpointError: there is one and the distribution cannot take it.
+    """
+    if state is None:
+        return
+    if not hasattr(tasks, "load_state_dict"):
+        raise CheckpointError(
+            f"the checkpoint holds the state of a task distribution, and {type(tasks).__name__} "
+            "has no load_state_dict: give the distribution that was trained on"
+        )
+    tasks.load_state_dict(copy.deepcopy(state))
+
+
+def _optimizer_problems(koi: Learner, saved: Saved, free: tuple[str, ...]) -> Iterator[str]:
+    """Yield what differs in the optimizers whose state is carried on, but for ``free``."""
+    if saved.moments and koi.inner_state == "carry":
+        here = _inner_description(koi)
+        yield from different_optimizer("inner_optimizer", saved.inner_optimizer, here, free)
+    meta = MetaUpdate(koi.algorithm, koi._phi(Learned.of(koi.model)), koi.meta_optimizer).optimizer
+    if saved.meta_optimizer is not None and meta is not None:
+        here = arguments_of(meta)
+        yield from different_optimizer("meta_optimizer", saved.meta_optimizer, here)
+
+
+def _settings(koi: Learner) -> Data:
+    return {name: as_data(getattr(koi, name)) for name in SETTINGS}
+
+
+def _inner_description(koi: Learner) -> Data:
+    params = Learned.of(koi.model).params_of(koi.model)
+    return arguments_of(make_optimizer(inner_factory(koi.inner_optimizer), params, koi.step_size))
+
+
+def _meta_update(koi: Learner, phi: Phi, saved: Saved) -> MetaUpdate:
+    """Return a new meta-update whose optimizer has the state that was stored."""
+    update = MetaUpdate(koi.algorithm, phi, koi.meta_optimizer)
+    optimizer, state = update.optimizer, saved.meta_state
+    if optimizer is None or state is None:
+        return update
+    try:
+        optimizer.load_state_dict(copy.deepcopy(state))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint {saved.path} has a state that meta_optimizer does not take ({error}): "
+            "give the meta_optimizer that it was made with"
+        ) from error
+    # torch gives moments the type of their parameter, which need not have been theirs
+    for group, stored in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for param, number in zip(group["params"], stored["params"], strict=True):
+            for name, value in state["state"].get(number, {}).items():
+                now = optimizer.state[param].get(name)
+                if isinstance(value, Tensor) and isinstance(now, Tensor):
+                    optimizer.state[param][name] = value.to(now.device)
+    return update
+
+
+def _moments(saved: Saved, params: Tensors) -> Tensors | None:
+    """Return the moments on the devices that now hold the parameters they belong to."""
+    if saved.moments is None:
+        return None
+    now = {there: p.device for there, p in zip(saved.devices, params, strict=True)}
+    pairs = zip(saved.moments, saved.moment_devices, strict=True)
+    return [moment.to(now.get(device, "cpu")) for moment, device in pairs]
+
+
+def _column(values: list[Any]) -> Tensor:
+    kind = torch.int64 if all(isinstance(value, int) for value in values) else torch.float64
+    return torch.tensor(values, dtype=kind)
+
+
+def _records(columns: Mapping[str, Tensor]) -> list[Record]:
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [Record(**dict(zip(columns, row, strict=True))) for row in rows]
