@@ -21,16 +21,19 @@ PINS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test check format bench clean
+.PHONY: help run test test-slow check format bench clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: .venv/.run ## Run the main job: meta-learn the paper's sine waves, then adapt to new ones
 	@$(BIN)/koi sine $(ARGS)
 
 test: .venv/.dev ## Run all tests: unit tests, doctests, documentation and examples
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/.dev ## Run the tests that take minutes each: every engine in full, compiled
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: .venv/.dev ## Check style, formatting and types
 	@$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import koi
 
@@ -39,7 +40,7 @@ def by_turns(
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(-warmups, repetitions):
+    for repetition in tqdm(range(-warmups, repetitions), disable=None, leave=False):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
             began = time.perf_counter()
@@ -100,8 +101,9 @@ def write(
     text: str,
     facts: Mapping[str, Any],
     timings: Mapping[str, Mapping[str, Timing]],
+    **more: Any,
 ) -> None:
-    """Write results/NAME.md for readers and results/NAME.json with every repetition."""
+    """Write results/NAME.md for readers and results/NAME.json with every repetition, and more."""
     RESULTS.mkdir(exist_ok=True)
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{text}\n\n{listed}\n", encoding="utf-8")
@@ -109,5 +111,14 @@ def write(
         case: {contestant: asdict(timing) for contestant, timing in contestants.items()}
         for case, contestants in timings.items()
     }
-    content = json.dumps({"environment": facts, "timings": measured}, indent=1)
+    content = json.dumps({"environment": facts, "timings": measured, **more}, indent=1)
     (RESULTS / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+
+
+def refresh(page: Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- NAME -->`` and ``<!-- end -->`` in a page."""
+    content = page.read_text(encoding="utf-8")
+    found = re.search(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", content, re.DOTALL)
+    if found is not None:
+        content = f"{content[: found.start()]}\n{text}\n\n{content[found.end() :]}"
+        page.write_text(content, encoding="utf-8")

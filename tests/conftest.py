@@ -20,3 +20,33 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    """Run the compiled engines' functions as they stand, without the compiler."""
+
+    def plain_scan(body, carry, steps):
+        results = []
+        for step in range(len(next(iter(steps.values())))):
+            carry, result = body(carry, {name: tensor[step] for name, tensor in steps.items()})
+            results.append(result)
+        return carry, torch.stack(results)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr("koi.inner.graph.scan", plain_scan)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Trace the compiled engines' functions in earnest, and run the graph without Inductor.
+
+    Tracing takes a few seconds, Inductor's C++ a minute.
+    """
+    compile = torch.compile
+
+    def without_inductor(function, *, fullgraph, options):
+        guards = {"guard_filter_fn": options["guard_filter_fn"]}
+        return compile(function, fullgraph=fullgraph, backend="aot_eager", options=guards)
+
+    monkeypatch.setattr(torch, "compile", without_inductor)

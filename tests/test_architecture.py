@@ -39,12 +39,16 @@ ALLOWED: dict[str, set[str]] = {
     "fewshot": BASE,
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
-    | {"checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
+    | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
     | {"interrupts", "progress", "records", "watch"},
+    "autosave": BASE | {"checkpoint", "configuration", "interrupts", "storage", "watch"},
+    "checkpoint": BASE
+    | {"agreement", "configuration", "inner", "interrupts", "meta", "records", "storage"},
+    "agreement": BASE | {"meta"},
+    "storage": BASE,
     "interrupts": BASE,
     "configuration": BASE | {"inner", "meta"},
     "watch": BASE,
-    "checkpoint": BASE,
     "distributed": BASE,
     "evaluation": BASE,
     "inner": BASE,

@@ -80,7 +80,7 @@ class Koi:
     ...     def sample(self):
     ...         return Task()
     >>> model = torch.nn.Linear(1, 1)
-    >>> koi = Koi(model, step_size=0.1, num_steps=5, num_iterations=100, meta_step_size=0.5)
+    >>> koi = Koi(model, step_size=0.1, num_steps=5, num_iterations=20, meta_step_size=0.5)
     >>> koi.train(Tasks()) is model
     True
     >>> abs(model(torch.ones(1, 1)).item() - 3) < 1e-3

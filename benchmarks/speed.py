@@ -1,0 +1,306 @@
+"""Koi's engines against a loop by hand and against JAX, in one process, by turns.
+
+python benchmarks/speed.py --threads 2 --write
+python benchmarks/speed.py --device cuda --write
+python benchmarks/speed.py --rows sine-25 sine-1 --quick
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import scaling
+import torch
+import workloads
+from harness import Timing
+from workloads import FORMS, Work
+
+PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
+HEAD = ["work", "must", "aim", "measured", "", "Koi's best form", "against"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: the fastest of ``ours`` against the fastest of ``against``.
+
+    ``must`` and ``aim`` are for the quotient of their times.
+    """
+
+    work: str
+    group: str
+    ours: tuple[str, ...]
+    against: tuple[str, ...]
+    must: float
+    aim: float
+
+
+HAND = ("loop by hand",)
+ONE_BY_ONE = ("Koi, one by one",)
+SINE_JAX = ("JAX, steps scanned", "JAX, steps unrolled")
+IMAGE_JAX = ("JAX, tasks and steps unrolled",)
+VECTORIZED, COMPILED, BOTH = (f"Koi, {form}" for form in list(FORMS)[1:])
+FLOAT32 = tuple(f"Koi, {form}, float32" for form in FORMS)
+BFLOAT16 = tuple(f"Koi, {form}, bfloat16" for form in FORMS)
+ROWS = (
+    Row("sine net, 25 tasks, vectorised", "sine-25", (VECTORIZED,), HAND, 6, 10),
+    Row("sine net, 25 tasks, compiled", "sine-25", (BOTH,), HAND, 40, 60),
+    Row("the same against JAX", "sine-25", (BOTH,), SINE_JAX, 1, 1.5),
+    Row("sine net, 1 task, compiled", "sine-1", (COMPILED,), HAND, 8, 20),
+    Row("Omniglot net, 5 tasks, float32", "omniglot", FLOAT32, HAND, 2, 5),
+    Row("the same against JAX", "omniglot", FLOAT32, IMAGE_JAX, 1, 2),
+    Row("Omniglot net, 5 tasks, bfloat16", "omniglot", BFLOAT16, HAND, 3, 8),
+    Row("evaluation", "evaluation", (VECTORIZED, COMPILED, BOTH), ONE_BY_ONE, 3, 8),
+)
+
+
+def sine_25(device: str) -> dict[str, Work]:
+    return {
+        HAND[0]: workloads.sine_by_hand(25, device),
+        VECTORIZED: workloads.sine_by_koi(25, "vectorized", device),
+        BOTH: workloads.sine_by_koi(25, "vectorized+compiled", device),
+        **in_jax("sine", SINE_JAX[0], num_tasks=25, unrolled=False),
+        **in_jax("sine", SINE_JAX[1], num_tasks=25, unrolled=True),
+    }
+
+
+def sine_1(device: str) -> dict[str, Work]:
+    return {
+        HAND[0]: workloads.sine_by_hand(1, device),
+        COMPILED: workloads.sine_by_koi(1, "compiled", device),
+        **in_jax("sine", SINE_JAX[0], num_tasks=1, unrolled=False),
+        **in_jax("sine", SINE_JAX[1], num_tasks=1, unrolled=True),
+    }
+
+
+def omniglot(device: str) -> dict[str, Work]:
+    ours = {name: (form, None) for name, form in zip(FLOAT32, FORMS, strict=True)}
+    ours |= {name: (form, torch.bfloat16) for name, form in zip(BFLOAT16, FORMS, strict=True)}
+    return {
+        HAND[0]: workloads.images_by_hand(device),
+        **{n: workloads.images_by_koi(form, device, dtype) for n, (form, dtype) in ours.items()},
+        **in_jax("images", IMAGE_JAX[0]),
+    }
+
+
+def evaluation(device: str) -> dict[str, Work]:
+    """The unit is a task: 1,000 are many of the chunks that Koi takes here."""
+    return {
+        ONE_BY_ONE[0]: workloads.evaluation("eager", device, 1),
+        VECTORIZED: workloads.evaluation("vectorized", device, 10),
+        COMPILED: workloads.evaluation("compiled", device, 1),
+        BOTH: workloads.evaluation("vectorized+compiled", device, 10),
+    }
+
+
+GROUPS: dict[str, Callable[[str], dict[str, Work]]] = {
+    "sine-25": sine_25,
+    "sine-1": sine_1,
+    "omniglot": omniglot,
+    "evaluation": evaluation,
+    "tasks": scaling.sine_sizes,
+}
+
+
+def in_jax(kind: str, name: str, **settings: Any) -> dict[str, Work]:
+    """JAX's contestant; none where JAX is not installed."""
+    if importlib.util.find_spec("jax") is None:
+        return {}
+    module = importlib.import_module("in_jax")
+    return {name: Work(getattr(module, kind)(**settings))}
+
+
+def prepare_jax(device: str) -> str:
+    """Give JAX the device before it starts; return its version."""
+    if importlib.util.find_spec("jax") is None:
+        print("JAX is not installed: its rows are left out (pip install jax)")
+        return "not installed"
+    os.environ["JAX_PLATFORMS"] = device
+    return importlib.metadata.version("jax")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a group's contestants took for each unit, and the seconds of their first one."""
+
+    timings: dict[str, Timing]
+    first: dict[str, float]
+
+    def fastest(self, names: tuple[str, ...]) -> str | None:
+        found = [name for name in names if name in self.timings]
+        return min(found, key=lambda name: self.timings[name].median, default=None)
+
+
+def compare(contestants: Mapping[str, Work], device: str, repetitions: int, span: float) -> Result:
+    """Time contestants by turns, each doing in a turn as much as takes about ``span`` seconds."""
+
+    def seconds(run: Callable[[int], object], units: int) -> float:
+        began = time.perf_counter()
+        run(units)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    first, units = {}, {}
+    for name, work in contestants.items():
+        first[name] = seconds(work.run, work.least)
+        again = min(seconds(work.run, work.least) for _ in range(2))
+        units[name] = work.least * max(1, round(span / again))
+        print(f"  {name}: first run {first[name]:.1f} s, then {units[name]} at a time", flush=True)
+    turns = {name: partial(seconds, work.run, units[name]) for name, work in contestants.items()}
+    timings = harness.by_turns(turns, repetitions)
+    return Result(
+        {
+            name: Timing(tuple(value / units[name] for value in timing.seconds))
+            for name, timing in timings.items()
+        },
+        first,
+    )
+
+
+def verdict(value: float, must: float, aim: float) -> str:
+    return "aim met" if value >= aim else "met" if value >= must else "**not met**"
+
+
+def line(row: Row, result: Result) -> list[str]:
+    """A line of the table; empty cells where a contestant is missing."""
+    ours, against = result.fastest(row.ours), result.fastest(row.against)
+    bounds = [f"{row.must:g}", f"{row.aim:g}"]
+    if ours is None or against is None:
+        return [row.work, *bounds, "", "left out", "", ""]
+    value, low, high = harness.ratio(result.timings[against], result.timings[ours])
+    shown = f"**{value:.2f}** ({low:.2f}–{high:.2f})"
+    names = [f"{name}: {1e3 * result.timings[name].median:.3g} ms" for name in (ours, against)]
+    return [row.work, *bounds, shown, verdict(value, row.must, row.aim), *names]
+
+
+def cost_line(result: Result) -> list[str]:
+    """The line on the cost for each task as the meta-batch grows."""
+    costs = scaling.per_task(result.timings)
+    scaling.draw_cost(costs, scaling.IMAGES / "speed-tasks.png")
+    shown = " ".join(f"{1e6 * cost:.0f}" for cost in costs.values())
+    met = "met" if scaling.falls(costs) else "**not met**"
+    work = f"sine net, compiled, µs for each task with {min(costs)} to {max(costs)} tasks"
+    return [work, "falls to a plateau", "", shown, met, "", ""]
+
+
+def memory_line(found: scaling.Memory) -> list[str]:
+    """The line on peak memory as the meta-batch grows."""
+    scaling.draw_memory(found, scaling.IMAGES / "speed-memory.png")
+    slopes = found.slopes()
+    shown = ", ".join(f"**{value:.2f}** {form}" for form, value in slopes.items())
+    met = "met" if max(slopes.values()) <= scaling.MOST_MEMORY else "**not met**"
+    needed = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in found.needed.items())
+    work = f"Omniglot net, peak memory for each task, as a multiple of what it needs ({needed})"
+    return [work, f"at most {scaling.MOST_MEMORY:g}", "", shown, met, "", ""]
+
+
+def detail(name: str, result: Result) -> list[list[str]]:
+    """What every contestant of a group took."""
+    unit = "task" if name == "evaluation" else "meta-iteration"
+    return [
+        [name, contestant, f"{1e3 * timing.median:.3g}", unit, f"{result.first[contestant]:.1f}"]
+        for contestant, timing in result.timings.items()
+    ]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*GROUPS, "memory"]
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="ROWS",
+        help=f"what to measure, of {', '.join(names)}",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="cores that may be used")
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="5 repetitions of shorter turns")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--write", action="store_true", help="write to benchmarks/results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = options()
+    device, threads = arguments.device, arguments.threads
+    repetitions, span = (5, 0.05) if arguments.quick else (arguments.repetitions, 0.2)
+    if hasattr(os, "sched_setaffinity"):  # JAX has no option for the number of its threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    torch.set_num_threads(threads)
+    facts = {
+        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        **harness.environment(),
+        "jax": prepare_jax(device),
+        "threads": threads,
+    }
+    lines, details, results, found_memory = [], [], {}, None
+    for name, contestants in GROUPS.items():
+        if name not in arguments.rows:
+            continue
+        print(f"{name} (load average {harness.load_average()})", flush=True)
+        torch.manual_seed(0)
+        result = results[name] = compare(contestants(device), device, repetitions, span)
+        found = [line(row, result) for row in ROWS if row.group == name]
+        found = [cost_line(result)] if name == "tasks" else found
+        for cells in found:
+            print("  " + " | ".join(cells), flush=True)
+        lines += found
+        details += detail(name, result)
+    if "memory" in arguments.rows:
+        print("memory", flush=True)
+        found_memory = scaling.memory_sizes(device)
+        lines.append(memory_line(found_memory))
+        print("  " + " | ".join(lines[-1]), flush=True)
+    facts["load average after"] = harness.load_average()
+    text = report(lines, details, repetitions)
+    print(text, *(f"{key}: {value}" for key, value in facts.items()), sep="\n")
+    if arguments.write:
+        timings = {name: result.timings for name, result in results.items()}
+        title = f"Speed with {threads} thread{'s' * (threads > 1)}"
+        name = f"speed-{threads}threads" if device == "cpu" else "speed-cuda"
+        memory = None if found_memory is None else asdict(found_memory)
+        harness.write(name, title, text, facts, timings, memory=memory)
+        brief = harness.markdown_table(HEAD[:5], [cells[:5] for cells in lines])
+        harness.refresh(PAGE, name, f"{brief}\n\n{brief_facts(facts)}")
+
+
+def brief_facts(facts: Mapping[str, Any]) -> str:
+    """What a reader of the documentation must know of a table."""
+    machine = facts.get("gpu", facts["processor"])
+    return (
+        f"{machine}, threads: {facts['threads']}, torch {facts['torch']}, JAX {facts['jax']}, "
+        f"{facts['date']}, load average before: {facts['load average before']}. "
+        f"Made by `{facts['command']}`."
+    )
+
+
+def report(lines: list[list[str]], details: list[list[str]], repetitions: int) -> str:
+    """Both tables with what a reader must know of them."""
+    table = harness.markdown_table(HEAD, lines)
+    every = harness.markdown_table(["rows", "", "ms", "for each", "first run, s"], details)
+    return (
+        f"How many times faster Koi is: quotients of medians of {repetitions} turns, in which the "
+        "contestants of a group take turns in one process, sampling, meta-update and records "
+        "included; in brackets the quartiles of the turn-by-turn quotients. Images are random: "
+        "the sizes are Omniglot's. The evaluation is of 5-way 1-shot tasks, 50 steps of batch 5, "
+        "in Koi's chunks; its unit is a task, since 1,000 tasks are many such chunks.\n\n"
+        f"{table}\n\nWhat every contestant took. The first run compiles.\n\n{every}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A convolution as a matrix product is that convolution."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import grad, vmap
+from torch.nn import functional as F
+
+from koi.inner.convolution import convolutions_as_products, patches_product
+
+pytestmark = pytest.mark.usefixtures("float64")
+small = partial(st.integers, 1)
+
+
+@st.composite
+def convolutions(draw):
+    """Draw an input, a weight, a bias or none, strides and paddings that fit together."""
+    batch, channels, outputs = draw(small(3)), draw(small(3)), draw(small(9))
+    kernel, stride = [(draw(small(4)), draw(small(4))) for _ in range(2)]
+    padding = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    size = draw(small(9)), draw(small(9))
+    assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel, strict=True)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64)
+    bias = normal(outputs) if draw(st.booleans()) else None
+    return normal(batch, channels, *size), normal(outputs, channels, *kernel), bias, stride, padding
+
+
+@given(convolutions())
+@settings(max_examples=60, deadline=None)
+def test_values_and_gradients(case):
+    input, weight, bias, stride, padding = case
+    expected = F.conv2d(input, weight, bias, stride, padding)
+    actual = patches_product(input, weight, bias, stride, padding)
+    torch.testing.assert_close(actual, expected)
+    tensors = [t.requires_grad_() for t in (input, weight, bias) if t is not None]
+    direction = torch.randn_like(expected)
+    results = []
+    for function in (patches_product, F.conv2d):
+        bent = function(input, weight, bias, stride, padding).sin()
+        grads = torch.autograd.grad((bent * direction).sum(), tensors, create_graph=True)
+        total = sum(g.square().sum() for g in grads)
+        results.append([*grads, *torch.autograd.grad(total, tensors)])
+    torch.testing.assert_close(*results)
+
+
+@given(convolutions())
+@settings(max_examples=30, deadline=None)
+def test_weights_of_each_task(case):
+    """Under vmap, with the gradient inside, as an engine calls it."""
+    input, weight, bias, stride, padding = case
+    inputs, weights = (torch.stack([t, t.flip(0) - 1, 2 * t]) for t in (input, weight))
+    kernels, results = [patches_product, F.conv2d], []
+    for function in kernels:
+
+        def loss(weight, input, function=function):
+            return function(input, weight, bias, stride, padding).sin().sum()
+
+        results.append(
+            [vmap(loss)(weights, inputs), vmap(grad(loss, argnums=(0, 1)))(weights, inputs)]
+        )
+    torch.testing.assert_close(*results)
+
+
+@given(convolutions())
+@settings(max_examples=20, deadline=None)
+def test_one_example_without_a_batch(case):
+    input, *others = case
+    torch.testing.assert_close(patches_product(input[0], *others), F.conv2d(input[0], *others))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_autocast(with_bias):
+    input, weight = torch.randn(2, 3, 6, 5).float(), torch.randn(4, 3, 3, 3).float()
+    bias = torch.randn(4).float() if with_bias else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = patches_product(input, weight, bias, (1, 2), (1, 0))
+        expected = F.conv2d(input, weight, bias, (1, 2), (1, 0))
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
+
+
+def test_memory_format():
+    output = patches_product(torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3), None, (1, 1), (1, 1))
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+class Subclass(nn.Conv2d):
+    """Does something else with its input."""
+
+    def forward(self, input):
+        return super().forward(input).abs()
+
+
+KINDS = {
+    "plain": lambda: nn.Conv2d(4, 4, 3, padding=1),
+    "stride": lambda: nn.Conv2d(4, 4, (3, 1), stride=(2, 1), bias=False),
+    "same": lambda: nn.Conv2d(4, 4, 3, padding="same"),
+    "valid": lambda: nn.Conv2d(4, 4, 3, padding="valid"),
+    "groups": lambda: nn.Conv2d(4, 4, 3, groups=2),
+    "dilation": lambda: nn.Conv2d(4, 4, 3, dilation=2),
+    "reflect": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    "subclass": lambda: Subclass(4, 4, 3),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_modules(name):
+    net = nn.Sequential(KINDS[name](), nn.ReLU())
+    input = torch.randn(2, 4, 7, 8)
+    expected = net(input)
+    convolutions_as_products(net)
+    torch.testing.assert_close(net(input), expected)
+    assert ("_conv_forward" in vars(net[0])) == (name in ("plain", "stride"))

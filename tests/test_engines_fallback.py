@@ -1,0 +1,311 @@
+"""vectorize="auto" runs all tasks at once where it can, and says why where it cannot."""
+
+import logging
+import random
+from copy import deepcopy
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import koi
+from engine_toys import SETTINGS, Fit, Fits, assert_agree, mlp, trained
+from koi import EngineError, Koi
+from koi.randomness import capture, same_states
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Item(Fit):
+    def loss(self, model):
+        loss = super().loss(model)
+        return loss / max(loss.item(), 1.0)
+
+
+class Branch(Fit):
+    def loss(self, model):
+        loss = super().loss(model)
+        return loss if loss > 1 else 2 * loss
+
+
+class Numpy(Fit):
+    def loss(self, model):
+        weight = float(np.abs(self.y.numpy()).mean())
+        return weight * super().loss(model)
+
+
+class NumpyDraw(Fit):
+    def loss(self, model):
+        return super().loss(model) * np.random.uniform(1, 2)
+
+
+class PythonDraw(Fit):
+    def loss(self, model):
+        return super().loss(model) * random.uniform(1, 2)
+
+
+class QueryDraw(Fit):
+    """Draws only where it is evaluated."""
+
+    @property
+    def query(self):
+        return NumpyDraw(self.x, self.y)
+
+
+class Draws(Fit):
+    """Draws from torch, too: a failed attempt must not leave that behind."""
+
+    def loss(self, model):
+        loss = super().loss(model) * (1 + torch.rand(()))
+        return loss / max(loss.item(), 1.0)
+
+
+class Plain:
+    """No tensor task."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    loss = Fit.loss
+
+
+for cls in (Item, Branch, Numpy, NumpyDraw, PythonDraw, QueryDraw, Draws):
+    koi.tensor_task(cls)
+
+
+class Shapes(Fits):
+    """Each task has one example more than the last."""
+
+    def __init__(self):
+        super().__init__(kind=Fit)
+
+    def sample(self):
+        size = int(torch.randint(2, 10, ()))
+        return Fit(torch.randn(size, 3), torch.randn(size, 2))
+
+
+@koi.tensor_task
+@dataclass
+class Scaled(Fit):
+    scale: float
+
+    def loss(self, model):
+        return self.scale * super().loss(model)
+
+
+class Scales(Fits):
+    """Tasks with a setting that is no tensor and differs."""
+
+    def sample(self):
+        return Scaled(torch.randn(6, 3), torch.randn(6, 2), float(torch.rand(())))
+
+
+class Mixed(Fits):
+    """Tasks of two classes."""
+
+    def sample(self):
+        kind = Fit if torch.rand(()) < 0.5 else Draws
+        return kind(torch.randn(6, 3), torch.randn(6, 2))
+
+
+TASKS = {
+    "item": (Fits(kind=Item), "Item", "without .item()"),
+    "branch": (Fits(kind=Branch), "Branch", "torch.where"),
+    "numpy": (Fits(kind=Numpy), "Numpy", "compute with torch"),
+    "numpy draws": (Fits(kind=NumpyDraw), "NumPy's random generator", "draw from torch"),
+    "python draws": (Fits(kind=PythonDraw), "Python's or", "draw from torch"),
+    "shapes": (Shapes(), "'x' of Fit cannot be stacked", "one shape, type and device"),
+    "settings": (Scales(), "'scale' of Scaled", "make it a tensor, or equal"),
+    "classes": (Mixed(), "Draws", "of one class"),
+    "no tensors": (Fits(kind=Plain), "Plain is not a tensor task", "@koi.tensor_task"),
+}
+
+
+def global_norm(params, lr):
+    """SGD on the gradient divided by its norm over all parameters."""
+
+    class Normalised(torch.optim.SGD):
+        def step(self, closure=None):
+            params = self.param_groups[0]["params"]
+            norm = torch.stack([p.grad.norm() for p in params]).norm()
+            for param in params:
+                param.grad = param.grad / norm
+            return super().step(closure)
+
+    return Normalised(params, lr)
+
+
+OPTIMIZERS = {"global norm": global_norm, "Adafactor": torch.optim.Adafactor}
+
+
+class Matrices(nn.Module):
+    """Parameters that Muon takes, too: matrices only."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+def auto(model, tasks, **settings):
+    learner = Koi(deepcopy(model), vectorize="auto", **(SETTINGS | settings))
+    learner.train(tasks)
+    return learner
+
+
+def lines(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "koi"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_that_run_one_by_one(name, caplog):
+    tasks, why, mend = TASKS[name]
+    model = mlp()
+    learner = auto(model, tasks)
+    assert learner.engine == "eager"
+    if name == "no tensors":
+        assert not lines(caplog)  # nothing was tried, nothing is amiss
+    else:
+        (line,) = lines(caplog)
+        assert why in line
+        assert mend in line
+        assert line.endswith("; running one task at a time")
+    assert_agree(learner, trained("eager", model, tasks), tolerance=0)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_that_cannot_run_at_once(name):
+    tasks, why, mend = TASKS[name]
+    model = mlp()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(EngineError) as caught:
+        Koi(model, vectorize=True, **SETTINGS).train(tasks)
+    assert why in str(caught.value)
+    assert mend in str(caught.value)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "Muon"])
+def test_optimizers_that_are_not_element_wise(name, caplog):
+    optimizer = OPTIMIZERS.get(name) or torch.optim.Muon
+    model = Matrices() if name == "Muon" else mlp()
+    tasks = Fits(kind=Fit)
+    learner = auto(model, tasks, inner_optimizer=optimizer)
+    assert learner.engine == "eager"
+    (line,) = lines(caplog)
+    assert "does not work element by element" in line
+    assert_agree(learner, trained("eager", model, tasks, inner_optimizer=optimizer), tolerance=0)
+    with pytest.raises(EngineError, match="does not work element by element"):
+        trained("vectorized", model, tasks, inner_optimizer=optimizer)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("kind", [Draws, NumpyDraw, PythonDraw])
+def test_failed_attempt_leaves_no_trace_in_the_generators(kind, seed):
+    model, states = mlp(), []
+    for vectorize in ("auto", False):
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        learner = Koi(deepcopy(model), vectorize=vectorize, **(SETTINGS | {"seed": seed}))
+        learner.train(Fits(kind=kind))
+        learner.evaluate(Fits(kind=kind), num_tasks=3)
+        states.append((dict(learner.model.state_dict()), capture()))
+    (one, after_one), (other, after_other) = states
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert same_states(after_one, after_other)
+
+
+def test_draws_in_the_query_alone_are_found_too(caplog):
+    model = mlp()
+    learner = auto(model, Fits(kind=QueryDraw))
+    assert learner.engine == "vectorized"
+    eager = trained("eager", model, Fits(kind=QueryDraw))
+    losses = learner.evaluate(Fits(kind=QueryDraw), num_tasks=5).losses
+    torch.testing.assert_close(losses, eager.evaluate(Fits(kind=QueryDraw), 5).losses)
+    assert "draw from torch" in caplog.text
+    with pytest.raises(EngineError, match="draw from torch"):
+        trained("vectorized", model, Fits(kind=QueryDraw), algorithm="fomaml")
+
+
+def test_shapes_that_differ_later_on(caplog):
+    class Later(Fits):
+        count = 0
+
+        def sample(self):
+            self.count += 1
+            size = 6 if self.count <= 2 * SETTINGS["meta_batch_size"] else self.count
+            return Fit(torch.randn(size, 3), torch.randn(size, 2))
+
+    model = mlp()
+    learner = auto(model, Later())
+    assert learner.engine == "eager"
+    assert len(lines(caplog)) == 1
+    assert_agree(learner, trained("eager", model, Later()))
+
+
+def test_one_task_runs_alone(caplog):
+    model = mlp()
+    learner = auto(model, Fits(), meta_batch_size=1)
+    assert learner.engine == "eager"
+    assert not lines(caplog)
+    evaluation = learner.evaluate(Fits(), num_tasks=3)  # these can run at once, and are the same
+    eager = trained("eager", model, Fits(), meta_batch_size=1)
+    torch.testing.assert_close(evaluation.losses, eager.evaluate(Fits(), 3).losses)
+
+
+def test_what_can_run_at_once_does(caplog):
+    learner = auto(mlp(), Fits())
+    assert learner.engine == "vectorized"
+    assert not lines(caplog)
+
+
+def test_mistake_in_the_loss_is_not_blamed_on_the_engine():
+    class Mistake(Fit):
+        def loss(self, model):
+            raise KeyError("mine")
+
+    koi.tensor_task(Mistake)
+    with pytest.raises(KeyError, match="mine"):
+        auto(mlp(), Fits(kind=Mistake))
+
+
+def test_without_a_seed_the_forms_take_turns(caplog):
+    """Every form does the same update, so that which one ran cannot be seen in φ."""
+    caplog.set_level(logging.INFO, "koi")
+    model = mlp()
+    settings = {"seed": None, "num_iterations": 10}
+    torch.manual_seed(3)
+    learner = auto(model, Fits(), **settings)
+    assert learner.engine in ("eager", "vectorized")
+    (line,) = lines(caplog)
+    assert f"keeping {learner.engine}" in line
+    torch.manual_seed(3)
+    assert_agree(learner, trained("eager", model, Fits(), **settings))
+
+
+def test_engine_before_anything_ran():
+    assert Koi(mlp()).engine == "none yet"
+
+
+def test_tensors_of_a_subclass_are_its_own():
+    """The mark of `Fit` does not hide the field that a subclass without a mark adds."""
+
+    @dataclass
+    class Weighted(Fit):
+        weight: Tensor
+
+        def loss(self, model):
+            return (self.weight * (model(self.x) - self.y)).square().mean()
+
+    class Tasks:
+        def sample(self):
+            return Weighted(torch.randn(6, 3), torch.randn(6, 2), torch.rand(6, 1))
+
+    model = mlp()
+    assert_agree(trained("vectorized", model, Tasks()), trained("eager", model, Tasks()))

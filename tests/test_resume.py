@@ -1,0 +1,556 @@
+"""A training that was stopped and goes on ends, bit for bit, where it would have ended."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import long_run
+from koi import (
+    CheckpointError,
+    ConfigurationError,
+    Koi,
+    KoiWarning,
+    NonFiniteError,
+    linear,
+    tensor_task,
+)
+from toys import InTurn, Point, Quadratic, assert_same, small_net, snapshot
+
+SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 7, "meta_batch_size": 2}
+
+
+@tensor_task
+@dataclass
+class Line:
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    def loss(self, model):
+        noise = torch.randn_like(self.inputs)
+        return F.mse_loss(model(self.inputs + 0.1 * noise), self.targets)
+
+
+class Lines:
+    """Draws from all three global generators."""
+
+    def sample(self):
+        level = random.random() + np.random.rand()
+        return Line(torch.randn(4, 3), level * torch.randn(4, 2))
+
+
+class Stateful(Lines):
+    """Counts on its own, and what it gives depends on the count."""
+
+    def __init__(self):
+        self.state = {"count": 0, "scale": torch.tensor(1.0)}
+
+    def sample(self):
+        self.state["count"] += 1
+        self.state["scale"] *= 1.01
+        task = super().sample()
+        return replace(task, targets=task.targets * self.state["scale"] + self.state["count"])
+
+    def state_dict(self):
+        return self.state  # an alias, as torch's own state_dict gives
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def net():
+    """A module with buffers of both kinds, dropout and a frozen parameter."""
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Tanh(), nn.Linear(4, 2)
+    )
+    model[1].bias.requires_grad_(False)
+    return model
+
+
+def velocity(params, lr):
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+def by_torch(params, lr):
+    return torch.optim.RMSprop(params, lr=lr, momentum=0.5)
+
+
+def meta_adam(params):
+    return torch.optim.Adam(params, lr=0.05)
+
+
+CASES = {
+    "sgd": {},
+    "sgd with momentum": {"inner_optimizer": velocity},
+    "adam": {"inner_optimizer": "adam", "meta_step_size": linear(1.0, 0.0)},
+    "adam reset": {"inner_optimizer": "adam", "inner_state": "reset"},
+    "an optimizer without a rule": {"inner_optimizer": by_torch},
+    "meta adam": {"meta_optimizer": meta_adam},
+    "a schedule of the user's": {"meta_step_size": lambda fraction: 0.5 - fraction / 4},
+    "fomaml": {"algorithm": "fomaml", "inner_optimizer": "adam"},
+    "maml": {"algorithm": "maml", "inner_optimizer": "adam", "meta_optimizer": meta_adam},
+    "unseeded": {"seed": None, "inner_optimizer": "adam"},
+    "bfloat16": {"autocast": torch.bfloat16},
+    "in chunks": {"chunk_size": 1},
+}
+
+
+class Stop(Exception):  # noqa: N818
+    """What stops a training in these tests."""
+
+
+class StopsInside(Stateful):
+    """Raises while the fourth meta-batch is drawn, after some of its draws."""
+
+    error = Stop
+
+    def sample(self):
+        if self.state["count"] == 2 * 3 + 1:
+            raise self.error
+        return super().sample()
+
+
+def stops_after(iteration, error=Stop):
+    def callback(koi, record):
+        if record.iteration + 1 == iteration:
+            raise error
+
+    return callback
+
+
+def learner(model, case, vectorize):
+    return Koi(model, **{**SETTINGS, "seed": 0, "vectorize": vectorize, **case})
+
+
+def reseed(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def uninterrupted(case, vectorize):
+    reseed(1)
+    koi = learner(net(), case, vectorize)
+    koi.train(Stateful())
+    return koi
+
+
+def assert_same_training(koi, whole):
+    assert_same(koi.model, whole.model)
+    assert koi.iteration == whole.iteration
+    assert koi.engine == whole.engine
+    known = [[replace(record, seconds=0) for record in k.history] for k in (koi, whole)]
+    assert known[0] == known[1]
+    moments = [[] if k._moments is None else k._moments for k in (koi, whole)]
+    assert all(map(torch.equal, *moments))
+
+
+@pytest.mark.parametrize("vectorize", [False, True], ids=["one by one", "at once"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_resumed_run_equals_the_uninterrupted_one(case, vectorize, tmp_path):
+    """Stopped in the middle of a meta-iteration; and, on the way there, between two of them."""
+    whole = uninterrupted(case, vectorize)
+
+    reseed(1)
+    koi = learner(net(), case, vectorize)
+    folder = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
+    with pytest.raises(Stop):
+        koi.train(Stateful(), callbacks=[stops_after(1)], **folder)
+    reseed(2)
+    koi = learner(net(), case, vectorize)
+    with pytest.raises(Stop):
+        koi.train(StopsInside(), **folder, resume=True)
+    assert koi.iteration == 3
+    reseed(3)
+    koi = learner(net(), case, vectorize)
+    koi.train(Stateful(), **folder, resume=True)
+    assert_same_training(koi, whole)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["iteration-000000006.safetensors", "iteration-000000007.safetensors"]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_saved_and_loaded_by_hand(case, tmp_path):
+    whole = uninterrupted(case, False)
+    reseed(1)
+    koi = learner(net(), case, False)
+    with pytest.raises(Stop):
+        koi.train(Stateful(), callbacks=[stops_after(4)])
+    koi.save(tmp_path / "koi")
+    reseed(2)
+    code = {name: value for name, value in case.items() if callable(value)}
+    koi = Koi.load(tmp_path / "koi", net(), **code)
+    koi.save(tmp_path / "again")  # nothing is lost on the way
+    koi = Koi.load(tmp_path / "again", net(), **code)
+    koi.train(Stateful())
+    assert_same_training(koi, whole)
+
+
+def assert_compiled_resumes(vectorize, tmp_path):
+    case = {"compile": True, "inner_optimizer": "adam", "num_iterations": 4}
+    whole = uninterrupted(case, vectorize)
+    reseed(1)
+    with pytest.raises(Stop):
+        learner(net(), case, vectorize).train(
+            Stateful(), callbacks=[stops_after(2)], checkpoint_dir=tmp_path
+        )
+    koi = learner(net(), case, vectorize)
+    koi.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
+    assert_same_training(koi, whole)
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_compiled_engines(vectorize, tmp_path):
+    assert_compiled_resumes(vectorize, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_compiled(vectorize, tmp_path):
+    assert_compiled_resumes(vectorize, tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, TypeError])
+def test_any_error_saves(error, tmp_path):
+    tasks = StopsInside()
+    tasks.error = error
+    koi = learner(small_net(), {}, False)
+    with pytest.raises(error):
+        koi.train(tasks, checkpoint_dir=tmp_path)
+    after = snapshot(koi.model)
+    koi = learner(small_net(), {"num_iterations": 3}, False)
+    koi.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
+    assert_same(koi.model, after)
+    assert koi.iteration == 3
+
+
+def test_error_before_the_first_update_saves_nothing(tmp_path):
+    tasks = StopsInside()
+    tasks.state["count"] = 7
+    with pytest.raises(Stop):
+        learner(small_net(), {}, False).train(tasks, checkpoint_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loss_that_is_not_finite_saves_what_was_before(tmp_path):
+    koi = learner(Point(1.0), {"num_iterations": 5, "meta_batch_size": 1}, False)
+    tasks = InTurn(Quadratic(0.0), Quadratic(0.0), Quadratic(float("nan")))
+    with pytest.raises(NonFiniteError, match="iteration 2"):
+        koi.train(tasks, checkpoint_dir=tmp_path)
+    loaded = Koi.load(tmp_path / "iteration-000000002.safetensors", Point(0.0))
+    assert_same(loaded.model, koi.model)
+    assert loaded.history == koi.history
+
+
+def test_skipped_tasks(tmp_path):
+    case = {"on_nonfinite": "skip", "num_iterations": 4}
+    tasks = [Quadratic(1.0), Quadratic(float("nan"))]
+    whole = learner(Point(3.0), case, False)
+    whole.train(InTurn(*tasks))
+    with pytest.raises(Stop):
+        learner(Point(3.0), case, False).train(
+            InTurn(*tasks), callbacks=[stops_after(2)], checkpoint_dir=tmp_path
+        )
+    koi = learner(Point(0.0), case, False)
+    koi.train(InTurn(*tasks), checkpoint_dir=tmp_path, resume=True)
+    assert_same_training(koi, whole)
+
+
+def test_optimizers_that_callbacks_change(tmp_path):
+    """A meta-optimizer's learning rate, as a scheduler changes it, goes on where it was."""
+
+    def slower(koi, record):
+        koi._update.optimizer.param_groups[0]["lr"] *= 0.5
+
+    case = {"meta_optimizer": meta_adam}
+    reseed(1)
+    whole = learner(net(), case, False)
+    whole.train(Stateful(), callbacks=[slower])
+    reseed(1)
+    with pytest.raises(Stop):
+        learner(net(), case, False).train(
+            Stateful(), callbacks=[slower, stops_after(3)], checkpoint_dir=tmp_path
+        )
+    koi = learner(net(), case, False)
+    koi.train(Stateful(), callbacks=[slower], checkpoint_dir=tmp_path, resume=True)
+    assert_same_training(koi, whole)
+
+
+def test_moments_keep_their_type(tmp_path):
+    """torch's load_state_dict would give them the type of the parameters."""
+
+    class Precise(torch.optim.SGD):
+        def step(self, closure=None):
+            for param in self.param_groups[0]["params"]:
+                state = self.state[param]
+                state["sum"] = state.get("sum", 0) + param.grad.double() / 3
+                param.data -= (0.1 * state["sum"]).to(param.dtype)
+
+    case = {"meta_optimizer": lambda params: Precise(params, lr=0.1)}
+    whole = uninterrupted(case, False)
+    reseed(1)
+    with pytest.raises(Stop):
+        learner(net(), case, False).train(
+            Stateful(), callbacks=[stops_after(3)], checkpoint_dir=tmp_path
+        )
+    koi = learner(net(), case, False)
+    koi.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
+    assert_same_training(koi, whole)
+
+
+def test_nothing_to_resume_starts_from_the_beginning(tmp_path):
+    whole = uninterrupted({}, False)
+    reseed(1)
+    koi = learner(net(), {}, False)
+    koi.train(Stateful(), checkpoint_dir=tmp_path / "new" / "folder", resume=True)
+    assert_same_training(koi, whole)
+
+
+def test_finished_training_is_not_trained_on(tmp_path):
+    koi = learner(net(), {}, False)
+    koi.train(Stateful(), checkpoint_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    before = path.stat().st_mtime_ns
+    other = learner(net(), {}, False)
+    other.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
+    assert_same_training(other, koi)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_more_iterations_where_epsilon_is_constant(tmp_path):
+    whole = uninterrupted({"num_iterations": 9}, False)
+    reseed(1)
+    learner(net(), {"num_iterations": 4}, False).train(Stateful(), checkpoint_dir=tmp_path)
+    koi = learner(net(), {"num_iterations": 9}, False)
+    koi.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
+    assert_same_training(koi, whole)
+
+
+def test_damaged_newest_gives_way_to_the_one_before(tmp_path):
+    whole = uninterrupted({}, False)
+    reseed(1)
+    with pytest.raises(Stop):
+        learner(net(), {}, False).train(
+            Stateful(), callbacks=[stops_after(5)], checkpoint_dir=tmp_path, checkpoint_every=2
+        )
+    newest = tmp_path / "iteration-000000005.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    koi = learner(net(), {}, False)
+    with pytest.warns(KoiWarning, match=r"000005\.safetensors is damaged"):
+        koi.train(Stateful(), checkpoint_dir=tmp_path, checkpoint_every=2, resume=True)
+    assert_same_training(koi, whole)
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path):
+    (tmp_path / "iteration-000000005.safetensors").write_bytes(b"")
+    with (
+        pytest.warns(KoiWarning, match="iteration-000000005"),
+        pytest.raises(CheckpointError, match="none of the 1 checkpoints"),
+    ):
+        learner(net(), {}, False).train(Stateful(), checkpoint_dir=tmp_path, resume=True)
+
+
+def test_what_is_not_a_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "iteration-5.txt").write_text("mine")
+    (tmp_path / ".iteration-000000003.safetensors.1.tmp").write_text("of a killed process")
+    learner(net(), {}, False).train(Stateful(), checkpoint_dir=tmp_path, checkpoint_every=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iteration-000000006.safetensors",
+        "iteration-000000007.safetensors",
+        "iteration-5.txt",
+        "notes.txt",
+    ]
+
+
+def test_earlier_training_is_not_overwritten(tmp_path):
+    learner(net(), {}, False).train(Stateful(), checkpoint_dir=tmp_path)
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match="resume=True"):
+        learner(model, {}, False).train(Stateful(), checkpoint_dir=tmp_path)
+    assert_same(model, before)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_training_on_in_the_same_process(tmp_path):
+    """The learner knows where it is: what it wrote itself is no earlier training."""
+    koi = learner(small_net(), {}, False)
+    with pytest.raises(Stop):
+        koi.train(Lines(), callbacks=[stops_after(3)], checkpoint_dir=tmp_path)
+    koi.train(Lines(), checkpoint_dir=tmp_path)
+    assert koi.iteration == 7
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_learner_that_is_ahead_is_not_set_back(tmp_path):
+    koi = learner(net(), {}, False)
+    with pytest.raises(Stop):
+        koi.train(Lines(), callbacks=[stops_after(2)], checkpoint_dir=tmp_path)
+    with pytest.raises(Stop):
+        koi.train(Lines(), callbacks=[stops_after(5)])
+    koi.train(Lines(), checkpoint_dir=tmp_path, resume=True)
+    assert [record.iteration for record in koi.history] == list(range(7))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"resume": True}, {"checkpoint_every": 3}, {"checkpoint_every": 0}]
+)
+def test_arguments_that_make_no_sense(arguments, tmp_path):
+    if arguments == {"checkpoint_every": 0}:
+        arguments = {"checkpoint_every": 0, "checkpoint_dir": tmp_path}
+    with pytest.raises(ConfigurationError, match=r"checkpoint_dir|checkpoint_every = 0"):
+        learner(net(), {}, False).train(Lines(), **arguments)
+
+
+def test_engine_that_was_found_is_not_looked_for_again(tmp_path, monkeypatch):
+    case = {"seed": None, "num_iterations": 30}
+    koi = learner(small_net(), case, "auto")
+    with pytest.raises(Stop):
+        koi.train(Lines(), callbacks=[stops_after(20)], checkpoint_dir=tmp_path)
+    found = koi.engine
+    engines = set()
+    koi = learner(small_net(), case, "auto")
+    koi.train(
+        Lines(),
+        callbacks=[lambda koi, record: engines.add(koi.engine)],
+        checkpoint_dir=tmp_path,
+        resume=True,
+    )
+    assert engines == {found}
+
+
+class TestSigterm:
+    def kill_in_a_loss(self, koi, folder, times=1):
+        """Train; the signal comes in the middle of meta-iteration 2."""
+
+        class Task(Quadratic):
+            def loss(self, model):
+                if koi.iteration == 2:
+                    for _ in range(times):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                return super().loss(model)
+
+        koi.train(InTurn(Task(0.0)), checkpoint_dir=folder)
+
+    @pytest.mark.parametrize("times", [1, 5])
+    def test_finishes_the_meta_iteration_and_exits(self, times, tmp_path):
+        koi = learner(Point(1.0), {}, False)
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as caught:
+            self.kill_in_a_loss(koi, tmp_path, times)
+        assert caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert koi.iteration == 3
+        (path,) = tmp_path.iterdir()
+        assert_same(Koi.load(path, Point(0.0)).model, koi.model)
+
+    def test_handler_of_the_program_is_called_after_saving(self, tmp_path):
+        seen = []
+
+        def handler(number, frame):
+            seen.append((number, [path.name for path in tmp_path.iterdir()]))
+
+        before = signal.signal(signal.SIGTERM, handler)
+        try:
+            koi = learner(Point(1.0), {}, False)
+            self.kill_in_a_loss(koi, tmp_path)
+            assert signal.getsignal(signal.SIGTERM) is handler
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert seen[0] == (signal.SIGTERM, ["iteration-000000003.safetensors"])
+        assert koi.iteration == 7
+
+    def test_ignored_signal_stays_ignored(self, tmp_path):
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            koi = learner(Point(1.0), {}, False)
+            self.kill_in_a_loss(koi, tmp_path)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert koi.iteration == 7
+
+    def test_without_a_folder_the_program_is_left_alone(self):
+        seen = []
+        handler = lambda number, frame: seen.append(koi.iteration)  # noqa: E731
+        before = signal.signal(signal.SIGTERM, handler)
+        try:
+            koi = learner(Point(1.0), {"meta_batch_size": 1, "num_steps": 1}, False)
+            with pytest.warns(KoiWarning, match="num_steps = 1"):
+                self.kill_in_a_loss(koi, None)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert seen == [2]
+
+    def test_training_in_a_thread(self, tmp_path):
+        koi = learner(Point(1.0), {}, False)
+        work = lambda: koi.train(InTurn(Quadratic(0.0)), checkpoint_dir=tmp_path)  # noqa: E731
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert koi.iteration == 7
+
+
+def start(folder):
+    """Start a training in a process of its own and wait until it has learned something."""
+    script = Path(long_run.__file__)
+    process = subprocess.Popen(
+        [sys.executable, script, folder],
+        env={**os.environ, "PYTHONPATH": str(script.parent)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    first = process.stdout.readline()
+    assert first, process.wait()
+    return process, int(first)
+
+
+def assert_ended_as_if_never_stopped(folder):
+    whole, tasks = long_run.make()
+    whole.train(tasks)
+    koi, tasks = long_run.make()
+    koi.train(tasks, checkpoint_dir=folder, resume=True)
+    assert_same_training(koi, whole)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[-1] == "iteration-000000200.safetensors"
+    assert len(names) <= 2
+
+
+def test_terminated_process(tmp_path):
+    process, _ = start(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 143
+    last = max(map(int, rest.split()), default=0)
+    assert last < 199
+    newest = max(path.name for path in tmp_path.iterdir())
+    assert newest == f"iteration-{last + 1:09d}.safetensors"
+    assert_ended_as_if_never_stopped(tmp_path)
+
+
+def test_killed_process(tmp_path):
+    """kill -9 at moments that are different in every run of this test."""
+    reached = []
+    for _ in range(3):
+        process, first = start(tmp_path)
+        reached.append(first)
+        time.sleep(random.SystemRandom().uniform(0, 0.25))
+        process.kill()
+        process.communicate(timeout=30)
+    assert reached == sorted(reached)
+    if reached[-1] < 199:
+        assert reached[1] > 0, "the second process did not go on where the first was killed"
+    assert_ended_as_if_never_stopped(tmp_path)
