@@ -15,7 +15,7 @@ from workloads import Work, sine_by_koi
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # A graph is compiled for each size, which takes its time.
-MEMORY_SIZES = {"vectorized": (1, 2, 4, 8, 16, 32, 64), "vectorized+compiled": (2, 8, 32)}
+MEMORY_SIZES = {"vectorized": (1, 2, 4, 8, 16, 32, 64), "vectorized+compiled": (4, 32)}
 MOST_MEMORY = 1.5
 CHUNK_SIZE = 8
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "0.55"
@@ -72,7 +72,7 @@ def memory_sizes(device: str) -> Memory:
     return found
 
 
-def draw_cost(costs: Mapping[int, float], path: Path) -> None:
+def draw_cost(costs: Mapping[int, float], name: str) -> None:
     figure = Figure(figsize=(5.2, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot(list(costs), [1e6 * cost for cost in costs.values()], "o-", color=_BLUE)
@@ -83,10 +83,10 @@ def draw_cost(costs: Mapping[int, float], path: Path) -> None:
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    figure.savefig(IMAGES / name)
 
 
-def draw_memory(found: Memory, path: Path) -> None:
+def draw_memory(found: Memory, name: str) -> None:
     figure = Figure(figsize=(5.2, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for (form, peaks), hue in zip(found.peaks.items(), (_BLUE, _RED), strict=False):
@@ -104,4 +104,4 @@ def draw_memory(found: Memory, path: Path) -> None:
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    figure.savefig(IMAGES / name)

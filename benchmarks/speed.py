@@ -186,7 +186,6 @@ def line(row: Row, result: Result) -> list[str]:
 def cost_line(result: Result) -> list[str]:
     """The line on the cost for each task as the meta-batch grows."""
     costs = scaling.per_task(result.timings)
-    scaling.draw_cost(costs, scaling.IMAGES / "speed-tasks.png")
     shown = " ".join(f"{1e6 * cost:.0f}" for cost in costs.values())
     met = "met" if scaling.falls(costs) else "**not met**"
     work = f"sine net, compiled, µs for each task with {min(costs)} to {max(costs)} tasks"
@@ -195,7 +194,6 @@ def cost_line(result: Result) -> list[str]:
 
 def memory_line(found: scaling.Memory) -> list[str]:
     """The line on peak memory as the meta-batch grows."""
-    scaling.draw_memory(found, scaling.IMAGES / "speed-memory.png")
     slopes = found.slopes()
     shown = ", ".join(f"**{value:.2f}** {form}" for form, value in slopes.items())
     met = "met" if max(slopes.values()) <= scaling.MOST_MEMORY else "**not met**"
@@ -272,6 +270,10 @@ def main() -> None:
         timings = {name: result.timings for name, result in results.items()}
         title = f"Speed with {threads} thread{'s' * (threads > 1)}"
         name = f"speed-{threads}threads" if device == "cpu" else "speed-cuda"
+        if "tasks" in results:
+            scaling.draw_cost(scaling.per_task(timings["tasks"]), "speed-tasks.png")
+        if found_memory is not None:
+            scaling.draw_memory(found_memory, "speed-memory.png")
         memory = None if found_memory is None else asdict(found_memory)
         harness.write(name, title, text, facts, timings, memory=memory)
         brief = harness.markdown_table(HEAD[:5], [cells[:5] for cells in lines])

@@ -160,9 +160,7 @@ def test_every_optimizer_vectorized(optimizer, algorithm, inner_state):
         "inner_state": inner_state,
     }
     start = NETS["mlp"][0]()
-    eager, other = (
-        trained(name, start, Fits(), **settings) for name in ("eager", "vectorized")
-    )
+    eager, other = (trained(name, start, Fits(), **settings) for name in ("eager", "vectorized"))
     assert_agree(other, eager)
 
 
@@ -172,8 +170,7 @@ def test_every_optimizer_vectorized(optimizer, algorithm, inner_state):
 def test_every_optimizer_in_the_graph(optimizer, engine):
     start = NETS["mlp"][0]()
     eager, other = (
-        trained(name, start, Fits(), inner_optimizer=RULES[optimizer])
-        for name in ("eager", engine)
+        trained(name, start, Fits(), inner_optimizer=RULES[optimizer]) for name in ("eager", engine)
     )
     assert_agree(other, eager)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +82,20 @@ def copy_module(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def signature(module: nn.Module) -> tuple[tuple[torch.Size, torch.dtype, torch.device], ...]:
-    """Return shape, type and device of every parameter and buffer of ``module``."""
+def signature(module: nn.Module) -> tuple[Any, ...]:
+    """Return what a compiled graph takes for granted of ``module``, modes and values apart.
+
+    That is shape, type and device of every parameter and buffer, and the plain attributes of
+    every submodule, such as a scale.
+    """
     tensors = [*module.parameters(), *module.buffers()]
-    return tuple((t.shape, t.dtype, t.device) for t in tensors)
+    attributes = tuple(
+        (name, type(value), value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name != "training" and isinstance(value, bool | int | float | str)
+    )
+    return tuple((t.shape, t.dtype, t.device) for t in tensors), attributes
 
 
 class Modes:

@@ -105,12 +105,14 @@ def _picture_path(out: Path) -> Path:
 def _adapted(learner: Koi, task: Any) -> Wave:
     """Return the wave and what the network makes of it after a few numbers of steps."""
     adapted = {steps: learner.adapt(task, num_steps=steps) for steps in _SHOWN_STEPS}
+    order = task.query_inputs.flatten().argsort()
+    inputs = task.query_inputs[order]
     return Wave(
-        inputs=task.query_inputs,
-        truth=task.query_targets,
+        inputs=inputs,
+        truth=task.query_targets[order],
         seen_inputs=task.support_inputs,
         seen_targets=task.support_targets,
-        predictions={steps: model(task.query_inputs).detach() for steps, model in adapted.items()},
+        predictions={steps: model(inputs).detach() for steps, model in adapted.items()},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,13 @@ SHARED_DRAWS = (
     "the loss or the minibatches draw from Python's or NumPy's random generator, and all tasks at "
     "once would share one draw: draw from torch, or in sample()"
 )
+
+_ADVICE = {
+    ".item()": "keep tensors as they are, without .item(), float() or if on their values",
+    "data-dependent": "write torch.where in the place of if on a tensor's values",
+    # a tensor that stands for many tasks has no memory that NumPy could read
+    "data pointer": "compute with torch, or in sample(), what is now computed with NumPy",
+}
 
 
 @dataclass(frozen=True)
@@ -170,3 +178,14 @@ def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> l
         each.append(views(task, num_steps))
     place.set("inner")
     return each
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line why torch could not map or compile a loss."""
+    explained = re.search(r"Explanation: (.*)", str(error))
+    return explained[1] if explained else str(error).strip().split("\n")[0]
+
+
+def advice_on(error: Exception, otherwise: str) -> str:
+    """Return what to change in a loss that torch could not map or compile."""
+    return next((text for sign, text in _ADVICE.items() if sign in str(error)), otherwise)

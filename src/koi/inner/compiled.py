@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from koi import parameters
 from koi.errors import EngineError
 from koi.inner.base import (
     InnerLoop,
+    advice_on,
     depends_on_model,
     drawn_views,
     explained,
     finite_tasks,
+    reason_of,
     scalar,
 )
 from koi.inner.convolution import convolutions_as_products
-from koi.inner.functional import PureLoss
+from koi.inner.functional import PureLoss, map_normalisation
 from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
 from koi.parameters import Modes
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
@@ -70,6 +73,8 @@ class CompiledEngine:
         self.device = inner.learned.params_of(model)[0].device
         if self.device.type == "cpu":
             convolutions_as_products(self.model)
+        if together:
+            map_normalisation(self.model, inner.autocast is not None)
         self.together = together
         self._mode = mode
         self._chunk_size = chunk_size if together else 1
@@ -134,14 +139,14 @@ class CompiledEngine:
                     return graph.train(start, task, views)
 
             self._graphs[key] = self._compile(train)
-        output: TrainOutput = self._call(key, start, task, steps)
+        output: TrainOutput = self._call(key, plan.name, start, task, steps)
         return output
 
     def _evaluate(
         self, start: State, chunk: TaskBatch, num_steps: int, place: Place, first: int
     ) -> Tensor:
         task, plan = self._tensors(chunk), self._plan(chunk, num_steps)
-        if plan.draws:
+        if plan.draws and num_steps > 0:
             steps = self._drawn(chunk, num_steps, place, first)
         else:
             steps = plan.graph.prepare(task, num_steps)
@@ -159,7 +164,7 @@ class CompiledEngine:
             if static is None:
                 for tensor in steps.values():
                     torch._dynamo.mark_dynamic(tensor, 0)
-        curve: Tensor = self._call(key, start, task, steps)
+        curve: Tensor = self._call(key, plan.name, start, task, steps)
         return curve
 
     def _state(self, phi: Phi) -> State:
@@ -244,7 +249,7 @@ class CompiledEngine:
             fresh, fullgraph=True, options=options_for(self.device.type, self._mode)
         )
 
-    def _call(self, key: Any, *inputs: Any) -> Any:
+    def _call(self, key: Any, name: str, *inputs: Any) -> Any:
         """Run a graph; the first time, which compiles it, with a message."""
         with torch.no_grad():
             if key in self._ran:
@@ -252,7 +257,14 @@ class CompiledEngine:
             what = "all tasks at once" if self.together else "one task"
             log.info("compiling the inner loop of %s: this takes some seconds, once", what)
             began = time.perf_counter()
-            result = self._graphs[key](*inputs)
+            try:
+                result = self._graphs[key](*inputs)
+            except TorchDynamoException as error:
+                del self._graphs[key]
+                advice = advice_on(error, "use compile=False")
+                raise EngineError(
+                    f"the inner loop of {name} cannot be compiled ({reason_of(error)}): {advice}"
+                ) from error
         log.info("compiled in %.0f s", time.perf_counter() - began)
         self._ran.add(key)
         return result
@@ -266,11 +278,41 @@ class Plan:
     graph: InnerGraph
     draws: bool
 
+    @property
+    def name(self) -> str:
+        """The class of the tasks."""
+        return type(self.graph.task).__name__
+
 
 def settings_of(task: Any) -> tuple[Any, ...]:
-    """Return the fields of a tensor task that are no tensors."""
-    values = (getattr(task, field.name) for field in fields(task))
-    return tuple(value for value in values if not isinstance(value, Tensor))
+    """Return the fields of a tensor task that are no tensors, so that they can be looked up.
+
+    Raises:
+        EngineError: one of them cannot.
+    """
+    values = []
+    for field in fields(task):
+        value = getattr(task, field.name)
+        if isinstance(value, Tensor):
+            continue
+        try:
+            values.append(hashable(value))
+            hash(values[-1])
+        except TypeError as error:
+            raise EngineError(
+                f"the field {field.name!r} of {type(task).__name__} is neither a tensor nor can it "
+                "be looked up (it has no hash): make it a tensor or a tuple, or use compile=False"
+            ) from error
+    return tuple(values)
+
+
+def hashable(value: Any) -> Any:
+    """Return what is equal for equal values, lists and dictionaries among them."""
+    if isinstance(value, list | tuple):
+        return type(value), tuple(hashable(item) for item in value)
+    if isinstance(value, dict):
+        return dict, tuple((key, hashable(item)) for key, item in value.items())
+    return value
 
 
 def shapes_of(task: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from koi.errors import EngineError, KoiError, NonFiniteError
-from koi.inner.base import Engine, InnerLoop
+from koi.inner.base import Engine, InnerLoop, advice_on, reason_of
 from koi.inner.compiled import CompiledEngine
 from koi.inner.eager import EagerEngine
 from koi.inner.vectorized import VectorizedEngine
@@ -24,13 +24,6 @@ Result = TypeVar("Result")
 
 # Each form runs this often before the fastest is kept; the first run, a warm-up, does not count.
 _TRIALS = 4
-
-_HINTS = {
-    ".item()": "keep tensors as they are, without .item(), float() or if on their values",
-    "data-dependent control flow": "write torch.where in the place of if on a tensor's values",
-    # a tensor that stands for many tasks has no memory that NumPy could read
-    "data pointer": "compute with torch, or in sample(), what is now computed with NumPy",
-}
 
 
 class Dispatch:
@@ -140,8 +133,6 @@ def refusal(error: Exception, batch: TaskBatch) -> Exception:
     """Return the error that says why tasks cannot run all at once and how to mend it."""
     if isinstance(error, KoiError):
         return error
-    name = type(batch.example).__name__
-    reason = str(error).strip().split("\n")[0]
-    hints = [hint for sign, hint in _HINTS.items() if sign in str(error)]
-    advice = hints[0] if hints else "use vectorize=False, or see the documentation on own tasks"
-    return EngineError(f"the tasks {name} cannot run all at once ({reason}): {advice}")
+    name, why = type(batch.example).__name__, reason_of(error)
+    advice = advice_on(error, "use vectorize=False, or see the documentation on own tasks")
+    return EngineError(f"the tasks {name} cannot run all at once ({why}): {advice}")

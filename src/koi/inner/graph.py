@@ -96,7 +96,7 @@ class InnerGraph:
         def split(tensors: TensorDict) -> list[TensorDict]:
             return [tensors_of(v) for v in views(with_tensors(self.task, tensors), num_steps)]
 
-        if self.view is None:
+        if self.view is None or num_steps == 0:
             return {"step": torch.arange(num_steps)}
         rows = split(task) if self.num_tasks is None else vmap(split)(task)
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -131,13 +131,16 @@ class InnerGraph:
     def evaluate(self, phi: State, task: TensorDict, steps: TensorDict) -> Tensor:
         """Return the query losses before and after each step, shape (steps + 1[, tasks])."""
         start = self._spread(phi)
+        before = self._loss(start, self._query, task).unsqueeze(0)
+        if next(iter(steps.values())).shape[0] == 0:
+            return before
 
         def body(state: State, tensors: TensorDict) -> tuple[State, Tensor]:
             state, _ = self._step(task, state, tensors)
             return state, self._loss(state, self._query, task).clone()
 
         _, after = scanned(body, start, steps)
-        return torch.cat([self._loss(start, self._query, task).unsqueeze(0), after])
+        return torch.cat([before, after])
 
     def _second_order(
         self, start: State, task: TensorDict, steps: TensorDict

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import vjp, vmap
 
 from koi import parameters
 from koi.errors import EngineError
@@ -29,7 +29,7 @@ from koi.inner.base import (
     scalar,
 )
 from koi.inner.bound import BoundOptimizer, bound_optimizer
-from koi.inner.functional import PureLoss
+from koi.inner.functional import PureLoss, map_normalisation
 from koi.inner.optimizers import check_elementwise
 from koi.inner.stepwise import Adapted, StepwiseEngine
 from koi.parameters import Modes, Tensors
@@ -48,6 +48,7 @@ class VectorizedEngine(StepwiseEngine):
         self.chunk_size = chunk_size
         self.model = parameters.copy_module(model)
         self.modes = Modes(self.model, like=model)
+        map_normalisation(self.model, inner.autocast is not None)
         self._pure = PureLoss(self.model, inner.learned)
         self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
         self._minibatches_draw = False
@@ -112,7 +113,16 @@ class VectorizedEngine(StepwiseEngine):
     def _mapped(self, view: Any, step: int, params: Tensors) -> tuple[Tensor, Tensors]:
         def one(params: Tensors, buffers: Tensors, tensors: dict[str, Tensor]) -> Any:
             task = with_tensors(view, tensors)
-            loss, buffers = self._pure.with_buffers(params, buffers, task)
+            if self.inner.autocast is None:
+                loss, buffers = self._pure.with_buffers(params, buffers, task)
+            else:
+                # autocast acts on what reaches a derivative's level, not on what vmap takes first
+                level: Any = vjp(
+                    lambda _: self._pure.with_buffers(params, buffers, task),
+                    torch.zeros(()),
+                    has_aux=True,
+                )
+                loss, _, buffers = level
             return scalar(loss, task, step), buffers
 
         mapped: tuple[Tensor, Tensors] = vmap(one, randomness="different")(

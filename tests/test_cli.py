@@ -1,0 +1,54 @@
+"""The command line, as a user types it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from koi import Koi
+from koi.cli.commands import _adapted
+from koi.models import sine_mlp
+from koi.problems import Sines
+
+
+def koi(*arguments, cwd):
+    """Run the command and return what it did."""
+    command = [sys.executable, "-c", "from koi.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_sine_prints_its_table_and_draws_its_picture(tmp_path):
+    done = koi("sine", "--iterations", "3", "--tasks", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    steps = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "±" in line]
+    assert steps == ["0", "1", "2", "4", "8", "16", "32"]
+    assert (tmp_path / "sine.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sine", "--iterations", "-3"], "--iterations"),
+        (["sine", "--out", "nowhere/sine.png"], "nowhere"),
+        (["sinus"], "sinus"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path):
+    done = koi(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wave_that_is_drawn_runs_from_left_to_right():
+    """The tasks themselves have their points in random order."""
+    task = Sines(num_points=10).sample()
+    model = sine_mlp()
+    wave = _adapted(Koi(model, 0.02, 5), task)
+    assert torch.equal(wave.inputs, torch.linspace(-5, 5, 50).unsqueeze(1))
+    points = zip(task.query_inputs.flatten().tolist(), task.query_targets, strict=True)
+    assert torch.equal(wave.truth, torch.stack([y for _, y in sorted(points, key=lambda p: p[0])]))
+    torch.testing.assert_close(wave.predictions[0], model(wave.inputs))

@@ -1,0 +1,328 @@
+"""What is compiled is compiled once, and never serves what it was not compiled for."""
+
+import logging
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import koi
+from engine_toys import (
+    ENGINES,
+    SETTINGS,
+    Fit,
+    Fits,
+    assert_agree,
+    conv,
+    mlp,
+    trained,
+)
+from koi import EngineError, Koi, TaskError
+
+pytestmark = pytest.mark.usefixtures("float64", "traced")
+COMPILED = ["compiled", "vectorized+compiled"]
+FACTOR = 1.0
+
+
+def learner_of(engine, model, **settings):
+    vectorize, compile = ENGINES[engine]
+    return Koi(deepcopy(model), vectorize=vectorize, compile=compile, **(SETTINGS | settings))
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def both(engine, model, **settings):
+    """Return a compiled learner and an eager one."""
+    return [learner_of(name, model, **settings) for name in (engine, "eager")]
+
+
+@koi.tensor_task
+@dataclass
+class Steps(Fit):
+    """Another minibatch at each step, as many as are asked for."""
+
+    @property
+    def query(self):
+        return Fit(self.x, self.y)
+
+    def minibatches(self, num_steps):
+        for step in range(num_steps):
+            rows = [step % 6, (step + 1) % 6, (5 * step) % 6]
+            yield Fit(self.x[rows], self.y[rows])
+
+
+@pytest.mark.parametrize("kind", [Fit, Steps])
+@pytest.mark.parametrize("engine", COMPILED)
+def test_nothing_is_compiled_twice(engine, kind):
+    tasks = Fits(kind=kind)
+    learner, eager = both(engine, mlp(), inner_optimizer="adam", num_iterations=1)
+    learner.train(tasks)
+    before = graphs()
+    assert before > 0
+    learner.num_iterations = 4
+    learner.train(tasks)
+    learner.num_iterations = 6
+    learner.train(tasks)
+    assert graphs() == before
+    eager.num_iterations = 6
+    eager.train(tasks)
+    curves = [[each.evaluate(tasks, 4, num_steps=5).losses for each in (learner, eager)]]
+    assert graphs() == before + 1
+    for num_tasks, num_steps in [(4, 5), (4, 2), (2, 3), (9, 4), (1, 9), (4, 30)]:
+        curves.append(
+            [each.evaluate(tasks, num_tasks, num_steps).losses for each in (learner, eager)]
+        )
+    learner.evaluate(tasks)
+    assert graphs() == before + 1
+    for pair in curves:
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-10)
+    learner.num_iterations = 8
+    learner.train(tasks)
+    assert graphs() == before + 1
+
+
+def test_no_and_one_step_have_graphs_of_their_own():
+    tasks = Fits()
+    learner, eager = both("compiled", mlp())
+    for num_steps in (1, 0):
+        curves = [each.evaluate(tasks, 3, num_steps).losses for each in (learner, eager)]
+        torch.testing.assert_close(*curves, rtol=0, atol=1e-10)
+    before = graphs()
+    for num_steps in (0, 1):
+        learner.evaluate(tasks, 3, num_steps)
+    assert graphs() == before
+
+
+def test_modes():
+    """Training and evaluation are each compiled for what mode the module is in."""
+    tasks = Fits((1, 4, 4))
+    learners = both("vectorized+compiled", conv(), num_iterations=2)
+    for learner in learners:
+        learner.train(tasks)
+        learner.model.eval()
+        learner.num_iterations = 4
+        learner.train(tasks)
+    assert_agree(*learners)
+    for train in (False, True, False):
+        for learner in learners:
+            learner.model.train(train)
+        before = graphs()
+        curves = [learner.evaluate(tasks, 3).losses for learner in learners]
+        torch.testing.assert_close(*curves, rtol=0, atol=1e-10)
+    assert graphs() == before
+
+
+class UsesFactor(Fit):
+    def loss(self, model):
+        return FACTOR * super().loss(model)
+
+
+koi.tensor_task(UsesFactor)
+
+
+@pytest.mark.parametrize("engine", COMPILED)
+def test_global_constants(engine, monkeypatch):
+    tasks = Fits(kind=UsesFactor)
+    learners = both(engine, mlp(), num_iterations=2)
+    for learner in learners:
+        monkeypatch.setitem(globals(), "FACTOR", 1.0)
+        learner.train(tasks)
+        monkeypatch.setitem(globals(), "FACTOR", 3.0)
+        learner.num_iterations = 4
+        learner.train(tasks)
+    assert_agree(*learners)
+
+
+class Scaled(nn.Module):
+    """Has an attribute that is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.scale = mlp(), 1.0
+
+    def forward(self, x):
+        return self.scale * self.layers(x)
+
+
+def scale(model):
+    model.scale = 3.0
+
+
+def freeze(model):
+    model.layers[0].requires_grad_(False)
+
+
+def overwrite(model):
+    with torch.no_grad():
+        model.layers[2].weight.fill_(0.5)
+
+
+def replace(model):
+    model.layers[1] = nn.ReLU()
+
+
+CHANGES = [scale, freeze, overwrite, replace]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_the_module_between_trainings(change):
+    tasks = Fits()
+    learners = both("compiled", Scaled(), num_iterations=2)
+    for learner in learners:
+        learner.train(tasks)
+        change(learner.model)
+        learner.num_iterations = 4
+        learner.train(tasks)
+    assert_agree(*learners)
+
+
+@pytest.mark.parametrize("engine", COMPILED)
+def test_learners_do_not_share_graphs(engine):
+    """Same module, same shapes, same code, one after the other and in turns."""
+    model, tasks = mlp(), Fits()
+    first = learner_of(engine, model, num_iterations=2)
+    first.train(tasks)
+    for other in ({"step_size": 0.1}, {"inner_optimizer": partial(torch.optim.SGD, momentum=0.5)}):
+        assert_agree(
+            trained(engine, model, tasks, **other), trained("eager", model, tasks, **other)
+        )
+    first.num_iterations = 4
+    first.train(tasks)
+    assert_agree(first, trained("eager", model, tasks))
+
+
+@koi.tensor_task
+@dataclass
+class Weighted(Fit):
+    """With settings: a number, and one that has no hash."""
+
+    weight: float = 1.0
+    powers: list = field(default_factory=lambda: [1, 2])
+
+    def loss(self, model):
+        error = (model(self.x) - self.y).abs()
+        return self.weight * sum((error**power).mean() for power in self.powers)
+
+
+class Weights(Fits):
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def sample(self):
+        return Weighted(torch.randn(6, 3), torch.randn(6, 2), **self.settings)
+
+
+def test_settings_of_tasks():
+    learners = both("compiled", mlp(), num_iterations=2)
+    for learner in learners:
+        learner.train(Weights())
+        learner.num_iterations = 4
+        learner.train(Weights(weight=3.0))
+        learner.num_iterations = 6
+        learner.train(Weights(powers=[2, 4]))
+    assert_agree(*learners)
+
+
+@pytest.mark.parametrize("engine", COMPILED)
+def test_message(engine, caplog):
+    caplog.set_level(logging.INFO, "koi")
+    what = {"compiled": "one task", "vectorized+compiled": "all tasks at once"}[engine]
+    trained(engine, mlp(), Fits())
+    lines = [record.getMessage() for record in caplog.records if record.name == "koi"]
+    assert lines[0].startswith(f"compiling the inner loop of {what}")
+    assert lines[1].startswith("compiled in")
+    assert len(lines) == 2
+
+
+class Item(Fit):
+    def loss(self, model):
+        loss = super().loss(model)
+        return loss / max(loss.item(), 1.0)
+
+
+class Branch(Fit):
+    def loss(self, model):
+        loss = super().loss(model)
+        return loss if loss > 1 else 2 * loss
+
+
+class Draw(Fit):
+    def loss(self, model):
+        return super().loss(model) * np.random.uniform(1, 2)
+
+
+class Plain:
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    loss = Fit.loss
+
+
+for cls in (Item, Branch, Draw):
+    koi.tensor_task(cls)
+
+REASONS = {
+    Branch: r"the inner loop of Branch cannot be compiled .*torch\.where",
+    Draw: r"draws from Python's or NumPy's .*draw from torch",
+    Plain: r"Plain is not a tensor task.*@koi\.tensor_task",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+@pytest.mark.parametrize("vectorize", [False, "auto"])
+def test_what_cannot_be_compiled(kind, vectorize):
+    model = mlp()
+    start = deepcopy(model)
+    settings = SETTINGS | {"vectorize": vectorize, "compile": True}
+    with pytest.raises(EngineError, match=REASONS[kind]) as caught:
+        Koi(model, **settings).train(Fits(kind=kind))
+    assert "meta-iteration 0" in str(caught.value)
+    torch.testing.assert_close(dict(model.state_dict()), dict(start.state_dict()), rtol=0, atol=0)
+
+
+def test_what_can_be_compiled_but_not_mapped(caplog):
+    model = mlp()
+    learner = Koi(deepcopy(model), compile=True, **SETTINGS)
+    learner.train(Fits(kind=Item))
+    assert learner.engine == "compiled"
+    assert "without .item()" in caplog.text
+    assert_agree(learner, trained("eager", model, Fits(kind=Item)))
+
+
+@pytest.mark.parametrize("engine", COMPILED)
+def test_optimizer_that_is_no_rule(engine):
+    with pytest.raises(EngineError, match="has the optimizer inside the graph"):
+        trained(engine, mlp(), Fits(), inner_optimizer=torch.optim.RMSprop)
+
+
+def test_one_by_one_where_together_is_impossible(caplog):
+    class Growing(Fits):
+        def sample(self):
+            size = int(torch.randint(4, 6, ()))
+            return Fit(torch.randn(size, 3), torch.randn(size, 2))
+
+    model = mlp()
+    learner = Koi(deepcopy(model), compile=True, **SETTINGS)
+    learner.train(Growing())
+    assert learner.engine == "compiled"
+    assert "cannot be stacked" in caplog.text
+    assert_agree(learner, trained("eager", model, Growing()))
+
+
+@pytest.mark.parametrize("engine", COMPILED)
+def test_mistakes_in_the_loss_are_the_users_own(engine):
+    class Mistake(Fit):
+        def loss(self, model):
+            return model(self.x) - self.y
+
+    koi.tensor_task(Mistake)
+    with pytest.raises(TaskError, match=r"shape \(6, 2\)"):
+        trained(engine, mlp(), Fits(kind=Mistake))
