@@ -5,7 +5,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from engine_toys import (
     mlp,
     trained,
 )
-from koi import EngineError, Koi, TaskError
+from koi import Koi
 
 pytestmark = pytest.mark.usefixtures("float64", "traced")
 COMPILED = ["compiled", "vectorized+compiled"]
@@ -103,20 +102,20 @@ def test_no_and_one_step_have_graphs_of_their_own():
 def test_modes():
     """Training and evaluation are each compiled for what mode the module is in."""
     tasks = Fits((1, 4, 4))
-    learners = both("vectorized+compiled", conv(), num_iterations=2)
+    learners = both("compiled", conv(), num_iterations=2)
     for learner in learners:
         learner.train(tasks)
         learner.model.eval()
         learner.num_iterations = 4
         learner.train(tasks)
     assert_agree(*learners)
-    for train in (False, True, False):
-        for learner in learners:
-            learner.model.train(train)
-        before = graphs()
-        curves = [learner.evaluate(tasks, 3).losses for learner in learners]
-        torch.testing.assert_close(*curves, rtol=0, atol=1e-10)
+    before = graphs()
+    for learner in learners:
+        learner.model.train()
+        learner.num_iterations = 6
+        learner.train(tasks)
     assert graphs() == before
+    assert_agree(*learners)
 
 
 class UsesFactor(Fit):
@@ -240,89 +239,3 @@ def test_message(engine, caplog):
     assert lines[0].startswith(f"compiling the inner loop of {what}")
     assert lines[1].startswith("compiled in")
     assert len(lines) == 2
-
-
-class Item(Fit):
-    def loss(self, model):
-        loss = super().loss(model)
-        return loss / max(loss.item(), 1.0)
-
-
-class Branch(Fit):
-    def loss(self, model):
-        loss = super().loss(model)
-        return loss if loss > 1 else 2 * loss
-
-
-class Draw(Fit):
-    def loss(self, model):
-        return super().loss(model) * np.random.uniform(1, 2)
-
-
-class Plain:
-    def __init__(self, x, y):
-        self.x, self.y = x, y
-
-    loss = Fit.loss
-
-
-for cls in (Item, Branch, Draw):
-    koi.tensor_task(cls)
-
-REASONS = {
-    Branch: r"the inner loop of Branch cannot be compiled .*torch\.where",
-    Draw: r"draws from Python's or NumPy's .*draw from torch",
-    Plain: r"Plain is not a tensor task.*@koi\.tensor_task",
-}
-
-
-@pytest.mark.parametrize("kind", REASONS)
-@pytest.mark.parametrize("vectorize", [False, "auto"])
-def test_what_cannot_be_compiled(kind, vectorize):
-    model = mlp()
-    start = deepcopy(model)
-    settings = SETTINGS | {"vectorize": vectorize, "compile": True}
-    with pytest.raises(EngineError, match=REASONS[kind]) as caught:
-        Koi(model, **settings).train(Fits(kind=kind))
-    assert "meta-iteration 0" in str(caught.value)
-    torch.testing.assert_close(dict(model.state_dict()), dict(start.state_dict()), rtol=0, atol=0)
-
-
-def test_what_can_be_compiled_but_not_mapped(caplog):
-    model = mlp()
-    learner = Koi(deepcopy(model), compile=True, **SETTINGS)
-    learner.train(Fits(kind=Item))
-    assert learner.engine == "compiled"
-    assert "without .item()" in caplog.text
-    assert_agree(learner, trained("eager", model, Fits(kind=Item)))
-
-
-@pytest.mark.parametrize("engine", COMPILED)
-def test_optimizer_that_is_no_rule(engine):
-    with pytest.raises(EngineError, match="has the optimizer inside the graph"):
-        trained(engine, mlp(), Fits(), inner_optimizer=torch.optim.RMSprop)
-
-
-def test_one_by_one_where_together_is_impossible(caplog):
-    class Growing(Fits):
-        def sample(self):
-            size = int(torch.randint(4, 6, ()))
-            return Fit(torch.randn(size, 3), torch.randn(size, 2))
-
-    model = mlp()
-    learner = Koi(deepcopy(model), compile=True, **SETTINGS)
-    learner.train(Growing())
-    assert learner.engine == "compiled"
-    assert "cannot be stacked" in caplog.text
-    assert_agree(learner, trained("eager", model, Growing()))
-
-
-@pytest.mark.parametrize("engine", COMPILED)
-def test_mistakes_in_the_loss_are_the_users_own(engine):
-    class Mistake(Fit):
-        def loss(self, model):
-            return model(self.x) - self.y
-
-    koi.tensor_task(Mistake)
-    with pytest.raises(TaskError, match=r"shape \(6, 2\)"):
-        trained(engine, mlp(), Fits(kind=Mistake))

@@ -30,14 +30,12 @@ COMPLETE = [
     ("maml", "momentum", "mlp", "compiled"),
     ("reptile", "adam carry", "conv", "compiled"),
 ]
-# The other pairs of an algorithm and a network, traced but not compiled.
+# Others are traced in earnest, but not compiled.
 TRACED = [
     ("fomaml", "adam carry", "mlp", "vectorized+compiled"),
     ("fomaml", "momentum", "conv", "vectorized+compiled"),
     ("maml", "adam reset", "conv", "compiled"),
-    ("reptile", "adam reset", "encoder", "vectorized+compiled"),
     ("fomaml", "sgd", "encoder", "compiled"),
-    ("maml", "sgd", "encoder", "vectorized+compiled"),
 ]
 
 
@@ -123,54 +121,6 @@ def test_meta_optimizer(engine):
     outer = functools.partial(torch.optim.Adam, lr=0.01)
     eager, other = (
         trained(name, start, Fits(), meta_optimizer=outer) for name in ("eager", engine)
-    )
-    assert_agree(other, eager)
-
-
-RULES = {
-    "nesterov": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "weight decay": functools.partial(torch.optim.SGD, weight_decay=0.1),
-    "adam as in the paper": functools.partial(torch.optim.Adam, betas=(0.0, 0.999)),
-    "adam with weight decay": functools.partial(torch.optim.Adam, weight_decay=0.1),
-    "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.1),
-}
-# Element by element, but not written out in Koi: they step the stacked parameters themselves.
-OTHERS = {
-    "dampening": functools.partial(torch.optim.SGD, momentum=0.9, dampening=0.5),
-    "maximize": functools.partial(torch.optim.SGD, maximize=True),
-    "amsgrad": functools.partial(torch.optim.Adam, amsgrad=True),
-    "rmsprop": functools.partial(torch.optim.RMSprop, momentum=0.9, centered=True),
-    "adagrad": torch.optim.Adagrad,
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
-    "adadelta": torch.optim.Adadelta,
-    "adamax": torch.optim.Adamax,
-    "asgd": torch.optim.ASGD,
-    "rprop": torch.optim.Rprop,
-}
-
-
-@pytest.mark.parametrize("inner_state", ["carry", "reset"])
-@pytest.mark.parametrize("algorithm", ["reptile", "fomaml"])
-@pytest.mark.parametrize("optimizer", RULES | OTHERS)
-def test_every_optimizer_vectorized(optimizer, algorithm, inner_state):
-    settings = {
-        "inner_optimizer": (RULES | OTHERS)[optimizer],
-        "algorithm": algorithm,
-        "inner_state": inner_state,
-    }
-    start = NETS["mlp"][0]()
-    eager, other = (trained(name, start, Fits(), **settings) for name in ("eager", "vectorized"))
-    assert_agree(other, eager)
-
-
-@pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("engine", ["compiled", "vectorized+compiled"])
-@pytest.mark.parametrize("optimizer", RULES)
-def test_every_optimizer_in_the_graph(optimizer, engine):
-    start = NETS["mlp"][0]()
-    eager, other = (
-        trained(name, start, Fits(), inner_optimizer=RULES[optimizer]) for name in ("eager", engine)
     )
     assert_agree(other, eager)
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import koi
 from engine_toys import SETTINGS, Fit, Fits, assert_agree, mlp, trained
@@ -124,34 +123,6 @@ TASKS = {
 }
 
 
-def global_norm(params, lr):
-    """SGD on the gradient divided by its norm over all parameters."""
-
-    class Normalised(torch.optim.SGD):
-        def step(self, closure=None):
-            params = self.param_groups[0]["params"]
-            norm = torch.stack([p.grad.norm() for p in params]).norm()
-            for param in params:
-                param.grad = param.grad / norm
-            return super().step(closure)
-
-    return Normalised(params, lr)
-
-
-OPTIMIZERS = {"global norm": global_norm, "Adafactor": torch.optim.Adafactor}
-
-
-class Matrices(nn.Module):
-    """Parameters that Muon takes, too: matrices only."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, 3))
-
-    def forward(self, x):
-        return F.linear(x, self.weight)
-
-
 def auto(model, tasks, **settings):
     learner = Koi(deepcopy(model), vectorize="auto", **(SETTINGS | settings))
     learner.train(tasks)
@@ -188,20 +159,6 @@ def test_tasks_that_cannot_run_at_once(name):
     assert why in str(caught.value)
     assert mend in str(caught.value)
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "Muon"])
-def test_optimizers_that_are_not_element_wise(name, caplog):
-    optimizer = OPTIMIZERS.get(name) or torch.optim.Muon
-    model = Matrices() if name == "Muon" else mlp()
-    tasks = Fits(kind=Fit)
-    learner = auto(model, tasks, inner_optimizer=optimizer)
-    assert learner.engine == "eager"
-    (line,) = lines(caplog)
-    assert "does not work element by element" in line
-    assert_agree(learner, trained("eager", model, tasks, inner_optimizer=optimizer), tolerance=0)
-    with pytest.raises(EngineError, match="does not work element by element"):
-        trained("vectorized", model, tasks, inner_optimizer=optimizer)
 
 
 @pytest.mark.parametrize("seed", [None, 1])
