@@ -1,8 +1,12 @@
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
+
+# A shell's background jobs ignore Ctrl-C, which the tests that press it would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
