@@ -141,7 +141,6 @@ def from_pair(inputs: Any, labels: Any) -> Found:
 
 def from_dataset(dataset: Any, images: ImageForm, max_bytes: int) -> Found:
     """Read a dataset that yields (input, label)."""
-
     _check_not_empty(dataset)
     labels: list[Any] = [None] * len(dataset)
 
