@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"models", "plots", "problems", "progress", "recipes", "records"},
     "plots": BASE | {"evaluation"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
-    "problems": BASE | {"fewshot"},
+    "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
     "fewshot": BASE,
     # The algorithm, which knows no data set, no plot and no terminal.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,30 @@ class LabelledData:
             self._is_rotated,
         )
         return part
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Labelled data in three parts, no class in two of them.
+
+    Args:
+        train: to learn an initialisation from.
+        validation: to choose settings by; it can be empty.
+        test: to look at once, at the end.
+
+    Raises:
+        DataError: a class is in two parts.
+    """
+
+    train: LabelledData
+    validation: LabelledData
+    test: LabelledData
+
+    def __post_init__(self) -> None:
+        names = [name for part in (self.train, self.validation, self.test) for name in part.classes]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"the class {twice!r} is in two parts: each class belongs in one")
 
 
 def labelled(
