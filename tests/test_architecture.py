@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"models", "plots", "problems", "progress", "recipes", "records"},
     "plots": BASE | {"evaluation"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
-    "problems": BASE | {"fewshot"},
+    "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
     "fewshot": BASE,
     # The algorithm, which knows no data set, no plot and no terminal.
@@ -70,7 +70,10 @@ TOP_LEVEL: dict[str, set[str]] = {
     "cli": REQUIRED | {"numpy", "rich", "typer"},
     "plots": REQUIRED | {"matplotlib"},
 }
-LAZY: dict[str, set[str]] = {}
+LAZY: dict[str, set[str]] = {
+    "fewshot": {"PIL"},
+    "problems": {"PIL", "pooch"},
+}
 LAZY_ANYWHERE = {"numpy"}
 
 MAX_LINES = 400
@@ -202,7 +205,17 @@ def run_python(code: str) -> str:
 
 
 def test_import_koi_is_light() -> None:
-    heavy = {"jax", "matplotlib", "pytest", "rich", "typer", "koi.cli", "koi.recipes"}
+    heavy = {
+        "PIL",
+        "jax",
+        "matplotlib",
+        "pooch",
+        "pytest",
+        "rich",
+        "typer",
+        "koi.cli",
+        "koi.recipes",
+    }
     loaded = set(run_python("import sys, koi; print(*sys.modules)").split())
     assert "koi" in loaded
     assert not loaded & heavy
