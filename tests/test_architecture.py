@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
-    "fewshot": BASE,
+    "fewshot": BASE | {"evaluation"},
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
