@@ -258,9 +258,15 @@ def downloaded(image_size: int, cache: str | os.PathLike[str] | None) -> Charact
     path = folder / f"omniglot-{image_size}.safetensors"
     if path.exists():
         return _from_cache(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".omniglot-") as temporary:
-        archives = [_fetched(name, Path(temporary)) for name in CHECKSUMS]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".omniglot-")
+    except OSError as error:
+        raise DataError(
+            f"a file in {folder} cannot be made ({error.strerror}): give another folder as cache"
+        ) from error
+    with temporary:
+        archives = [_fetched(name, Path(temporary.name)) for name in CHECKSUMS]
         found = read_all(archives, image_size)
     _to_cache(path, found)
     return found
