@@ -1,5 +1,7 @@
 """Labelled data: what comes back is what was given; parts have no class in common."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -414,3 +416,9 @@ class TestFolder:
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(DataError, match=rf"1\.png cannot be read \(.*{message}"):
             everything(labelled(tmp_path, max_bytes=max_bytes))
+
+    def test_without_pillow(self, tmp_path, monkeypatch):
+        draw_images(tmp_path, ["a", "b"])
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(DataError, match=r'need PIL.*pip install "koi-x\[data\]"'):
+            labelled(tmp_path)
