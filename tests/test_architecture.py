@@ -30,23 +30,24 @@ ALLOWED: dict[str, set[str]] = {
     # The command line, and the experiments as data.
     "__main__": {"cli"},
     "cli": BASE
-    | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "meta"}
-    | {"models", "plots", "problems", "progress", "recipes", "records"},
+    | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "logs"}
+    | {"meta", "models", "plots", "problems", "progress", "recipes", "records"},
     "plots": BASE | {"evaluation"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
-    "fewshot": BASE,
+    "fewshot": BASE | {"evaluation"},
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
-    | {"interrupts", "progress", "records", "watch"},
+    | {"interrupts", "logs", "progress", "records", "watch"},
     "autosave": BASE | {"checkpoint", "configuration", "interrupts", "storage", "watch"},
     "checkpoint": BASE
     | {"agreement", "configuration", "inner", "interrupts", "meta", "records", "storage"},
     "agreement": BASE | {"meta"},
     "storage": BASE,
     "interrupts": BASE,
+    "logs": BASE | {"records", "storage", "watch"},
     "configuration": BASE | {"inner", "meta"},
     "watch": BASE,
     "distributed": BASE,
