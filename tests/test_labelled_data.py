@@ -291,6 +291,7 @@ class TestSources:
         ("options", "message"),
         [
             ({"source": 3}, "source of type int: must be a pair"),
+            ({"source": {"train": Pairs([0], [0])}}, "source of type dict: must be a pair"),
             ({"image_size": 0}, "image_size = 0: must be"),
             ({"image_size": (3, 4, 5)}, "image_size"),
             ({"mode": "RBG"}, "must be one of 'L', 'RGB'; did you mean \"RGB\""),
