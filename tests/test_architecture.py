@@ -225,9 +225,10 @@ def test_import_koi_is_light() -> None:
     assert not loaded & heavy
 
 
-def test_import_koi_works_without_numpy() -> None:
+def test_import_koi_works_without_what_extras_bring() -> None:
     """As after `pip install koi-x`: torch runs without NumPy, and so does Koi."""
-    run_python("import sys; sys.modules['numpy'] = None; import koi")
+    extras = "numpy=None, PIL=None, pooch=None"
+    run_python(f"import sys; sys.modules.update({extras}); import koi, koi.models, koi.problems")
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,14 @@ Found = tuple[Tensor | Lazy, list[int], list[str]]
 
 @dataclass(frozen=True)
 class ImageForm:
-    """What images become: their size (None: as they are) and mode."""
+    """What images become: their size (None: as they are) and mode.
+
+    Those of another size are resized bilinearly with antialiasing, or to the nearest pixels.
+    """
 
     size: int | tuple[int, int] | None
     mode: str
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -112,20 +117,33 @@ class ImageForm:
         image = image.convert(self.mode)
         if self.size is not None:
             height, width = self.size if isinstance(self.size, tuple) else (self.size,) * 2
-            image = image.resize((width, height), pillow().Resampling.BILINEAR)
+            methods = pillow().Resampling
+            method = methods.NEAREST if self.nearest else methods.BILINEAR
+            image = image.resize((width, height), method)
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return values.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
 def pillow() -> Any:
     """Return Pillow's module of images."""
-    try:
+    with needed():
         from PIL import Image
+    return Image
+
+
+@contextmanager
+def needed() -> Iterator[None]:
+    """Say how to install what is imported here, if it is not installed.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        yield
     except ImportError as error:
         raise DataError(
-            'images need Pillow, which is not installed: pip install "koi-x[data]"'
+            f'these data need {error.name}, which is not installed: pip install "koi-x[data]"'
         ) from error
-    return Image
 
 
 def from_pair(inputs: Any, labels: Any) -> Found:
