@@ -82,13 +82,16 @@ def evaluate(
     run: RunFolder,
     shots: Annotated[
         list[int] | None,
-        typer.Option(min=1, metavar="K…", help="Support examples of each class."),
+        typer.Option(min=1, metavar="K …", help="Support examples of each class."),
     ] = None,
+    more_shots: Annotated[list[int] | None, typer.Argument(min=1, hidden=True)] = None,
     tasks: TestTasks = 1000,
 ) -> None:
     """Measure a run on its test classes, both ways, and keep the result in its folder."""
     opened = Run(run)
-    _measure(opened, shots or list(opened.config().recipe.adaptations), tasks, Console())
+    wanted = [*(shots or []), *(more_shots or [])]  # an option takes one value: `--shots 1 5`
+    default = list(opened.config().recipe.adaptations)
+    _measure(opened, wanted or default, tasks, Console(highlight=False))
 
 
 def table(
