@@ -31,8 +31,11 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": BASE
     | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "logs"}
-    | {"meta", "models", "plots", "problems", "progress", "recipes", "records"},
+    | {"meta", "models", "plots", "problems", "progress", "recipes", "records", "runs"},
     "plots": BASE | {"evaluation"},
+    # A recipe in a folder of its own; it uses the learner as a user does.
+    "runs": BASE
+    | {"fewshot", "koi", "logs", "models", "problems", "progress", "recipes", "storage"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
