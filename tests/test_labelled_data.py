@@ -277,6 +277,7 @@ class TestSources:
             ((torch.zeros(0), []), "no examples"),
             (Pairs([], []), "Pairs is empty"),
             (Pairs([torch.zeros(2), torch.zeros(3)], [0, 1]), r"example 1 has shape \(3,\)"),
+            (Pairs([[1, 2], [0.5, 2]], [0, 1]), "example 1 is of type torch.float32 and the firs"),
             (Pairs(["some", "text"], [0, 1]), "example 0 is of type str.* turn text into tokens"),
             ([torch.zeros(2), torch.zeros(2), torch.zeros(2)], "must be a pair"),
             (Columns(image=[1, 2], label=[0, -1], names=["a", "b"]), "without a label"),

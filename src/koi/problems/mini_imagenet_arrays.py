@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def read_arrays(path: Path, part: str, side: int) -> LabelledData:
         DataError: the file is damaged, has something else in it, or asks for code to be run.
     """
     content = _load(path)
-    images = next((content[key] for key in IMAGE_KEYS if key in content), None)
+    images: Any = next((content[key] for key in IMAGE_KEYS if key in content), None)
     shape = tuple(getattr(images, "shape", ()))
     is_uint8 = str(getattr(images, "dtype", "")) == "uint8"
     if not is_uint8 or len(shape) != 4 or shape[1:] != (side, side, 3):
@@ -40,7 +41,7 @@ def read_arrays(path: Path, part: str, side: int) -> LabelledData:
     rows = [row for members in classes.values() for row in members]
     if len(set(rows)) < len(rows) or not all(0 <= row < shape[0] for row in rows):
         raise DataError(f"{path} is damaged: its classes name an image twice, or one it has not")
-    inputs = torch.from_numpy(images)[torch.tensor(rows)].permute(0, 3, 1, 2).contiguous()
+    inputs = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).contiguous()
     return LabelledData(inputs, list(classes), [len(members) for members in classes.values()])
 
 
@@ -76,7 +77,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             with numpy.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
         with path.open("rb") as file:  # latin1: NumPy's arrays pickled by Python 2
-            content = _Unpickler(file, encoding="latin1").load()
+            content = _plain(_Unpickler(file, encoding="latin1").load())
     except Exception as error:  # a damaged pickle can raise whatever it likes
         raise DataError(
             f"{path} cannot be read ({error}): get it anew, from a place that you trust"
@@ -87,35 +88,65 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads NumPy's arrays and Python's own numbers, strings, lists and dictionaries.
+    """Reads arrays, numbers, strings, lists and dictionaries, and runs no code of others.
 
-    A pickle can name any function to be called as it is read; here these are the ones that make
-    arrays, and any other is refused.
+    A pickle names functions that are called as it is read. The few that the pickle of an array
+    names are replaced by the ones below, which look at what they are given, unlike NumPy's own:
+    those let a forged type reach beyond the array's memory. All others are refused.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what the pickle asks for by its name."""
-        allowed = _pieces_of_arrays()
-        asked = module.replace("numpy._core", "numpy.core"), name
-        if asked not in allowed:
+        """Return what stands for the thing that the pickle names."""
+        named = module.replace("numpy._core", "numpy.core"), name
+        if named not in _STAND_INS:
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}, which is no part of an array, and is refused"
             )
-        return allowed[asked]
+        return _STAND_INS[named]
 
 
-def _pieces_of_arrays() -> dict[tuple[str, str], Any]:
-    """Return what the pickle of an array or of a number of NumPy may ask for."""
-    import _codecs
+class _Type:
+    """Stands for ``numpy.dtype``: plain numbers and strings only."""
 
-    import numpy
+    def __init__(self, kind: str, *_flags: Any) -> None:
+        if not re.fullmatch(r"[biufSU]\d+", kind):
+            raise pickle.UnpicklingError(f"it asks for an array of type {kind}, which is refused")
+        self._kind, self._order = kind, "="
 
-    return {
-        ("numpy", "ndarray"): numpy.ndarray,
-        ("numpy", "dtype"): numpy.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): numpy.zeros(0).__reduce__()[0],
-        ("numpy.core.multiarray", "scalar"): numpy.int64(0).__reduce__()[0],
-        ("numpy.core.numeric", "_frombuffer"): numpy.zeros(1).__reduce_ex__(5)[0],
-        ("_codecs", "encode"): _codecs.encode,  # bytes, in the second version of the format
-        ("collections", "OrderedDict"): OrderedDict,
-    }
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._order = str(state[1])  # "<" or ">", or "|" for bytes
+
+    def array(self, content: bytes | str, shape: Any = -1, order: Any = "C") -> Any:
+        """Return an array of this type; Python 2 gives the content as a string."""
+        import numpy
+
+        content = content.encode("latin1") if isinstance(content, str) else content
+        values = numpy.frombuffer(content, numpy.dtype(self._order + self._kind))
+        return values.reshape(shape, order=order)
+
+
+class _Array:
+    """Stands for ``numpy.ndarray``, which is made empty and filled by its state."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, is_fortran, content = state
+        self.array = kind.array(content, shape, "F" if is_fortran else "C")
+
+
+def _plain(value: Any) -> Any:
+    """Return what was read with arrays in the place of what stands for them."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.array if isinstance(value, _Array) else value
+
+
+_STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy.core.multiarray", "scalar"): lambda kind, content: kind.array(content)[0],
+    ("numpy.core.numeric", "_frombuffer"): lambda content, kind, *form: kind.array(content, *form),
+    # bytes, in the second version of the format
+    ("_codecs", "encode"): lambda text, _encoding: text.encode("latin1"),
+    ("collections", "OrderedDict"): OrderedDict,
+}
