@@ -8,7 +8,7 @@ import torch
 import typer
 
 import koi
-from koi.cli import fewshot
+from koi.cli import classifier, fewshot
 from koi.cli.sine import sine
 
 app = typer.Typer(
@@ -37,5 +37,13 @@ def root(
     """Learn initialisations from which a few gradient steps learn a new task."""
 
 
-for command in (sine, fewshot.recipes, fewshot.train, fewshot.evaluate, fewshot.table):
+for command in (
+    sine,
+    fewshot.recipes,
+    fewshot.train,
+    fewshot.evaluate,
+    fewshot.table,
+    classifier.adapt,
+    classifier.predict,
+):
     app.command()(command)
