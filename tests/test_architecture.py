@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": BASE
     | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "meta"}
     | {"models", "plots", "problems", "progress", "recipes", "records"},
-    "plots": BASE | {"evaluation"},
+    "plots": BASE | {"evaluation", "records"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot"},
     "models": BASE | {"fewshot"},
