@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": BASE
     | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "meta"}
     | {"models", "plots", "problems", "progress", "recipes", "records"},
+    "card": {"errors"},
     "plots": BASE | {"evaluation", "records"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot"},

@@ -14,9 +14,7 @@ EXAMPLE = re.compile(r"^(?P<indent> *)>>> .*?(?=\n\s*\n|\Z)", re.MULTILINE | re.
 def fenced(docstring: str) -> str:
     """Return the docstring with a fence around each example."""
     return EXAMPLE.sub(
-        lambda found: (
-            f"{found['indent']}```pycon\n{found[0].rstrip()}\n{found['indent']}```"
-        ),
+        lambda found: f"{found['indent']}```pycon\n{found[0].rstrip()}\n{found['indent']}```",
         docstring,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 log = logging.getLogger("mkdocs.hooks.site")
@@ -29,9 +29,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for link in OUTSIDE.finditer(file.content_string):
             target = linked(file, link)
             if target is not None and files.get_file_from_path(source_page(target)) is None:
-                files.append(
-                    File.generated(config, source_page(target), content=listing(target))
-                )
+                page = File.generated(config, source_page(target), content=listing(target))
+                page.inclusion = InclusionLevel.NOT_IN_NAV
+                files.append(page)
     return files
 
 

@@ -8,14 +8,14 @@ from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from koi.evaluation import Evaluation
 from koi.plots.style import HUES, draw_curve, new_figure
 from koi.records import Record
 
 # More meta-iterations than this are drawn as means of neighbours.
-_MOST_POINTS = 200
+_MOST_POINTS = 50
 # Losses that fall by more than this factor are drawn on a logarithmic axis.
 _WIDE = 20.0
 
@@ -23,7 +23,7 @@ _WIDE = 20.0
 def learning_curve(history: Sequence[Record]) -> Figure:
     """Draw the loss at φ and the last loss of the inner loop, over meta-iterations.
 
-    Each point is the mean of so many meta-iterations that at most 200 points are drawn.
+    Each point is the mean of so many meta-iterations that at most 50 points are drawn.
 
     Args:
         history: the records of a training, ``koi.history``.
@@ -33,7 +33,7 @@ def learning_curve(history: Sequence[Record]) -> Figure:
 
     >>> figure = learning_curve([Record(i, 1.0, 0.5, 0.1, 1.0, 0.01) for i in range(1000)])
     >>> [len(line.get_xdata()) for line in figure.axes[0].lines]
-    [200, 200]
+    [50, 50]
     """
     if not history:
         raise ValueError("there is no record to draw: train first, koi.history is empty")
@@ -83,6 +83,9 @@ def _finish(axes: Axes, values: Sequence[float]) -> None:
     drawn = [value for value in values if math.isfinite(value)]
     if drawn and min(drawn) > 0 and max(drawn) > _WIDE * min(drawn):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     elif drawn and min(drawn) >= 0:
         axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
