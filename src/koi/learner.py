@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -10,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from koi import checkpoint, configuration, parameters
 from koi.autosave import Autosave
 from koi.checkpoint import Pending
 from koi.configuration import check_count, check_tasks
 from koi.evaluation import Evaluation
-from koi.inner.base import InnerLoop
+from koi.inner.base import InnerLoop, Metric
 from koi.inner.dispatch import Dispatch
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
+from koi.logs import Log
 from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
 from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
-from koi.records import Record
+from koi.records import Record, mean_ends
 from koi.state import Phi
 from koi.tasks import draw
 from koi.watch import Watch
@@ -148,6 +148,7 @@ class Koi:
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
+        log_dir: str | os.PathLike[str] | None = None,
     ) -> nn.Module:
         """Run the meta-iterations that are left and return the model, its weights at φ.
 
@@ -164,9 +165,12 @@ class Koi:
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
             resume: go on from the newest good checkpoint in the folder, if there is one: what
                 comes out is then, bit for bit, what a training that never stopped gives.
+            log_dir: a folder for metrics.jsonl, which holds ``koi.history``, a line of JSON for
+                each meta-iteration, and for TensorBoard's curves where that is installed.
 
         Raises:
-            ConfigurationError: ``tasks`` cannot be sampled from, or a schedule gave no number.
+            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number, or
+                log_dir cannot be used.
             CheckpointError: a checkpoint cannot be written, or does not fit model or settings.
             TaskError: a loss that is no scalar or does not depend on the model.
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
@@ -180,13 +184,15 @@ class Koi:
         watch = Watch(self.algorithm, self.num_steps)
         callbacks = tuple(callbacks)
         bar = ProgressBar(progress, self.num_iterations, self.iteration)
-        with bar, self._interrupts, autosave:
+        log = Log(log_dir, self.history, self.num_iterations, resume)
+        with bar, self._interrupts, autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
                 record = self._meta_iteration(tasks, engine, update, watch)
                 bar.advance(record)
                 for callback in callbacks:
                     callback(self, record)
+                log.after_iteration(autosave.due)
                 autosave.after_iteration()
         return self.model
 
@@ -220,18 +226,35 @@ class Koi:
             num_tasks: how many tasks to sample.
             num_steps: inner steps on each; None: as in training.
         """
-        check_tasks(tasks)
-        check_count("num_tasks", num_tasks)
-        num_steps = self._steps(num_steps)
-        inner = self._inner_loop()
-        engine, phi = self._engines(inner), self._phi(inner.learned)
-        losses = []
-        with preserved_generators(self.seed):
-            for block, first in enumerate(range(0, num_tasks, _EVALUATION_BLOCK)):
-                place = Place(self.seed, "evaluation block", block)
-                batch = draw(tasks, min(_EVALUATION_BLOCK, num_tasks - first), place)
-                losses.append(engine.evaluate(phi, batch, num_steps, place))
-        return Evaluation(torch.cat(losses))
+        return Evaluation(self._over_tasks("evaluate", tasks, num_tasks, num_steps))
+
+    def measure(
+        self, tasks: Any, metric: Metric, num_tasks: int = 100, num_steps: int | None = None
+    ) -> Tensor:
+        """Adapt to ``num_tasks`` tasks and return ``metric(model, task)`` of each.
+
+        The tasks are those that `evaluate` sees, and are adapted to by the same engine, many at
+        once where they can be; the metric is called for one task after the other, without
+        gradients, and may do what it likes. ``koi.model`` stays as it is.
+
+        Args:
+            tasks: a task distribution.
+            metric: a callable of the module adapted to a task and the task; returns a tensor, of
+                the same shape for every task.
+            num_tasks: how many tasks to sample.
+            num_steps: inner steps on each; None: as in training.
+
+        Returns:
+            The metrics, shape (num_tasks, …).
+
+        >>> from koi.problems import Lines
+        >>> koi = Koi(torch.nn.Linear(1, 1), step_size=0.02)
+        >>> def worst(model, task):
+        ...     return (model(task.query_inputs) - task.query_targets).abs().max()
+        >>> koi.measure(Lines(), worst, num_tasks=3).shape
+        torch.Size([3])
+        """
+        return self._over_tasks("measure", tasks, num_tasks, num_steps, metric)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that training needs to go on into one file.
@@ -303,6 +326,23 @@ class Koi:
         watch.look(outcome, epsilon, norm)
         return record
 
+    def _over_tasks(
+        self, what: str, tasks: Any, num_tasks: int, num_steps: int | None, *more: Any
+    ) -> Tensor:
+        """Draw tasks block by block and return what the engine makes of them, a row for each."""
+        check_tasks(tasks)
+        check_count("num_tasks", num_tasks)
+        num_steps = self._steps(num_steps)
+        inner = self._inner_loop()
+        engine, phi = self._engines(inner), self._phi(inner.learned)
+        rows = []
+        with preserved_generators(self.seed):
+            for block, first in enumerate(range(0, num_tasks, _EVALUATION_BLOCK)):
+                place = Place(self.seed, "evaluation block", block)
+                batch = draw(tasks, min(_EVALUATION_BLOCK, num_tasks - first), place)
+                rows.append(getattr(engine, what)(phi, batch, num_steps, place, *more))
+        return torch.cat(rows)
+
     def _inner_loop(self) -> InnerLoop:
         """Read what learns off the model as it is now, and the inner optimizer."""
         learned = Learned.of(self.model)
@@ -356,11 +396,3 @@ class Koi:
             return self.num_steps
         check_count("num_steps", num_steps, least=0)
         return num_steps
-
-
-def mean_ends(losses: list[list[float]]) -> tuple[float, float]:
-    """Return the means over tasks of the first and of the last loss; NaN where there is no task."""
-    if not losses:
-        return math.nan, math.nan
-    count = len(losses)
-    return sum(row[0] for row in losses) / count, sum(row[-1] for row in losses) / count
