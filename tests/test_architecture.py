@@ -30,12 +30,14 @@ ALLOWED: dict[str, set[str]] = {
     # The command line, and the experiments as data.
     "__main__": {"cli"},
     "cli": BASE
-    | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "logs"}
-    | {"meta", "models", "plots", "problems", "progress", "recipes", "records", "runs"},
-    "plots": BASE | {"evaluation"},
+    | {"card", "checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner"}
+    | {"logs", "meta", "models", "plots", "problems", "progress", "recipes", "records", "runs"},
     # A recipe in a folder of its own; it uses the learner as a user does.
     "runs": BASE
-    | {"fewshot", "koi", "logs", "models", "problems", "progress", "recipes", "storage"},
+    | {"card", "fewshot", "koi", "logs", "models", "plots", "problems", "progress", "recipes"}
+    | {"storage"},
+    "card": {"errors"},
+    "plots": BASE | {"evaluation", "records"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},

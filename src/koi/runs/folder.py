@@ -54,6 +54,11 @@ class Config:
         """Return the configuration as JSON can hold it."""
         return {**asdict(self), "recipe": self.recipe.as_data()}
 
+    def flat(self) -> dict[str, Any]:
+        """Return the configuration with the recipe's fields among its own."""
+        data = self.as_data()
+        return {**data.pop("recipe"), **data}
+
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Config:
         """Return the configuration that `as_data` was given."""
@@ -85,16 +90,18 @@ class Run:
         """
         run = cls(folder)
         if run._config.exists():
-            there, here = run.config().as_data(), config.as_data()
+            there, here = run.config().flat(), config.flat()
             problems = [
-                f"{name}: {there.get(name)!r} there, {value!r} here"
-                for name, value in {**here, **here.pop("recipe")}.items()
-                if {**there, **there["recipe"]}.get(name) != value and name != "recipe"
+                f"{name}: {there[name]!r} there, {value!r} here"
+                for name, value in here.items()
+                if there[name] != value
             ]
             if problems:
                 raise ConfigurationError(
-                    [f"{folder} holds another run; choose another --out, or go on as it began:"]
-                    + problems
+                    [
+                        f"{folder} holds another run; choose another folder, or go on as it began:",
+                        *problems,
+                    ]
                 )
             return run
         try:
