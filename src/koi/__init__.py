@@ -10,6 +10,7 @@ from koi.errors import (
     KoiWarning,
     ModelError,
     NonFiniteError,
+    RankError,
     TaskError,
 )
 from koi.evaluation import Evaluation
@@ -30,6 +31,7 @@ __all__ = [
     "KoiWarning",
     "ModelError",
     "NonFiniteError",
+    "RankError",
     "Record",
     "SupervisedTask",
     "Task",

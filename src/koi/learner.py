@@ -16,6 +16,7 @@ from koi import checkpoint, configuration, parameters
 from koi.autosave import Autosave
 from koi.checkpoint import Pending
 from koi.configuration import check_count, check_tasks
+from koi.distributed import Ranks
 from koi.evaluation import Evaluation
 from koi.inner.base import InnerLoop
 from koi.inner.dispatch import Dispatch
@@ -29,7 +30,7 @@ from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
 from koi.records import Record
-from koi.state import Phi
+from koi.state import Outcome, Phi
 from koi.tasks import draw
 from koi.watch import Watch
 
@@ -135,6 +136,7 @@ class Koi:
         self._interrupts = Interrupts()
         self._tasks: Any = None  # of the last training, for their state
         self._pending: Pending | None = None
+        self._drawn_seed: int | None = None  # of several ranks that were given none
         self.engine = "none yet"
         self._ruled_out: set[str] = set()
         self._dispatch: Dispatch | None = None
@@ -177,19 +179,24 @@ class Koi:
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume)
         inner = self._inner_loop()
+        device = self._phi(inner.learned).params[0].device
+        carry = self.inner_state == "carry"
+        ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
+        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks)
         engine = self._engines(inner)
         engine.refused |= autosave.ruled_out
         update = self._meta_update(self._phi(inner.learned))
-        watch = Watch(self.algorithm, self.num_steps)
+        watch = Watch(self.algorithm, self.num_steps, silent=not ranks.first)
         callbacks = tuple(callbacks)
-        bar = ProgressBar(progress, self.num_iterations, self.iteration)
-        log = Log(log_dir, self.history, self.num_iterations, resume)
-        with bar, self._interrupts, autosave, log:
+        bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
+        with ranks.agreed():
+            folder = log_dir if ranks.first else None
+            log = Log(folder, self.history, self.num_iterations, resume)
+        with bar, self._interrupts, ranks.training(update.phi), autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
-                record = self._meta_iteration(tasks, engine, update, watch)
+                record = self._meta_iteration(tasks, engine, update, watch, ranks)
                 bar.advance(record)
                 for callback in callbacks:
                     callback(self, record)
@@ -284,16 +291,21 @@ class Koi:
         return self.model(*args, **kwargs)
 
     def _meta_iteration(
-        self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch
+        self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch, ranks: Ranks
     ) -> Record:
         began = time.perf_counter()
-        place = Place(self.seed, "meta-iteration", self.iteration)
+        place = Place(self._shared_seed, "meta-iteration", self.iteration)
         epsilon = value_at(self.meta_step_size, self.iteration / self.num_iterations)
-        with preserved_generators(self.seed):
-            batch = draw(tasks, self.meta_batch_size, place)
-            outcome = engine.meta_batch(update.phi, batch, self.num_steps, place)
+
+        def adapt(start: int, end: int) -> Outcome:
+            batch = draw(tasks, self.meta_batch_size, place).part(start, end)
+            return engine.meta_batch(update.phi, batch, self.num_steps, place)
+
+        with preserved_generators(self._shared_seed):
+            own = ranks.attempt(adapt)
         self.engine, self._ruled_out = engine.name, engine.refused
         with self._interrupts.held():
+            outcome = ranks.mean(own)
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
             if outcome.losses and self.inner_state == "carry":
                 update.phi.moments = self._moments = outcome.moments
@@ -339,7 +351,7 @@ class Koi:
                 vectorize=self.vectorize,
                 compile=self.compile,
                 chunk_size=self.chunk_size,
-                seeded=self.seed is not None,
+                seeded=self._shared_seed is not None,
             )
         return self._dispatch
 
@@ -357,6 +369,11 @@ class Koi:
             self._update = MetaUpdate(self.algorithm, phi, self.meta_optimizer)
         self._update.phi = phi
         return self._update
+
+    @property
+    def _shared_seed(self) -> int | None:
+        """The seed, or the one that several ranks have drawn for themselves."""
+        return self._drawn_seed if self.seed is None else self.seed
 
     def _steps(self, num_steps: int | None) -> int:
         if num_steps is None:

@@ -93,7 +93,7 @@ class CompiledEngine:
         means = OutcomeMean(copy=size < len(batch) or self.device.type == "cuda")
         for first, chunk in batch.chunks(size):
             with explained(place, first, len(chunk)):
-                place.set("inner", None if self.together else first)
+                place.set("inner", (first or None) if self.together else first)
                 output = self._train(start, chunk, num_steps, place, first)
                 *figures, distance = output.figures.tolist()
                 count = len(chunk)
@@ -118,7 +118,7 @@ class CompiledEngine:
         curves = []
         for first, chunk in batch.chunks(self._evaluation_chunk):
             with explained(place, first, len(chunk)):
-                place.set("inner", None if self.together else first)
+                place.set("inner", (first or None) if self.together else first)
                 full = chunk.filled(self._evaluation_chunk)
                 curve = self._evaluate(start, full, num_steps, place, first)
             curves.append(curve.reshape(num_steps + 1, -1).t()[: len(chunk)])
