@@ -13,7 +13,7 @@ from torch import nn
 
 from conftest import plain_scan
 from engine_toys import NETS, Fits, everything, trained
-from koi import Koi
+from koi import Koi, ModelError
 from toys import Regression, Regressions, small_net, snapshot
 
 SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 6, "meta_batch_size": 5}
@@ -256,3 +256,16 @@ def bytes_sent(rank):
     with patch("torch.distributed.all_reduce", counted):
         Koi(small_net(), **SETTINGS, seed=0).train(Regressions())
     return sizes
+
+
+def sharded(rank):
+    """Give Koi models that are spread over processes by other means."""
+    from torch.distributed.fsdp import fully_shard
+
+    texts = []
+    for spread in (fully_shard, nn.parallel.DistributedDataParallel):
+        try:
+            Koi(spread(small_net()))
+        except ModelError as error:
+            texts.append(str(error))
+    return texts

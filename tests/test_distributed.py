@@ -1,10 +1,18 @@
 """Several ranks are one training: the same φ, one end for all, whatever happens to one of them."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import mortal_run
 import rank_runs
 from engine_toys import ENGINES
+from koi import Koi
 from ranks import Failed, Pool
 
 NETWORK = [
@@ -176,3 +184,32 @@ def test_more_ranks_than_tasks(on_ranks):
     for end in on_ranks(4, rank_runs.one_by_one, "plain", {"meta_batch_size": 3}):
         assert end.kind == "ConfigurationError"
         assert "meta_batch_size = 3 on 4 ranks" in end.text
+
+
+def test_sharded_models_are_refused(on_ranks):
+    for sharded, wrapped in on_ranks(2, rank_runs.sharded):
+        assert "has sharded parameters (0.weight, 0.bias, 2.weight, 2.bias)" in sharded
+        assert "the model is wrapped" in wrapped
+
+
+@pytest.mark.timeout(150)
+def test_rank_that_dies(on_ranks, tmp_path):
+    """kill -9 on one of torchrun's processes, whose script knows nothing of ranks."""
+    script = Path(mortal_run.__file__)
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, script, tmp_path, "1", "17"],
+        env={**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=140,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    whole, _ = on_ranks(2, mortal_run.train)
+    newest = tmp_path / "iteration-000000040.safetensors"
+    koi = Koi.load(newest, mortal_run.make()[0].model)
+    assert_close(koi.model.state_dict(), whole, tolerance=0)
+    assert_close(whole, mortal_run.train(0), tolerance=1e-6)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(40))

@@ -14,11 +14,13 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,9 @@ from koi.errors import ConfigurationError, KoiError, RankError, annotate
 from koi.exchange import Buffer, Form, share
 from koi.interrupts import Interrupts
 from koi.state import Outcome, Phi
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 Result = TypeVar("Result")
 
@@ -43,10 +48,48 @@ def join(device: torch.device) -> bool:
     if not dist.is_initialized():
         if not all(name in os.environ for name in _LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
             return False
-        # by itself torch takes NCCL for the GPU, gloo for what is on the CPU
-        dist.init_process_group("gloo" if device.type == "cpu" else None)
+        from torch.distributed.rendezvous import rendezvous
+
+        store, rank, size = next(rendezvous("env://"))
+        dist.init_process_group(
+            # by itself torch takes NCCL for the GPU, gloo for what is on the CPU
+            "gloo" if device.type == "cpu" else None,
+            store=of_this_attempt(store, rank, size),
+            rank=rank,
+            world_size=size,
+        )
         atexit.register(_leave)
     return dist.get_world_size() > 1
+
+
+def of_this_attempt(store: Store, rank: int, size: int) -> Store:
+    """Return a part of ``store`` that is new to all ranks.
+
+    torchrun's store outlives its restarts, and processes would find in it the addresses of those
+    that have ended (pytorch/pytorch#135712). So each rank says hello under a name that was never
+    used, which only a rank 0 that is alive can answer, and confirms what it was told.
+    """
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.constants import default_pg_timeout
+
+    name = f"koi/{uuid.uuid4()}"
+    if rank > 0:
+        store.set(f"koi/hello/{rank}", name)
+        name = store.get(name).decode()
+        store.set(f"{name}/{rank}", "")
+    missing = set(range(1, size)) if rank == 0 else set()
+    until = time.monotonic() + default_pg_timeout.total_seconds()
+    while missing:
+        for other in list(missing):
+            if store.check([f"koi/hello/{other}"]):  # of this attempt, or of an earlier one
+                store.set(store.get(f"koi/hello/{other}").decode(), name)
+            if store.check([f"{name}/{other}"]):
+                missing.discard(other)
+        if time.monotonic() > until:
+            named = ", ".join(map(str, sorted(missing)))
+            raise RankError(f"rank 0 waits in vain for the ranks {named}: did their scripts end?")
+        time.sleep(0.01)
+    return PrefixStore(name, store)
 
 
 def _leave() -> None:
