@@ -1,5 +1,7 @@
 """Labelled data: what comes back is what was given; parts have no class in common."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -275,6 +277,7 @@ class TestSources:
             ((torch.zeros(0), []), "no examples"),
             (Pairs([], []), "Pairs is empty"),
             (Pairs([torch.zeros(2), torch.zeros(3)], [0, 1]), r"example 1 has shape \(3,\)"),
+            (Pairs([[1, 2], [0.5, 2]], [0, 1]), "example 1 is of type torch.float32 and the firs"),
             (Pairs(["some", "text"], [0, 1]), "example 0 is of type str.* turn text into tokens"),
             ([torch.zeros(2), torch.zeros(2), torch.zeros(2)], "must be a pair"),
             (Columns(image=[1, 2], label=[0, -1], names=["a", "b"]), "without a label"),
@@ -289,6 +292,7 @@ class TestSources:
         ("options", "message"),
         [
             ({"source": 3}, "source of type int: must be a pair"),
+            ({"source": {"train": Pairs([0], [0])}}, "source of type dict: must be a pair"),
             ({"image_size": 0}, "image_size = 0: must be"),
             ({"image_size": (3, 4, 5)}, "image_size"),
             ({"mode": "RBG"}, "must be one of 'L', 'RGB'; did you mean \"RGB\""),
@@ -414,3 +418,9 @@ class TestFolder:
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(DataError, match=rf"1\.png cannot be read \(.*{message}"):
             everything(labelled(tmp_path, max_bytes=max_bytes))
+
+    def test_without_pillow(self, tmp_path, monkeypatch):
+        draw_images(tmp_path, ["a", "b"])
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(DataError, match=r'need PIL.*pip install "koi-x\[data\]"'):
+            labelled(tmp_path)
