@@ -108,5 +108,6 @@ def _measure(run: Run, shots: list[int], num_tasks: int, console: Console) -> No
     for num_shots in shots:
         runs.measure(run, num_shots, num_tasks)
     plots.save(plots.learning_curve(run.validations(), run.results()), run.picture)
+    runs.write_card(run)
     typer.echo(runs.markdown_table([run]))
     console.print(f"Picture: {run.picture}", soft_wrap=True)
