@@ -32,12 +32,11 @@ ALLOWED: dict[str, set[str]] = {
     "cli": BASE
     | {"card", "checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner"}
     | {"logs", "meta", "models", "plots", "problems", "progress", "recipes", "records", "runs"},
-    # A recipe in a folder of its own; it uses the learner as a user does.
-    "runs": BASE
-    | {"card", "fewshot", "koi", "logs", "models", "plots", "problems", "progress", "recipes"}
-    | {"storage"},
     "card": {"errors"},
     "plots": BASE | {"evaluation", "records"},
+    # A recipe in a folder of its own; it uses the learner as a user does.
+    "runs": BASE
+    | {"card", "fewshot", "koi", "logs", "models", "problems", "progress", "recipes", "storage"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
@@ -46,8 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
     | {"interrupts", "logs", "progress", "records", "watch"},
-    "autosave": BASE
-    | {"checkpoint", "configuration", "distributed", "interrupts", "storage", "watch"},
+    "autosave": BASE | {"checkpoint", "configuration", "interrupts", "storage", "watch"},
     "checkpoint": BASE
     | {"agreement", "configuration", "inner", "interrupts", "meta", "records", "storage"},
     "agreement": BASE | {"meta"},
@@ -56,8 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "logs": BASE | {"records", "storage", "watch"},
     "configuration": BASE | {"inner", "meta"},
     "watch": BASE,
-    "distributed": BASE | {"exchange", "interrupts", "storage"},
-    "exchange": BASE,
+    "distributed": BASE,
     "evaluation": BASE,
     "inner": BASE,
     "meta": BASE,

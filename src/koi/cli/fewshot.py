@@ -107,6 +107,7 @@ def _measure(run: Run, shots: list[int], num_tasks: int, console: Console) -> No
     console.print(f"Adapting to {num_tasks:,} test tasks")
     for num_shots in shots:
         runs.measure(run, num_shots, num_tasks)
-    plots.save(plots.accuracy_curve(run.validations(), run.results()), run.picture)
+    plots.save(plots.learning_curve(run.validations(), run.results()), run.picture)
+    runs.write_card(run)
     typer.echo(runs.markdown_table([run]))
     console.print(f"Picture: {run.picture}", soft_wrap=True)
