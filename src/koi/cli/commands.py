@@ -13,6 +13,7 @@ from rich.table import Table
 
 import koi
 from koi import Evaluation, Koi, plots, recipes
+from koi.cli.demo import demo
 from koi.evaluation import doubling
 from koi.plots import Wave
 
@@ -42,6 +43,9 @@ def root(
     ] = False,
 ) -> None:
     """Learn initialisations from which a few gradient steps learn a new task."""
+
+
+app.command()(demo)
 
 
 @app.command()
