@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": BASE
     | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "meta"}
-    | {"models", "plots", "problems", "progress", "recipes", "records"},
+    | {"demo", "models", "plots", "problems", "progress", "recipes", "records"},
+    "demo": BASE | {"checkpoint", "koi", "models"},
     "plots": BASE | {"evaluation"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
@@ -68,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
 REQUIRED = {"safetensors", "torch", "tqdm"}
 TOP_LEVEL: dict[str, set[str]] = {
     "cli": REQUIRED | {"numpy", "rich", "typer"},
+    "demo": REQUIRED | {"anyio", "pydantic", "starlette", "uvicorn"},
     "plots": REQUIRED | {"matplotlib"},
 }
 LAZY: dict[str, set[str]] = {
@@ -212,8 +214,10 @@ def test_import_koi_is_light() -> None:
         "pooch",
         "pytest",
         "rich",
+        "starlette",
         "typer",
         "koi.cli",
+        "koi.demo",
         "koi.recipes",
     }
     loaded = set(run_python("import sys, koi; print(*sys.modules)").split())

@@ -38,7 +38,7 @@ def image(drawing: Drawing) -> Tensor:
 
     >>> cross = [[(0.1, 0.5), (0.9, 0.5)], [(0.5, 0.1), (0.5, 0.9)]]
     >>> image(cross).shape, int((image(cross) == INK).sum())
-    (torch.Size([1, 28, 28]), 34)
+    (torch.Size([1, 28, 28]), 35)
     """
     starts, ends = _in_box(*_segments(drawing))
     pixel = (torch.arange(IMAGE_SIZE) + 0.5) * (_BOX / IMAGE_SIZE)

@@ -145,7 +145,7 @@ async function pump() {
       initialisation,
     };
     try {
-      page.answers[initialisation] = { version, ...(await ask("answer", question)) };
+      page.answers[initialisation] = { version, question, ...(await ask("answer", question)) };
       page.problem = "";
     } catch (error) {
       page.problem = error.message;
@@ -194,15 +194,14 @@ function rounded(strokes) {
 // What is shown
 
 function show() {
-  const complete = missing().length === 0;
-  const answer = complete ? page.answers[page.initialisation] : undefined;
-  const other = complete ? page.answers[OTHER[page.initialisation]] : undefined;
-  const belief = page.query.isEmpty ? undefined : answer?.probabilities[page.step];
+  const answer = answerTo(page.initialisation);
+  const other = answerTo(OTHER[page.initialisation]);
+  const belief = answer?.probabilities[page.step];
   $("meaning").textContent = MEANING[page.initialisation];
   showBars(answer, belief);
   paintSeen($("query-seen"), page.query.isEmpty ? undefined : answer?.images.at(-1));
   showVerdict(belief);
-  showOther(belief && other);
+  showOther(other);
   const lines = [[answer, page.initialisation], [other, OTHER[page.initialisation]]];
   charts.losses.show(
     lines.flatMap(([each, kind]) => (each ? [{ values: each.losses, kind }] : [])),
@@ -215,6 +214,14 @@ function show() {
     page.step,
     limits.max_steps,
   );
+}
+
+// The latest answer, as long as it is to a question of the kind that is on the pads now.
+function answerTo(initialisation) {
+  const answer = page.answers[initialisation];
+  const { examples, query } = answer?.question ?? {};
+  const fits = examples?.length === page.pads.length && (query === null) === page.query.isEmpty;
+  return fits && missing().length === 0 ? answer : undefined;
 }
 
 function buildBars() {

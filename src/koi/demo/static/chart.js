@@ -39,11 +39,12 @@ export class Chart {
       svg.append(node("text", { class: "tick middle", x: x(step), y: HEIGHT - 6 }, step));
     }
     svg.append(node("line", { class: "now", x1: x(this.step), x2: x(this.step), y1: EDGE.top, y2: y(0) }));
-    for (const { values, kind } of [...this.series].reverse()) {
+    const fromBehind = [...this.series].reverse();
+    for (const { values, kind } of fromBehind) {
       const points = values.map((value, step) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`);
       svg.append(node("polyline", { class: `curve ${kind}`, points: points.join(" ") }));
     }
-    for (const { values, kind } of this.series) {
+    for (const { values, kind } of fromBehind) {
       const value = values[this.step];
       if (value !== undefined) {
         svg.append(node("circle", { class: `dot ${kind}`, cx: x(this.step), cy: y(value), r: 4 }));
