@@ -144,12 +144,10 @@ def expect_verdict(page, letter):
     expect(page.locator("#bars .best")).to_have_class(f"class-{letter} best")
 
 
-def screenshot(page, name):
+def screenshot(page, name, **options):
     if os.environ.get("KOI_SCREENSHOTS"):
-        page.mouse.move(0, 0)
-        page.evaluate("scrollTo(0, 0)")
-        page.wait_for_timeout(500)  # for what is still moving
-        page.screenshot(path=IMAGES / f"demo-{name}.png", full_page=True)
+        page.wait_for_timeout(1000)  # for what is still moving
+        page.screenshot(path=IMAGES / f"demo-{name}.png", **options)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -158,7 +156,7 @@ def test_shapes_are_drawn_by_mouse_and_the_right_one_wins(open_page, scheme):
     draw_all(page, AGAIN["A"])
     expect_verdict(page, "A")
     expect(page.locator("#other")).to_contain_text("From a random initialisation")
-    screenshot(page, scheme)
+    screenshot(page, scheme, full_page=True)
     for letter in ("B", "C"):
         page.get_by_role("button", name="Clear the pad for the new drawing").click()
         expect(page.locator("#verdict strong")).to_have_count(0)
@@ -284,6 +282,7 @@ def test_by_touch_on_a_phone(open_page):
     assert page.evaluate("scrollY") == top  # drawing does not scroll
     expect(canvas).to_have_attribute("aria-label", "the pad for the new drawing, one stroke")
     expect_verdict(page, "A")
+    page.locator(".ask").evaluate("section => section.scrollIntoView()")
     screenshot(page, "phone")
 
 

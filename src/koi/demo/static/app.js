@@ -258,6 +258,7 @@ function paintSeen(canvas, pixels) {
 function showVerdict(belief) {
   const verdict = $("verdict");
   verdict.className = "verdict";
+  let spoken;
   if (page.problem) {
     verdict.classList.add("problem");
     verdict.textContent = page.problem;
@@ -268,11 +269,12 @@ function showVerdict(belief) {
   } else if (belief) {
     const best = belief.indexOf(Math.max(...belief));
     verdict.classList.add(`class-${LETTERS[best]}`);
-    verdict.innerHTML = `It says <strong>${LETTERS[best]}</strong>, <span>${percent(belief[best])} sure</span>`;
+    verdict.innerHTML = `It says <strong>${LETTERS[best]}</strong><span>${percent(belief[best])} sure</span>`;
+    spoken = `It says ${LETTERS[best]}, ${percent(belief[best])} sure.`;
   }
   clearTimeout(speaking);
   speaking = setTimeout(() => {
-    if ($("spoken").textContent !== verdict.textContent) $("spoken").textContent = verdict.textContent;
+    $("spoken").textContent = spoken ?? verdict.textContent;
   }, QUIET);
 }
 
@@ -344,6 +346,7 @@ function listed(words, last) {
 }
 
 function lossTicks(largest) {
+  if (largest === 0) return [0, 1, 2];
   const step = [0.5, 1, 2, 5, 10].find((size) => 3 * size >= largest) ?? Math.ceil(largest / 3);
   const count = Math.max(1, Math.ceil(largest / step));
   return Array.from({ length: count + 1 }, (_, i) => i * step);

@@ -72,6 +72,7 @@ export class Pad {
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("role", "application");
     this.canvas.setAttribute("aria-roledescription", "drawing pad");
+    this.canvas.setAttribute("aria-describedby", "keys");
     const head = document.createElement("div");
     head.className = "pad-head";
     const label = document.createElement("span");
