@@ -30,9 +30,11 @@ ALLOWED: dict[str, set[str]] = {
     # The command line, and the experiments as data.
     "__main__": {"cli"},
     "cli": BASE
-    | {"card", "checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner"}
-    | {"logs", "meta", "models", "plots", "problems", "progress", "recipes", "records", "runs"},
+    | {"card", "checkpoint", "demo", "distributed", "evaluation", "fewshot", "inner", "koi"}
+    | {"learner", "logs", "meta", "models", "plots", "problems", "progress", "recipes", "records"}
+    | {"runs"},
     "card": {"errors"},
+    "demo": BASE | {"checkpoint", "koi", "models"},
     "plots": BASE | {"evaluation", "records"},
     # A recipe in a folder of its own; it uses the learner as a user does.
     "runs": BASE
@@ -73,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
 REQUIRED = {"safetensors", "torch", "tqdm"}
 TOP_LEVEL: dict[str, set[str]] = {
     "cli": REQUIRED | {"numpy", "rich", "typer"},
+    "demo": REQUIRED | {"anyio", "pydantic", "starlette", "uvicorn"},
     "plots": REQUIRED | {"matplotlib"},
 }
 LAZY: dict[str, set[str]] = {
@@ -217,8 +220,10 @@ def test_import_koi_is_light() -> None:
         "pooch",
         "pytest",
         "rich",
+        "starlette",
         "typer",
         "koi.cli",
+        "koi.demo",
         "koi.recipes",
     }
     loaded = set(run_python("import sys, koi; print(*sys.modules)").split())

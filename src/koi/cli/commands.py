@@ -9,6 +9,7 @@ import typer
 
 import koi
 from koi.cli import fewshot
+from koi.cli.demo import demo
 from koi.cli.sine import sine
 
 app = typer.Typer(
@@ -37,5 +38,5 @@ def root(
     """Learn initialisations from which a few gradient steps learn a new task."""
 
 
-for command in (sine, fewshot.recipes, fewshot.train, fewshot.evaluate, fewshot.table):
+for command in (sine, demo, fewshot.recipes, fewshot.train, fewshot.evaluate, fewshot.table):
     app.command()(command)
