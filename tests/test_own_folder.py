@@ -128,6 +128,11 @@ class TestTrain:
         learner = Koi.load(checkpoint, config.recipe.model(), **config.recipe.code())
         assert [learner.num_steps, learner.step_size] == [5, 0.001]
 
+    def test_the_card_says_how_to_make_such_a_run(self, trained):
+        card = (trained / "README.md").read_text(encoding="utf-8")
+        command = "koi train --data FOLDER --ways 3 --shots 1 --network omniglot --iterations 5"
+        assert command in card
+
     def test_a_run_stands_by_its_classes_when_the_folder_gets_more(self, tmp_path, koi):
         folder = draw_folder(tmp_path / "shapes", ("ring", *TRAINED[:3]), 2)
         command = ["train", "--data", folder, "--ways", 2, "--iterations", 1, "--test-tasks", 0]

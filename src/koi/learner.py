@@ -15,11 +15,12 @@ from koi import checkpoint, configuration, parameters
 from koi.autosave import Autosave
 from koi.checkpoint import Pending
 from koi.configuration import check_count, check_tasks
-from koi.evaluation import Evaluation
+from koi.distributed import Ranks
+from koi.evaluation import Evaluation, blocks
 from koi.inner.base import InnerLoop, Metric
 from koi.inner.dispatch import Dispatch
 from koi.inner.eager import EagerEngine
-from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
+from koi.inner.optimizers import OptimizerFactory
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.logs import Log
@@ -28,14 +29,11 @@ from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
 from koi.records import Record, mean_ends
-from koi.state import Phi
+from koi.state import Outcome, Phi
 from koi.tasks import draw
 from koi.watch import Watch
 
 Callback = Callable[["Koi", Record], None]
-
-# Tasks of an evaluation are drawn and, where they can be, adapted to so many at a time.
-_EVALUATION_BLOCK = 100
 
 
 class Koi:
@@ -134,6 +132,7 @@ class Koi:
         self._interrupts = Interrupts()
         self._tasks: Any = None  # of the last training, for their state
         self._pending: Pending | None = None
+        self._drawn_seed: int | None = None  # of several ranks that were given none
         self.engine = "none yet"
         self._ruled_out: set[str] = set()
         self._dispatch: Dispatch | None = None
@@ -176,19 +175,24 @@ class Koi:
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume)
         inner = self._inner_loop()
+        device = self._phi(inner.learned).params[0].device
+        carry = self.inner_state == "carry"
+        ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
+        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks)
         engine = self._engines(inner)
         engine.refused |= autosave.ruled_out
         update = self._meta_update(self._phi(inner.learned))
-        watch = Watch(self.algorithm, self.num_steps)
+        watch = Watch(self.algorithm, self.num_steps, silent=not ranks.first)
         callbacks = tuple(callbacks)
-        bar = ProgressBar(progress, self.num_iterations, self.iteration)
-        log = Log(log_dir, self.history, self.num_iterations, resume)
-        with bar, self._interrupts, autosave, log:
+        bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
+        with ranks.agreed():
+            folder = log_dir if ranks.first else None
+            log = Log(folder, self.history, self.num_iterations, resume)
+        with bar, self._interrupts, ranks.training(update.phi), autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
-                record = self._meta_iteration(tasks, engine, update, watch)
+                record = self._meta_iteration(tasks, engine, update, watch, ranks)
                 bar.advance(record)
                 for callback in callbacks:
                     callback(self, record)
@@ -300,16 +304,21 @@ class Koi:
         return self.model(*args, **kwargs)
 
     def _meta_iteration(
-        self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch
+        self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch, ranks: Ranks
     ) -> Record:
         began = time.perf_counter()
-        place = Place(self.seed, "meta-iteration", self.iteration)
+        place = Place(self._shared_seed, "meta-iteration", self.iteration)
         epsilon = value_at(self.meta_step_size, self.iteration / self.num_iterations)
-        with preserved_generators(self.seed):
-            batch = draw(tasks, self.meta_batch_size, place)
-            outcome = engine.meta_batch(update.phi, batch, self.num_steps, place)
+
+        def adapt(start: int, end: int) -> Outcome:
+            batch = draw(tasks, self.meta_batch_size, place).part(start, end)
+            return engine.meta_batch(update.phi, batch, self.num_steps, place)
+
+        with preserved_generators(self._shared_seed):
+            own = ranks.attempt(adapt)
         self.engine, self._ruled_out = engine.name, engine.refused
         with self._interrupts.held():
+            outcome = ranks.mean(own)
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
             if outcome.losses and self.inner_state == "carry":
                 update.phi.moments = self._moments = outcome.moments
@@ -335,31 +344,15 @@ class Koi:
         num_steps = self._steps(num_steps)
         inner = self._inner_loop()
         engine, phi = self._engines(inner), self._phi(inner.learned)
-        rows = []
         with preserved_generators(self.seed):
-            for block, first in enumerate(range(0, num_tasks, _EVALUATION_BLOCK)):
-                place = Place(self.seed, "evaluation block", block)
-                batch = draw(tasks, min(_EVALUATION_BLOCK, num_tasks - first), place)
-                rows.append(getattr(engine, what)(phi, batch, num_steps, place, *more))
+            rows = [
+                getattr(engine, what)(phi, batch, num_steps, place, *more)
+                for place, batch in blocks(tasks, num_tasks, self.seed)
+            ]
         return torch.cat(rows)
 
     def _inner_loop(self) -> InnerLoop:
-        """Read what learns off the model as it is now, and the inner optimizer."""
-        learned = Learned.of(self.model)
-        factory = configuration.inner_factory(self.inner_optimizer)
-        optimizer = make_optimizer(factory, learned.params_of(self.model), self.step_size)
-        rule = update_rule(optimizer, differentiable=self.algorithm == "maml")
-        configuration.check_rule(self.algorithm, rule)
-        return InnerLoop(
-            learned,
-            self.algorithm,
-            factory,
-            self.step_size,
-            rule,
-            autocast=self.autocast,
-            scale=self._scale,
-            skip_nonfinite=self.on_nonfinite == "skip",
-        )
+        return configuration.inner_loop(self, self._scale)
 
     def _engines(self, inner: InnerLoop) -> Dispatch:
         """Return fresh engines, or the compiled ones of a module that has not changed since."""
@@ -372,7 +365,7 @@ class Koi:
                 vectorize=self.vectorize,
                 compile=self.compile,
                 chunk_size=self.chunk_size,
-                seeded=self.seed is not None,
+                seeded=self._shared_seed is not None,
             )
         return self._dispatch
 
@@ -390,6 +383,11 @@ class Koi:
             self._update = MetaUpdate(self.algorithm, phi, self.meta_optimizer)
         self._update.phi = phi
         return self._update
+
+    @property
+    def _shared_seed(self) -> int | None:
+        """The seed, or the one that several ranks have drawn for themselves."""
+        return self._drawn_seed if self.seed is None else self.seed
 
     def _steps(self, num_steps: int | None) -> int:
         if num_steps is None:

@@ -9,6 +9,7 @@ import typer
 
 import koi
 from koi.cli import classifier, fewshot
+from koi.cli.demo import demo
 from koi.cli.sine import sine
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ def root(
 
 for command in (
     sine,
+    demo,
     fewshot.recipes,
     fewshot.train,
     fewshot.evaluate,

@@ -60,6 +60,11 @@ class Config:
         """Return the configuration as JSON can hold it."""
         return {**asdict(self), "recipe": self.recipe.as_data()}
 
+    def flat(self) -> dict[str, Any]:
+        """Return the configuration with the recipe's fields among its own."""
+        data = self.as_data()
+        return {**data.pop("recipe"), **data}
+
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Config:
         """Return the configuration that `as_data` was given."""
@@ -93,8 +98,12 @@ class Run:
         if run._config.exists():
             problems = _differences(run.config(), config)
             if problems:
-                begin = f"{folder} holds another run; choose another --out, or go on as it began:"
-                raise ConfigurationError([begin, *problems])
+                raise ConfigurationError(
+                    [
+                        f"{folder} holds another run; choose another folder, or go on as it began:",
+                        *problems,
+                    ]
+                )
             return run
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +166,7 @@ class Run:
 
 def _differences(there: Config, here: Config) -> list[str]:
     """Return a line for each setting that differs."""
-    old, new = ({**data.pop("recipe"), **data} for data in (there.as_data(), here.as_data()))
+    old, new = there.flat(), here.flat()
     lines = [
         f"{name}: {old[name]!r} there, {value!r} here"
         for name, value in new.items()
