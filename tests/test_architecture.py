@@ -31,12 +31,15 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": BASE
     | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "logs"}
-    | {"meta", "models", "plots", "problems", "progress", "recipes", "records"},
+    | {"meta", "models", "plots", "problems", "progress", "recipes", "records", "runs"},
     "plots": BASE | {"evaluation"},
+    # A recipe in a folder of its own; it uses the learner as a user does.
+    "runs": BASE
+    | {"fewshot", "koi", "logs", "models", "problems", "progress", "recipes", "storage"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
-    "problems": BASE | {"fewshot"},
+    "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
-    "fewshot": BASE,
+    "fewshot": BASE | {"evaluation"},
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
@@ -73,7 +76,10 @@ TOP_LEVEL: dict[str, set[str]] = {
     "cli": REQUIRED | {"numpy", "rich", "typer"},
     "plots": REQUIRED | {"matplotlib"},
 }
-LAZY: dict[str, set[str]] = {}
+LAZY: dict[str, set[str]] = {
+    "fewshot": {"PIL"},
+    "problems": {"PIL", "pooch"},
+}
 LAZY_ANYWHERE = {"numpy"}
 
 MAX_LINES = 400
@@ -205,15 +211,26 @@ def run_python(code: str) -> str:
 
 
 def test_import_koi_is_light() -> None:
-    heavy = {"jax", "matplotlib", "pytest", "rich", "typer", "koi.cli", "koi.recipes"}
+    heavy = {
+        "PIL",
+        "jax",
+        "matplotlib",
+        "pooch",
+        "pytest",
+        "rich",
+        "typer",
+        "koi.cli",
+        "koi.recipes",
+    }
     loaded = set(run_python("import sys, koi; print(*sys.modules)").split())
     assert "koi" in loaded
     assert not loaded & heavy
 
 
-def test_import_koi_works_without_numpy() -> None:
+def test_import_koi_works_without_what_extras_bring() -> None:
     """As after `pip install koi-x`: torch runs without NumPy, and so does Koi."""
-    run_python("import sys; sys.modules['numpy'] = None; import koi")
+    extras = "numpy=None, PIL=None, pooch=None"
+    run_python(f"import sys; sys.modules.update({extras}); import koi, koi.models, koi.problems")
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))

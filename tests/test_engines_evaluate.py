@@ -23,7 +23,7 @@ from engine_toys import (
     moved,
     trained,
 )
-from koi import Koi
+from koi import Koi, TaskError
 from koi.randomness import capture, same_states
 
 pytestmark = pytest.mark.usefixtures("untraced")
@@ -45,6 +45,43 @@ def test_curves(engine, optimizer, net):
         assert num_steps == 0 or not torch.equal(other[:, 0], other[:, -1])
     for learner, state in zip(learners, before, strict=True):
         torch.testing.assert_close(everything(learner), state, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_metric_sees_the_adapted_module(engine, net):
+    """The query loss as a metric is the last column of the curves; chunks and 0 steps included."""
+    make, shape = NETS[net]
+    tasks = Fits(shape)
+    learner = trained(engine, make(), tasks, chunk_size=2)
+    before = deepcopy(everything(learner))
+    for num_steps in (None, 0, 1):
+        curves = learner.evaluate(tasks, 5, num_steps).losses
+        losses = learner.measure(tasks, lambda model, task: task.query.loss(model), 5, num_steps)
+        torch.testing.assert_close(losses, curves[:, -1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(everything(learner), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_metric_may_do_what_the_engine_cannot(engine):
+    """It is called outside of vmap and of the compiled graph, on tensors of one task."""
+    learner = trained(engine, mlp(), Fits())
+
+    def metric(model, task):
+        assert type(model) is type(learner.model)
+        assert model is not learner.model
+        assert not model(task.x).requires_grad
+        return torch.tensor([1.0, 2.0]) if task.y.sum().item() > 0 else torch.zeros(2)
+
+    assert learner.measure(Fits(), metric, num_tasks=3).shape == (3, 2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_metric_that_is_no_tensor_is_refused(engine):
+    learner = trained(engine, mlp(), Fits())
+    with pytest.raises(TaskError, match="metric returned float"):
+        learner.measure(Fits(), lambda model, task: task.query.loss(model).item())
 
 
 @pytest.mark.usefixtures("float64")

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from koi.errors import (
     CheckpointError,
     ConfigurationError,
+    DataError,
     EngineError,
     KoiError,
     KoiWarning,
@@ -24,6 +25,7 @@ __version__ = version("koi-x")
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
+    "DataError",
     "EngineError",
     "Evaluation",
     "Koi",

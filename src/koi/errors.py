@@ -31,6 +31,10 @@ class NonFiniteError(TaskError):
     """A loss or an adapted parameter that is NaN or infinite."""
 
 
+class DataError(KoiError, ValueError):
+    """Data that cannot be read, or that are not what they should be."""
+
+
 class EngineError(KoiError, RuntimeError):
     """Tasks that cannot run the way that was asked for: all at once, or compiled."""
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from koi.randomness import Place, preserved_generators
+from koi.tasks import draw
+
+# Tasks are drawn and, where they can be, adapted to so many at a time.
+_BLOCK = 100
 
 # two-sided 95 % of the normal distribution
 _NORMAL_95 = 1.959963984540054
@@ -97,3 +106,21 @@ def doubling(last: int) -> list[int]:
     """
     steps = [0, *(2**k for k in range(last.bit_length()))]
     return steps if steps[-1] == last or last == 0 else [*steps, last]
+
+
+def over_blocks(
+    work: Callable[..., Tensor],
+    tasks: Any,
+    num_tasks: int,
+    num_steps: int,
+    seed: int | None,
+    *more: Any,
+) -> Tensor:
+    """Draw tasks block by block and return what an engine makes of them, a row for each task."""
+    rows = []
+    with preserved_generators(seed):
+        for block, first in enumerate(range(0, num_tasks, _BLOCK)):
+            place = Place(seed, "evaluation block", block)
+            batch = draw(tasks, min(_BLOCK, num_tasks - first), place)
+            rows.append(work(batch, num_steps, place, *more))
+    return torch.cat(rows)

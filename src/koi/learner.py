@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from koi import checkpoint, configuration, parameters
 from koi.autosave import Autosave
 from koi.checkpoint import Pending
 from koi.configuration import check_count, check_tasks
 from koi.distributed import Ranks
-from koi.evaluation import Evaluation
-from koi.inner.base import InnerLoop
+from koi.evaluation import Evaluation, over_blocks
+from koi.inner.base import InnerLoop, Metric
 from koi.inner.dispatch import Dispatch
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
@@ -29,15 +29,12 @@ from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
 from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
-from koi.records import Record
+from koi.records import Record, mean_ends
 from koi.state import Outcome, Phi
 from koi.tasks import draw
 from koi.watch import Watch
 
 Callback = Callable[["Koi", Record], None]
-
-# Tasks of an evaluation are drawn and, where they can be, adapted to so many at a time.
-_EVALUATION_BLOCK = 100
 
 
 class Koi:
@@ -191,8 +188,7 @@ class Koi:
         callbacks = tuple(callbacks)
         bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
         with ranks.agreed():
-            folder = log_dir if ranks.first else None
-            log = Log(folder, self.history, self.num_iterations, resume)
+            log = Log(log_dir if ranks.first else None, self.history, self.num_iterations, resume)
         with bar, self._interrupts, ranks.training(update.phi), autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
@@ -234,18 +230,35 @@ class Koi:
             num_tasks: how many tasks to sample.
             num_steps: inner steps on each; None: as in training.
         """
-        check_tasks(tasks)
-        check_count("num_tasks", num_tasks)
-        num_steps = self._steps(num_steps)
-        inner = self._inner_loop()
-        engine, phi = self._engines(inner), self._phi(inner.learned)
-        losses = []
-        with preserved_generators(self.seed):
-            for block, first in enumerate(range(0, num_tasks, _EVALUATION_BLOCK)):
-                place = Place(self.seed, "evaluation block", block)
-                batch = draw(tasks, min(_EVALUATION_BLOCK, num_tasks - first), place)
-                losses.append(engine.evaluate(phi, batch, num_steps, place))
-        return Evaluation(torch.cat(losses))
+        return Evaluation(self._over_tasks("evaluate", tasks, num_tasks, num_steps))
+
+    def measure(
+        self, tasks: Any, metric: Metric, num_tasks: int = 100, num_steps: int | None = None
+    ) -> Tensor:
+        """Adapt to ``num_tasks`` tasks and return ``metric(model, task)`` of each.
+
+        The tasks are those that `evaluate` sees, and are adapted to by the same engine, many at
+        once where they can be; the metric is called for one task after the other, without
+        gradients, and may do what it likes. ``koi.model`` stays as it is.
+
+        Args:
+            tasks: a task distribution.
+            metric: a callable of the module adapted to a task and the task; returns a tensor, of
+                the same shape for every task.
+            num_tasks: how many tasks to sample.
+            num_steps: inner steps on each; None: as in training.
+
+        Returns:
+            The metrics, shape (num_tasks, …).
+
+        >>> from koi.problems import Lines
+        >>> koi = Koi(torch.nn.Linear(1, 1), step_size=0.02)
+        >>> def worst(model, task):
+        ...     return (model(task.query_inputs) - task.query_targets).abs().max()
+        >>> koi.measure(Lines(), worst, num_tasks=3).shape
+        torch.Size([3])
+        """
+        return self._over_tasks("measure", tasks, num_tasks, num_steps, metric)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that training needs to go on into one file.
@@ -294,14 +307,14 @@ class Koi:
         self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch, ranks: Ranks
     ) -> Record:
         began = time.perf_counter()
-        place = Place(self._shared_seed, "meta-iteration", self.iteration)
+        place = Place(ranks.seed, "meta-iteration", self.iteration)
         epsilon = value_at(self.meta_step_size, self.iteration / self.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draw(tasks, self.meta_batch_size, place).part(start, end)
             return engine.meta_batch(update.phi, batch, self.num_steps, place)
 
-        with preserved_generators(self._shared_seed):
+        with preserved_generators(ranks.seed):
             own = ranks.attempt(adapt)
         self.engine, self._ruled_out = engine.name, engine.refused
         with self._interrupts.held():
@@ -309,18 +322,23 @@ class Koi:
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
             if outcome.losses and self.inner_state == "carry":
                 update.phi.moments = self._moments = outcome.moments
-            record = Record(
-                self.iteration,
-                *mean_ends(outcome.losses),
-                epsilon,
-                norm,
-                time.perf_counter() - began,
-                outcome.num_skipped,
-            )
+            losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
+            record = Record(self.iteration, *losses, epsilon, norm, seconds, outcome.num_skipped)
             self.history.append(record)
             self.iteration += 1
         watch.look(outcome, epsilon, norm)
         return record
+
+    def _over_tasks(
+        self, what: str, tasks: Any, num_tasks: int, num_steps: int | None, *more: Any
+    ) -> Tensor:
+        """Draw tasks block by block and return what the engine makes of them, a row for each."""
+        check_tasks(tasks)
+        check_count("num_tasks", num_tasks)
+        num_steps = self._steps(num_steps)
+        inner = self._inner_loop()
+        work = partial(getattr(self._engines(inner), what), self._phi(inner.learned))
+        return over_blocks(work, tasks, num_tasks, num_steps, self.seed, *more)
 
     def _inner_loop(self) -> InnerLoop:
         """Read what learns off the model as it is now, and the inner optimizer."""
@@ -351,7 +369,7 @@ class Koi:
                 vectorize=self.vectorize,
                 compile=self.compile,
                 chunk_size=self.chunk_size,
-                seeded=self._shared_seed is not None,
+                seeded=(self.seed, self._drawn_seed) != (None, None),
             )
         return self._dispatch
 
@@ -370,21 +388,8 @@ class Koi:
         self._update.phi = phi
         return self._update
 
-    @property
-    def _shared_seed(self) -> int | None:
-        """The seed, or the one that several ranks have drawn for themselves."""
-        return self._drawn_seed if self.seed is None else self.seed
-
     def _steps(self, num_steps: int | None) -> int:
         if num_steps is None:
             return self.num_steps
         check_count("num_steps", num_steps, least=0)
         return num_steps
-
-
-def mean_ends(losses: list[list[float]]) -> tuple[float, float]:
-    """Return the means over tasks of the first and of the last loss; NaN where there is no task."""
-    if not losses:
-        return math.nan, math.nan
-    count = len(losses)
-    return sum(row[0] for row in losses) / count, sum(row[-1] for row in losses) / count

@@ -15,7 +15,7 @@ from typing import Any
 
 from koi.errors import ConfigurationError
 from koi.records import Record
-from koi.storage import temporary_name
+from koi.storage import replace_file
 from koi.watch import warn
 
 METRICS = "metrics.jsonl"
@@ -55,7 +55,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         for text in before
         if text.endswith(b"\n") and json.loads(text)["iteration"] < line["iteration"]
     ]
-    _replace(path, b"".join([*kept, _encoded([line])]))
+    replace_file(path, [*kept, _encoded([line])])
 
 
 class Log:
@@ -160,7 +160,7 @@ class Log:
         size = path.stat().st_size if path.exists() else None
         if self._size is None or size != self._size:
             content = _encoded(map(asdict, self._history))
-            _replace(path, content)
+            replace_file(path, [content])
             self._size = len(content)
         elif len(self._history) > self._written:
             content = _encoded(map(asdict, self._history[self._written :]))
@@ -206,14 +206,3 @@ def _encoded(lines: Iterable[Mapping[str, Any]]) -> bytes:
         for line in lines
     )
     return "".join(json.dumps(line) + "\n" for line in finite).encode()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = temporary_name(path)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

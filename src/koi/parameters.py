@@ -72,6 +72,11 @@ class Learned:
         """Return the integer buffers of ``module``, not copies, in this order."""
         return [module.get_buffer(name) for name in self.constants]
 
+    def put(self, module: nn.Module, tensors: Sequence[Tensor]) -> None:
+        """Overwrite parameters, buffers and constants of ``module``, given in this order."""
+        own = [*self.params_of(module), *self.buffers_of(module), *self.constants_of(module)]
+        copy_([t.detach() for t in own], tensors)
+
 
 def copy_module(module: nn.Module) -> nn.Module:
     """Return a deep copy of ``module`` to work on.

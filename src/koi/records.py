@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -28,3 +29,11 @@ class Record:
     update_norm: float
     seconds: float
     num_skipped: int = 0
+
+
+def mean_ends(losses: list[list[float]]) -> tuple[float, float]:
+    """Return the means over tasks of the first and of the last loss; NaN where there is no task."""
+    if not losses:
+        return math.nan, math.nan
+    count = len(losses)
+    return sum(row[0] for row in losses) / count, sum(row[-1] for row in losses) / count

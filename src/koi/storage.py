@@ -14,7 +14,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,21 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
         CheckpointError: the file cannot be written, or ``data`` holds what a file cannot.
     """
     pieces = pack(data)
+    try:
+        replace_file(path, pieces)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be written ({error.strerror or error}): φ and earlier "
+            "checkpoints are as they were; make room or choose another folder, and go on"
+        ) from error
+
+
+def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that takes its name once its content has reached the disk, or not at all.
+
+    Raises:
+        OSError: it cannot be written; an earlier file of that name is as it was.
+    """
     target = Path(os.path.realpath(path))
     temporary = temporary_name(target)
     try:
@@ -73,11 +88,6 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(target)
         _sync_folder(target.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {path} cannot be written ({error.strerror or error}): φ and earlier "
-            "checkpoints are as they were; make room or choose another folder, and go on"
-        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

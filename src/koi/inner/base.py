@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from koi.errors import NonFiniteError, TaskError, annotate
@@ -20,6 +20,9 @@ from koi.parameters import Learned
 from koi.randomness import Place
 from koi.state import Outcome, Phi
 from koi.tasks import TaskBatch, views
+
+# What is measured of a module that was adapted to a task.
+Metric = Callable[[nn.Module, Any], Tensor]
 
 SHARED_DRAWS = (
     "the loss or the minibatches draw from Python's or NumPy's random generator, and all tasks at "
@@ -86,6 +89,27 @@ class Engine(Protocol):
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
         """Return each task's query loss before and after each step, shape (tasks, steps + 1)."""
+
+    def measure(
+        self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
+    ) -> Tensor:
+        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
+
+
+def measured(metric: Metric, model: nn.Module, task: Any) -> Tensor:
+    """Return what the user's metric gives, which must be a tensor.
+
+    Raises:
+        TaskError: it is none.
+    """
+    with torch.no_grad():
+        value = metric(model, task)
+    if not isinstance(value, Tensor):
+        raise TaskError(
+            f"the metric returned {type(value).__name__}: metric(model, task) must return a "
+            "tensor, of the same shape for every task"
+        )
+    return value
 
 
 def scalar(loss: Any, task: Any, step: int) -> Tensor:

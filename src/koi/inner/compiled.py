@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,11 +18,13 @@ from koi import parameters
 from koi.errors import EngineError
 from koi.inner.base import (
     InnerLoop,
+    Metric,
     advice_on,
     depends_on_model,
     drawn_views,
     explained,
     finite_tasks,
+    measured,
     reason_of,
     scalar,
 )
@@ -106,23 +108,43 @@ class CompiledEngine:
         return means.outcome(len(batch), distance if size >= len(batch) else None)
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
-        """Return each task's query loss before and after each step, shape (tasks, steps + 1).
+        """Return each task's query loss before and after each step, shape (tasks, steps + 1)."""
+        curves = []
+        for _, chunk, curve in self._over_chunks("evaluate", phi, batch, num_steps, place):
+            curves.append(curve.reshape(num_steps + 1, -1).t()[: len(chunk)])
+        return torch.cat(curves)
+
+    def measure(
+        self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
+    ) -> Tensor:
+        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
+        values = []
+        for first, chunk, tensors in self._over_chunks("adapt", phi, batch, num_steps, place):
+            with explained(place, first, len(chunk)):
+                for row, task in enumerate(chunk.tasks):
+                    rows = [t[row] for t in tensors] if self.together else tensors
+                    self.inner.learned.put(self.model, rows)
+                    values.append(measured(metric, self.model, task))
+        return torch.stack(values)
+
+    def _over_chunks(
+        self, purpose: str, phi: Phi, batch: TaskBatch, num_steps: int, place: Place
+    ) -> Iterator[tuple[int, TaskBatch, Any]]:
+        """Yield chunks, the number of their first task, and what the graph makes of them.
 
         The graph is made for one number of tasks; a smaller last chunk is filled up with its own
-        first task, and what comes of the filling dropped.
+        first task.
         """
         self.modes.match()
         start = self._state(phi)
         if self._evaluation_chunk is None:
             self._evaluation_chunk = self._chunk_size or len(batch)
-        curves = []
         for first, chunk in batch.chunks(self._evaluation_chunk):
             with explained(place, first, len(chunk)):
                 place.set("inner", (first or None) if self.together else first)
                 full = chunk.filled(self._evaluation_chunk)
-                curve = self._evaluate(start, full, num_steps, place, first)
-            curves.append(curve.reshape(num_steps + 1, -1).t()[: len(chunk)])
-        return torch.cat(curves)
+                result = self._after_steps(purpose, start, full, num_steps, place, first)
+            yield first, chunk, result
 
     def _train(
         self, start: State, chunk: TaskBatch, num_steps: int, place: Place, first: int
@@ -142,9 +164,16 @@ class CompiledEngine:
         output: TrainOutput = self._call(key, plan.name, start, task, steps)
         return output
 
-    def _evaluate(
-        self, start: State, chunk: TaskBatch, num_steps: int, place: Place, first: int
-    ) -> Tensor:
+    def _after_steps(
+        self,
+        purpose: str,
+        start: State,
+        chunk: TaskBatch,
+        num_steps: int,
+        place: Place,
+        first: int,
+    ) -> Any:
+        """Run the graph of `InnerGraph.evaluate` or of `InnerGraph.adapt`."""
         task, plan = self._tensors(chunk), self._plan(chunk, num_steps)
         if plan.draws and num_steps > 0:
             steps = self._drawn(chunk, num_steps, place, first)
@@ -152,20 +181,19 @@ class CompiledEngine:
             steps = plan.graph.prepare(task, num_steps)
         one_step = {name: tensor[:1] for name, tensor in steps.items()}
         static = num_steps if num_steps < 2 else None
-        key = ("evaluate", static, plan.key, self._signature(task, one_step))
+        key = (purpose, static, plan.key, self._signature(task, one_step))
         if key not in self._graphs:
-            graph = plan.graph
+            graph, method = plan.graph, getattr(plan.graph, purpose)
 
-            def evaluate(start: State, task: TensorDict, steps: TensorDict) -> Tensor:
+            def after_steps(start: State, task: TensorDict, steps: TensorDict) -> Any:
                 with graph.attention():
-                    return graph.evaluate(start, task, steps)
+                    return method(start, task, steps)
 
-            self._graphs[key] = self._compile(evaluate)
+            self._graphs[key] = self._compile(after_steps)
             if static is None:
                 for tensor in steps.values():
                     torch._dynamo.mark_dynamic(tensor, 0)
-        curve: Tensor = self._call(key, plan.name, start, task, steps)
-        return curve
+        return self._call(key, plan.name, start, task, steps)
 
     def _state(self, phi: Phi) -> State:
         moments = self.rule.initial(phi.params) if phi.moments is None else phi.moments

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from koi.errors import EngineError, KoiError, NonFiniteError
-from koi.inner.base import Engine, InnerLoop, advice_on, reason_of
+from koi.inner.base import Engine, InnerLoop, Metric, advice_on, reason_of
 from koi.inner.compiled import CompiledEngine
 from koi.inner.eager import EagerEngine
 from koi.inner.vectorized import VectorizedEngine
@@ -78,6 +78,13 @@ class Dispatch:
         """Return each task's query loss before and after each step."""
         form = self._forms(batch)[0]
         return self._run(form, batch, lambda e: e.evaluate(phi, batch, num_steps, place))[1]
+
+    def measure(
+        self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
+    ) -> Tensor:
+        """Return ``metric(adapted module, task)`` of each task."""
+        form = self._forms(batch)[0]
+        return self._run(form, batch, lambda e: e.measure(phi, batch, num_steps, place, metric))[1]
 
     def _forms(self, batch: TaskBatch) -> list[str]:
         """Return the forms that are possible, the one expected to be fastest first."""

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from koi import parameters
-from koi.inner.base import InnerLoop, depends_on_model, explained, finite_tasks, scalar
+from koi.inner.base import (
+    InnerLoop,
+    Metric,
+    depends_on_model,
+    explained,
+    finite_tasks,
+    measured,
+    scalar,
+)
 from koi.inner.bound import bound_optimizer
 from koi.inner.functional import PureLoss
 from koi.inner.stepwise import Adapted, StepwiseEngine
@@ -84,6 +92,20 @@ class EagerEngine(StepwiseEngine):
                 self.adapt_to(phi, steps, partial(self._measure, query_of(task), curve))
             rows.append(torch.stack(curve))
         return torch.stack(rows)
+
+    @torch.enable_grad()
+    def measure(
+        self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
+    ) -> Tensor:
+        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
+        self.modes.match()
+        values = []
+        for number, task in enumerate(batch.tasks):
+            with explained(place, number, 1):
+                place.set("inner", number)
+                self.adapt_to(phi, views(task, num_steps))
+                values.append(measured(metric, self.model, task))
+        return torch.stack(values)
 
     def begin(self, phi: Phi) -> None:
         """Set the working copy to φ."""

@@ -142,6 +142,13 @@ class InnerGraph:
         _, after = scanned(body, start, steps)
         return torch.cat([before, after])
 
+    def adapt(self, phi: State, task: TensorDict, steps: TensorDict) -> Tensors:
+        """Return each task's parameters and buffers after the steps, in one list."""
+        state = self._spread(phi)
+        if next(iter(steps.values())).shape[0] > 0:
+            state, _ = scanned(partial(self._step, task), state, steps)
+        return [*state.params, *state.buffers]
+
     def _second_order(
         self, start: State, task: TensorDict, steps: TensorDict
     ) -> tuple[Tensors, State, Tensor]:

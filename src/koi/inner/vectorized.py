@@ -21,11 +21,13 @@ from koi.errors import EngineError
 from koi.inner.base import (
     SHARED_DRAWS,
     InnerLoop,
+    Metric,
     attention_kernel,
     depends_on_model,
     drawn_views,
     explained,
     finite_tasks,
+    measured,
     scalar,
 )
 from koi.inner.bound import BoundOptimizer, bound_optimizer
@@ -84,6 +86,22 @@ class VectorizedEngine(StepwiseEngine):
                 self.adapt_to(phi, steps, partial(self._measure, chunk.stacked, curve))
             curves.append(torch.stack(curve, dim=1))
         return torch.cat(curves)
+
+    @torch.enable_grad()
+    def measure(
+        self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
+    ) -> Tensor:
+        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
+        values = []
+        for first, chunk in self._chunks(phi, batch):
+            with explained(place, first, len(chunk)), self._attention():
+                place.set("inner", first or None)
+                self.adapt_to(phi, self._views(chunk, num_steps, place, first))
+            for row, task in enumerate(chunk.tasks):
+                rows = [t[row] for t in (*self.params, *self.buffers, *self.constants)]
+                self.inner.learned.put(self.model, rows)
+                values.append(measured(metric, self.model, task))
+        return torch.stack(values)
 
     def begin(self, phi: Phi) -> None:
         """Set every row to φ."""
