@@ -16,8 +16,9 @@ BIN := .venv/bin
 # Twice quiet: errors only.
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) \
           --constraint constraints.txt --editable
-# A warning is an error. The variable silences the theme's news of its successor.
-MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+# A warning is an error, but not with --quiet, which does not count what it does not print. The
+# variable silences the theme's news of its successor.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
