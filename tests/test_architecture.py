@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "plots": BASE | {"evaluation", "records"},
     # A recipe in a folder of its own; it uses the learner as a user does.
     "runs": BASE
-    | {"card", "fewshot", "koi", "logs", "models", "problems", "progress", "recipes", "storage"},
+    | {"card", "checkpoint", "fewshot", "koi", "logs", "models", "problems", "progress"}
+    | {"recipes", "storage"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import koi.runs.training
-from koi import CheckpointError, ConfigurationError
+from koi import CheckpointError, ConfigurationError, Koi
 from koi.fewshot import LabelledData, Splits
 from koi.models import omniglot_net
 from koi.recipes import RECIPES, Adaptation
-from koi.runs import Config, Run, markdown_table, measure, train
+from koi.runs import Config, Run, export, markdown_table, measure, train
 
 SMALL = replace(
     RECIPES["omniglot-5way"],
@@ -61,7 +61,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     whole = Run.begun(tmp_path / "whole", Config(SMALL))
     train(whole)
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     original = koi.runs.training.Watcher.__call__
@@ -69,11 +69,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     def stop(watcher, learner, record):
         original(watcher, learner, record)
         if learner.iteration == 3:
-            raise Stopped
+            raise StoppedError
 
     monkeypatch.setattr(koi.runs.training.Watcher, "__call__", stop)
     stopped = Run.begun(tmp_path / "stopped", Config(SMALL))
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(stopped)
     assert not stopped.weights.exists()
     monkeypatch.setattr(koi.runs.training.Watcher, "__call__", original)
@@ -131,3 +131,15 @@ def test_the_table_states_its_distance_from_the_paper(tmp_path):
         ["omniglot-5way", length, "3", "inductive", "80.00 ± 1.00", "–", "–"],
         ["omniglot-5way", length, "3", "transductive", "90.00 ± 2.00", "–", "–"],
     ]
+
+
+def test_an_exported_run_is_small_and_adapts_as_the_run_does(tmp_path):
+    run = Run.begun(tmp_path / "run", Config(SMALL))
+    learner = train(run)
+    export(run, tmp_path / "learner.safetensors")
+    assert (tmp_path / "learner.safetensors").stat().st_size < 1_000_000
+    loaded = Koi.load(tmp_path / "learner.safetensors", SMALL.model(), **SMALL.code())
+    task = SMALL.test_episodes(run.config().splits().test, 1).sample()
+    adapted = [koi.adapt(task).state_dict() for koi in (learner, loaded)]
+    assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
+    assert loaded.history == []

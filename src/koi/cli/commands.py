@@ -38,14 +38,16 @@ def root(
     """Learn initialisations from which a few gradient steps learn a new task."""
 
 
-for command in (
+_COMMANDS = (
     sine,
     demo,
     fewshot.recipes,
     fewshot.train,
     fewshot.evaluate,
     fewshot.table,
+    fewshot.export,
     classifier.adapt,
     classifier.predict,
-):
+)
+for command in _COMMANDS:
     app.command()(command)

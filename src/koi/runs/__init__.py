@@ -2,6 +2,7 @@
 
 from koi.runs.card import write_card
 from koi.runs.classifier import Classifier, adapt
+from koi.runs.export import export
 from koi.runs.folder import Config, Run
 from koi.runs.measuring import measure
 from koi.runs.table import markdown_table
@@ -12,6 +13,7 @@ __all__ = [
     "Config",
     "Run",
     "adapt",
+    "export",
     "markdown_table",
     "measure",
     "train",
