@@ -30,24 +30,41 @@ ALLOWED: dict[str, set[str]] = {
     # The command line, and the experiments as data.
     "__main__": {"cli"},
     "cli": BASE
-    | {"checkpoint", "distributed", "evaluation", "fewshot", "inner", "koi", "learner", "meta"}
-    | {"demo", "models", "plots", "problems", "progress", "recipes", "records"},
-    "demo": BASE | {"checkpoint", "koi", "models"},
-    "plots": BASE | {"evaluation"},
+    | {"card", "checkpoint", "demo", "distributed", "evaluation", "fewshot", "inner", "koi"}
+    | {
+        "learner",
+        "logs",
+        "meta",
+        "models",
+        "plots",
+        "problems",
+        "progress",
+        "recipes",
+        "records",
+        "runs",
+    },
+    "demo": BASE | {"checkpoint", "koi", "models", "recipes", "runs"},
+    # A recipe in a folder of its own; it uses the learner as a user does.
+    "runs": BASE
+    | {"card", "fewshot", "koi", "logs", "models", "plots", "problems", "progress", "recipes"}
+    | {"storage"},
+    "card": {"errors"},
+    "plots": BASE | {"evaluation", "records"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
-    "fewshot": BASE,
+    "fewshot": BASE | {"evaluation"},
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
-    | {"interrupts", "progress", "records", "watch"},
+    | {"interrupts", "logs", "progress", "records", "watch"},
     "autosave": BASE | {"checkpoint", "configuration", "interrupts", "storage", "watch"},
     "checkpoint": BASE
     | {"agreement", "configuration", "inner", "interrupts", "meta", "records", "storage"},
     "agreement": BASE | {"meta"},
     "storage": BASE,
     "interrupts": BASE,
+    "logs": BASE | {"records", "storage", "watch"},
     "configuration": BASE | {"inner", "meta"},
     "watch": BASE,
     "distributed": BASE,
@@ -225,9 +242,10 @@ def test_import_koi_is_light() -> None:
     assert not loaded & heavy
 
 
-def test_import_koi_works_without_numpy() -> None:
+def test_import_koi_works_without_what_extras_bring() -> None:
     """As after `pip install koi-x`: torch runs without NumPy, and so does Koi."""
-    run_python("import sys; sys.modules['numpy'] = None; import koi")
+    extras = "numpy=None, PIL=None, pooch=None"
+    run_python(f"import sys; sys.modules.update({extras}); import koi, koi.models, koi.problems")
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -41,6 +41,7 @@ PHONE = {
 expect.set_options(timeout=20_000)
 
 pytestmark = [
+    pytest.mark.timeout(180),
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium: .ci/install-chromium on Debian"),
     pytest.mark.skipif(not SHIPPED.exists(), reason="needs the checkpoint that comes with Koi"),
 ]

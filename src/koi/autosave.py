@@ -93,10 +93,15 @@ class Autosave:
         if self._folder is not None:
             self._mark = self._koi.iteration, checkpoint.mark(self._koi)
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save, or SIGTERM asks for an end."""
+        regular = self._every is not None and self._koi.iteration % self._every == 0
+        return regular or self._termination.requested
+
     def after_iteration(self) -> None:
-        """Save where it is time to, or where SIGTERM asks for an end."""
-        due = self._every is not None and self._koi.iteration % self._every == 0
-        if due or self._termination.requested:
+        """Save where that is due, and let a SIGTERM do what it does."""
+        if self.due:
             self._save()
             self._termination.let_through()
 

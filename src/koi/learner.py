@@ -22,6 +22,7 @@ from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
+from koi.logs import Log
 from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
 from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
@@ -147,6 +148,7 @@ class Koi:
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
+        log_dir: str | os.PathLike[str] | None = None,
     ) -> nn.Module:
         """Run the meta-iterations that are left and return the model, its weights at φ.
 
@@ -163,9 +165,12 @@ class Koi:
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
             resume: go on from the newest good checkpoint in the folder, if there is one: what
                 comes out is then, bit for bit, what a training that never stopped gives.
+            log_dir: a folder for metrics.jsonl, which holds ``koi.history``, a line of JSON for
+                each meta-iteration, and for TensorBoard's curves where that is installed.
 
         Raises:
-            ConfigurationError: ``tasks`` cannot be sampled from, or a schedule gave no number.
+            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number, or
+                log_dir cannot be used.
             CheckpointError: a checkpoint cannot be written, or does not fit model or settings.
             TaskError: a loss that is no scalar or does not depend on the model.
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
@@ -179,13 +184,15 @@ class Koi:
         watch = Watch(self.algorithm, self.num_steps)
         callbacks = tuple(callbacks)
         bar = ProgressBar(progress, self.num_iterations, self.iteration)
-        with bar, self._interrupts, autosave:
+        log = Log(log_dir, self.history, self.num_iterations, resume)
+        with bar, self._interrupts, autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
                 record = self._meta_iteration(tasks, engine, update, watch)
                 bar.advance(record)
                 for callback in callbacks:
                     callback(self, record)
+                log.after_iteration(autosave.due)
                 autosave.after_iteration()
         return self.model
 

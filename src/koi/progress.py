@@ -11,9 +11,13 @@ from koi.records import Record
 
 
 class ProgressBar:
-    """A tqdm bar; with ``show=None`` only where the error stream is a terminal."""
+    """A tqdm bar; with ``show=None`` only where the error stream is a terminal.
+
+    Its ``note`` is shown behind losses and ε.
+    """
 
     def __init__(self, show: bool | None, total: int, done: int) -> None:
+        self.note = ""
         self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=done,
@@ -39,7 +43,7 @@ class ProgressBar:
             return
         self._bar.set_postfix_str(
             f"loss {record.loss_before:.3g} → {record.loss_after:.3g}, "
-            f"ε {record.meta_step_size:.3g}",
+            f"ε {record.meta_step_size:.3g}" + (f", {self.note}" if self.note else ""),
             refresh=False,
         )
-        self._bar.update()
+        self._bar.update(record.iteration + 1 - self._bar.n)

@@ -14,7 +14,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,31 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(encode(data, "", tensors))
-    target = Path(os.path.realpath(path))
-    temporary = temporary_name(target)
     try:
-        with temporary.open("wb") as file:
-            for piece in _pieces(text, tensors):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
+        replace_file(path, _pieces(text, tensors))
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be written ({error.strerror or error}): φ and earlier "
             "checkpoints are as they were; make room or choose another folder, and go on"
         ) from error
+
+
+def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that takes its name once its content has reached the disk, or not at all.
+
+    Raises:
+        OSError: it cannot be written; an earlier file of that name is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = temporary_name(target)
+    try:
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -273,7 +273,7 @@ def labelled(
         found = sources.from_pair(*source)
     elif hasattr(source, "column_names") and hasattr(source, "features"):
         found = sources.from_columns(source, input_column, label_column, images, max_bytes)
-    elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    elif _is_dataset(source):
         found = sources.from_dataset(source, images, max_bytes)
     else:
         raise ConfigurationError(
@@ -326,6 +326,12 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _is_dataset(value: Any) -> bool:
+    """Return whether this can be asked for its examples by number."""
+    is_dictionary = isinstance(value, Mapping)  # such as Hugging Face's, of several datasets
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not is_dictionary
+
+
 def _is_column(value: Any) -> bool:
     """Return whether this is the inputs of a pair, and no example of a dataset of length 2."""
     return hasattr(value, "shape") and len(value.shape) > 0
@@ -335,4 +341,6 @@ def _scaled(inputs: Tensor) -> Tensor:
     """Return images as floats in [0, 1], anything else as it is."""
     if inputs.dtype == torch.uint8:
         return inputs.to(torch.get_default_dtype()).div_(255)
-    return inputs.to(torch.get_default_dtype()) if inputs.dtype == torch.bool else inputs
+    if inputs.dtype == torch.bool:  # bytes become floats fifteen times faster than bits do
+        return inputs.view(torch.uint8).to(torch.get_default_dtype())
+    return inputs

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ class Lazy:
     Args:
         load: returns the input of an example, given its number in the source.
         order: the numbers of the examples, in the order in which they are indexed here.
-        shape: of one input.
+        like: one of the inputs; all have its shape and type.
     """
 
-    def __init__(self, load: Callable[[int], Tensor], order: Tensor, shape: torch.Size) -> None:
+    def __init__(self, load: Callable[[int], Tensor], order: Tensor, like: Tensor) -> None:
         self._load = load
         self._order = order
-        self.shape = torch.Size((len(order), *shape))
+        self._like = like
+        self.shape = torch.Size((len(order), *like.shape))
 
     def __len__(self) -> int:
         return len(self._order)
@@ -48,7 +50,7 @@ class Lazy:
 
     def reordered(self, order: Tensor) -> Lazy:
         """Return the same inputs in another order."""
-        return Lazy(self._load, self._order[order], self.shape[1:])
+        return Lazy(self._load, self._order[order], self._like)
 
     def rotated(self, rows: Tensor) -> Lazy:
         """Return those rows four times, turned by 0, 90, 180 and 270° (see `torch.rot90`)."""
@@ -58,11 +60,11 @@ class Lazy:
             turns, row = divmod(number, len(chosen))
             return torch.rot90(chosen[torch.tensor(row)], turns, (-2, -1))
 
-        return Lazy(load, torch.arange(4 * len(chosen)), self.shape[1:])
+        return Lazy(load, torch.arange(4 * len(chosen)), self._like)
 
     def _checked(self, number: int) -> Tensor:
         value = self._load(number)
-        _check_shape(value, self.shape[1:], number)
+        _check_alike(value, self._like, number)
         return value
 
 
@@ -71,10 +73,14 @@ Found = tuple[Tensor | Lazy, list[int], list[str]]
 
 @dataclass(frozen=True)
 class ImageForm:
-    """What images become: their size (None: as they are) and mode."""
+    """What images become: their size (None: as they are) and mode.
+
+    Those of another size are resized bilinearly with antialiasing, or to the nearest pixels.
+    """
 
     size: int | tuple[int, int] | None
     mode: str
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -112,20 +118,33 @@ class ImageForm:
         image = image.convert(self.mode)
         if self.size is not None:
             height, width = self.size if isinstance(self.size, tuple) else (self.size,) * 2
-            image = image.resize((width, height), pillow().Resampling.BILINEAR)
+            methods = pillow().Resampling
+            method = methods.NEAREST if self.nearest else methods.BILINEAR
+            image = image.resize((width, height), method)
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return values.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
 def pillow() -> Any:
     """Return Pillow's module of images."""
-    try:
+    with needed():
         from PIL import Image
+    return Image
+
+
+@contextmanager
+def needed() -> Iterator[None]:
+    """Say how to install what is imported here, if it is not installed.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        yield
     except ImportError as error:
         raise DataError(
-            'images need Pillow, which is not installed: pip install "koi-x[data]"'
+            f'these data need {error.name}, which is not installed: pip install "koi-x[data]"'
         ) from error
-    return Image
 
 
 def from_pair(inputs: Any, labels: Any) -> Found:
@@ -250,11 +269,11 @@ def _stored(
 ) -> Tensor | Lazy:
     """Return all inputs as one tensor where it is not too large, else loaded when used."""
     if first.nbytes * count > max_bytes:
-        return Lazy(load, torch.arange(count), first.shape)
+        return Lazy(load, torch.arange(count), first)
     inputs = first.new_empty((count, *first.shape))
     for number in range(count):
         value = load(number)
-        _check_shape(value, first.shape, number)
+        _check_alike(value, first, number)
         inputs[number] = value
     return inputs
 
@@ -324,11 +343,17 @@ def _check_not_empty(dataset: Any) -> None:
         raise DataError(f"the {type(dataset).__name__} is empty: give examples of several classes")
 
 
-def _check_shape(value: Tensor, shape: torch.Size, number: int) -> None:
-    if value.shape != shape:
+def _check_alike(value: Tensor, first: Tensor, number: int) -> None:
+    if value.shape != first.shape:
         raise DataError(
-            f"example {number} has shape {tuple(value.shape)} and example 0 has {tuple(shape)}: "
-            "all must have one; let the dataset crop, resize or pad them, or give image_size"
+            f"example {number} has shape {tuple(value.shape)} and the first has "
+            f"{tuple(first.shape)}: all must have one; let the dataset crop, resize or pad them, "
+            "or give image_size"
+        )
+    if value.dtype != first.dtype:
+        raise DataError(
+            f"example {number} is of type {value.dtype} and the first of {first.dtype}: all must "
+            "be of one; let the dataset convert them"
         )
 
 

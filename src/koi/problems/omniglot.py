@@ -41,10 +41,6 @@ def load(
     Raises:
         DataError: the data are damaged or cannot be had; no damaged file is left behind.
         ConfigurationError: num_validation or image_size cannot be had.
-
-    >>> splits = load("omniglot")  # doctest: +SKIP
-    >>> len(splits.train), len(splits.validation), len(splits.test)  # doctest: +SKIP
-    (4400, 100, 423)
     """
     if not 0 <= num_validation < NUM_TRAINING:
         raise ConfigurationError(
@@ -84,6 +80,18 @@ def characters(
 
     Raises:
         DataError: as in `load`.
+
+    >>> import tempfile, torch
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     folder = Path(root, "Martian", "character01")
+    ...     folder.mkdir(parents=True)
+    ...     for number in range(20):
+    ...         Image.new("1", (105, 105), color=1).save(folder / f"{number}.png")
+    ...     data = characters(root)
+    >>> data.classes, data.take(torch.tensor([0]), torch.tensor([5])).shape
+    (('Martian/character01',), torch.Size([1, 1, 28, 28]))
     """
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise ConfigurationError([f"image_size = {image_size!r}: must be a number of pixels"])

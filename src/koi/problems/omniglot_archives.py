@@ -20,7 +20,7 @@ from torch import Tensor
 
 from koi import storage
 from koi.errors import CheckpointError, DataError
-from koi.fewshot.sources import pillow
+from koi.fewshot.sources import needed, pillow
 
 NUM_DRAWINGS = 20  # of each character
 SIDE = 105  # pixels
@@ -225,8 +225,8 @@ def _from_npz(path: Path, pixels: Tensor) -> Characters:
 
 def _npy_shape(file: IO[bytes], path: Path) -> tuple[int, ...]:
     """Return the shape of the array whose header begins here; it must be of bits in C order."""
-    import numpy
-
+    with needed():
+        import numpy
     try:
         numpy.lib.format.read_magic(file)
         shape, fortran_order, dtype = numpy.lib.format.read_array_header_1_0(file)
@@ -258,9 +258,15 @@ def downloaded(image_size: int, cache: str | os.PathLike[str] | None) -> Charact
     path = folder / f"omniglot-{image_size}.safetensors"
     if path.exists():
         return _from_cache(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".omniglot-") as temporary:
-        archives = [_fetched(name, Path(temporary)) for name in CHECKSUMS]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".omniglot-")
+    except OSError as error:
+        raise DataError(
+            f"a file in {folder} cannot be made ({error.strerror}): give another folder as cache"
+        ) from error
+    with temporary:
+        archives = [_fetched(name, Path(temporary.name)) for name in CHECKSUMS]
         found = read_all(archives, image_size)
     _to_cache(path, found)
     return found
@@ -292,12 +298,8 @@ def _fetched(name: str, folder: Path) -> Path:
 
 
 def _pooch() -> Any:
-    try:
+    with needed():
         import pooch
-    except ImportError as error:
-        raise DataError(
-            'downloads need pooch, which is not installed: pip install "koi-x[data]"'
-        ) from error
     return pooch
 
 

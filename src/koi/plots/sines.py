@@ -1,13 +1,9 @@
-"""The pictures that experiments leave behind.
-
-Figures are made without pyplot: no window, no global state, nothing to close.
-"""
+"""The picture of the sine waves: what one wave's network makes of it, and the error over many."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,12 +13,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from koi.evaluation import Evaluation, doubling
+from koi.plots.style import HUES, draw_curve, new_figure
 
-# The kinds of file that a picture can be written as.
-SUFFIXES = (".png", ".pdf", ".svg")
-
-# Okabe and Ito's colours, which colour-blind readers tell apart; they differ in lightness too.
-_HUES = ("#0072B2", "#D55E00")
 # The further a network has adapted, the fuller its line.
 _DASHES: tuple[Any, ...] = (":", (0, (5, 2)), "-")
 _TRUTH: dict[str, Any] = {"color": "0.8", "linewidth": 4.5}
@@ -55,15 +47,15 @@ def sine_figure(waves: Mapping[str, Wave], curves: Mapping[str, Evaluation]) -> 
         waves: title -> the wave as a network that starts there learns it.
         curves: the same titles -> the error over many waves.
     """
-    figure = Figure(figsize=(9.6, 3.2), dpi=150, layout="constrained")
+    figure = new_figure(9.6, 3.2)
     *panels, last = figure.subplots(1, len(waves) + 1)
     top = 1.1 * max(_reach(wave) for wave in waves.values())
-    for axes, (title, wave), hue in zip(panels, waves.items(), _HUES, strict=True):
+    for axes, (title, wave), hue in zip(panels, waves.items(), HUES, strict=False):
         _draw_wave(axes, wave, hue)
         axes.set(xlabel="x", ylabel="f(x)", ylim=(-top, top))
         axes.set_title(title, color=hue)
-    for (title, curve), hue in zip(curves.items(), _HUES, strict=True):
-        _draw_curve(last, title, curve, hue)
+    for (title, curve), hue in zip(curves.items(), HUES, strict=False):
+        draw_curve(last, title, curve, hue)
     _label_curves(last, next(iter(curves.values())))
     for axes in (*panels, last):
         axes.spines[["top", "right"]].set_visible(False)
@@ -71,24 +63,11 @@ def sine_figure(waves: Mapping[str, Wave], curves: Mapping[str, Evaluation]) -> 
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write ``figure`` to a file of one of the kinds in `SUFFIXES`."""
-    figure.savefig(path)
-
-
 def _draw_wave(axes: Axes, wave: Wave, hue: str) -> None:
     axes.plot(wave.inputs, wave.truth, **_TRUTH)
     for prediction, dashes in zip(wave.predictions.values(), _DASHES, strict=True):
         axes.plot(wave.inputs, prediction, color=hue, linestyle=dashes, linewidth=1.8)
     axes.plot(wave.seen_inputs, wave.seen_targets, **_POINTS)
-
-
-def _draw_curve(axes: Axes, title: str, curve: Evaluation, hue: str) -> None:
-    steps = range(curve.num_steps + 1)
-    low = [mean - half for mean, half in zip(curve.mean, curve.interval, strict=True)]
-    high = [mean + half for mean, half in zip(curve.mean, curve.interval, strict=True)]
-    axes.fill_between(steps, low, high, color=hue, alpha=0.25, linewidth=0)
-    axes.plot(steps, curve.mean, color=hue, linewidth=1.8, label=title)
 
 
 def _label_curves(axes: Axes, curve: Evaluation) -> None:

@@ -1,4 +1,4 @@
-"""The experiments of the paper, as data.
+"""The sine waves of the paper.
 
 A recipe has all that ``Koi(recipe.model(), **recipe.settings)`` needs, the tasks that ``train``
 gets, and the new tasks that ``evaluate`` gets.

@@ -1,0 +1,166 @@
+"""N-way K-shot episodes from labelled data."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from koi.errors import CheckpointError, ConfigurationError, DataError
+from koi.fewshot.data import labelled
+from koi.tasks import SupervisedTask, TaskBatch
+
+_SHOWN = 3
+
+
+class Episodes:
+    """N-way K-shot classification: a task distribution over labelled data.
+
+    An episode is num_ways classes drawn without replacement, renumbered 0 … num_ways − 1 in the
+    order drawn, and of each num_shots support and num_queries query examples, no example in both
+    (section 6.1 of the paper; Vinyals et al., arXiv 1606.04080). The loss is the cross-entropy of
+    ``model(inputs)``, shape (examples, num_ways).
+
+    What it samples is a `koi.SupervisedTask`. A checkpoint of a training holds the names of the
+    classes, and going on with other classes is refused, as test classes could be among them.
+
+    Args:
+        data: whatever `labelled` takes: a pair (inputs, labels), a dataset, a folder of images,
+            or `LabelledData`, such as one part of a split by classes.
+        num_ways: classes in an episode.
+        num_shots: support examples of each class.
+        num_queries: query examples of each class.
+        batch_size: support examples in each inner step; None, or more than there are: all.
+        device: where the tasks' tensors go; None: where the data are.
+
+    Raises:
+        ConfigurationError: numbers that are no positive whole numbers, or too many ways.
+        DataError: a class with too few examples, named.
+
+    >>> data = labelled((torch.rand(12, 8), torch.arange(12) % 4))
+    >>> episodes = Episodes(data, num_ways=3, num_shots=2, num_queries=1)
+    >>> task = episodes.sample()
+    >>> task.support_inputs.shape, task.query_targets
+    (torch.Size([6, 8]), tensor([0, 1, 2]))
+    >>> episodes.sample_batch(5).support_inputs.shape
+    torch.Size([5, 6, 8])
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        num_ways: int,
+        num_shots: int,
+        num_queries: int = 1,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.data = labelled(data)
+        self.num_ways = num_ways
+        self.num_shots = num_shots
+        self.num_queries = num_queries
+        self.batch_size = batch_size
+        self.device = device
+        self._check()
+        self._counts = torch.tensor(self.data.counts)
+        # one string, since a training copies this state at every meta-iteration
+        self._names = json.dumps(self.data.classes, ensure_ascii=False)
+
+    def sample(self) -> SupervisedTask:
+        """Draw one episode."""
+        return cast(SupervisedTask, TaskBatch(stacked=self.sample_batch(1)).tasks[0])
+
+    def sample_batch(self, num_tasks: int) -> SupervisedTask:
+        """Draw many episodes at once; each tensor has them along its first dimension."""
+        ways, shots = self.num_ways, self.num_shots
+        # the largest of uniform numbers, in falling order, are a draw without replacement
+        classes = torch.rand(num_tasks, len(self.data)).topk(ways).indices
+        examples = self._examples(classes)
+        order = torch.rand(num_tasks, ways * shots).argsort(1)
+        support_targets = torch.arange(ways).repeat_interleave(shots)[order]
+        query_targets = torch.arange(ways).repeat_interleave(self.num_queries).repeat(num_tasks, 1)
+        support = classes.gather(1, support_targets), examples[..., :shots].flatten(1)
+        query = classes.gather(1, query_targets), examples[..., shots:].flatten(1)
+        return SupervisedTask(
+            self._placed(self.data.take(support[0], support[1].gather(1, order))),
+            self._placed(support_targets),
+            self._placed(self.data.take(*query)),
+            self._placed(query_targets),
+            self._placed(torch.randint(2**62, (num_tasks,))),
+            criterion=F.cross_entropy,
+            batch_size=self.batch_size,
+        )
+
+    def state_dict(self) -> dict[str, str]:
+        """Return what a checkpoint keeps: the names of the classes."""
+        return {"classes": self._names}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Check that a checkpoint was made with these classes.
+
+        Raises:
+            CheckpointError: it was made with others.
+        """
+        if state["classes"] == self._names:
+            return
+        there, here = json.loads(state["classes"]), self.data.classes
+        missing = [name for name in there if name not in set(here)]
+        new = [name for name in here if name not in set(there)]
+        raise CheckpointError(
+            f"the checkpoint was trained on other classes ({_listed(missing)} missing here, "
+            f"{_listed(new)} new here): split the same data with the seed that was used then, so "
+            "that no class that was kept for a test is trained on"
+        )
+
+    def _examples(self, classes: Tensor) -> Tensor:
+        """Draw the support and query examples of each class, shape (tasks, ways, shots + queries).
+
+        Support comes first.
+        """
+        counts = self._counts[classes].unsqueeze(-1)
+        noise = torch.rand(*classes.shape, int(self._counts.max()))
+        noise[torch.arange(noise.shape[-1]) >= counts] = -1
+        return noise.topk(self.num_shots + self.num_queries).indices
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor if self.device is None else tensor.to(self.device)
+
+    def _check(self) -> None:
+        numbers = {
+            "num_ways": self.num_ways,
+            "num_shots": self.num_shots,
+            "num_queries": self.num_queries,
+            "batch_size": 1 if self.batch_size is None else self.batch_size,
+        }
+        problems = [
+            f"{name} = {value!r}: must be a whole number of at least 1"
+            for name, value in numbers.items()
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ]
+        if not problems and self.num_ways > len(self.data):
+            problems = [f"num_ways = {self.num_ways}: the data have {len(self.data)} classes"]
+        if problems:
+            raise ConfigurationError(problems)
+        needed = self.num_shots + self.num_queries
+        small = [
+            f"{name!r} has {count}"
+            for name, count in zip(self.data.classes, self.data.counts, strict=True)
+            if count < needed
+        ]
+        if small:
+            raise DataError(
+                f"too few examples: class {_listed(small)}, and an episode needs {needed} "
+                f"({self.num_shots} shots and {self.num_queries} queries): leave such classes out "
+                "with data.subset, or take fewer shots or queries"
+            )
+
+
+def _listed(items: list[str]) -> str:
+    """Return the first few items, and how many more there are."""
+    if not items:
+        return "none"
+    more = len(items) - _SHOWN
+    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,230 @@
+"""The few-shot experiments of the paper (section 6.1 and its appendix A), and their relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from koi.errors import ConfigurationError, did_you_mean
+from koi.fewshot import Episodes, LabelledData
+from koi.meta import linear
+from koi.models import mini_imagenet_net, omniglot_net
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "omniglot": omniglot_net,
+    "mini-imagenet": mini_imagenet_net,
+}
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a new task is adapted to.
+
+    Args:
+        batch_size: support examples in each inner step; a smaller support set is cycled through.
+        num_steps: inner steps.
+    """
+
+    batch_size: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class FewShotRecipe:
+    """An experiment: what learns, from which episodes, how, and what it is measured on.
+
+    The defaults are what all of the paper's few-shot experiments share: meta-batches of 5 tasks,
+    ε from 1 to 0, and an inner Adam with β1 = 0 and β2 = 0.999 whose second moments live on from
+    task to task and into evaluation.
+
+    Args:
+        name: what the command line calls it.
+        problem: the data: "omniglot", "mini-imagenet" or "folder".
+        network: one of `NETWORKS`.
+        num_ways: classes in an episode.
+        num_shots: training examples of each class.
+        step_size: the inner optimizer's learning rate.
+        batch_size: examples in each inner step of training.
+        num_steps: inner steps of training.
+        num_iterations: meta-iterations.
+        adaptations: number of test shots -> how a test task is adapted to.
+        algorithm: "reptile", "fomaml" or "maml".
+        num_queries: query examples of each class in training, which Reptile does not use.
+        meta_batch_size: tasks in each meta-iteration.
+        meta_step_size: the first ε; it falls linearly to 0.
+        meta_rate: the learning rate of Adam as meta-optimizer, in the place of ε; None: ε.
+        inner_state: as in `koi.Koi`.
+    """
+
+    name: str
+    problem: str
+    network: str
+    num_ways: int
+    num_shots: int
+    step_size: float
+    batch_size: int
+    num_steps: int
+    num_iterations: int
+    adaptations: Mapping[int, Adaptation]
+    algorithm: str = "reptile"
+    num_queries: int = 1
+    meta_batch_size: int = 5
+    meta_step_size: float = 1.0
+    meta_rate: float | None = None
+    inner_state: str = "carry"
+
+    def model(self) -> nn.Module:
+        """Return the network, its weights fresh from the global generator."""
+        return NETWORKS[self.network](self.num_ways)
+
+    def code(self) -> dict[str, Any]:
+        """Return those arguments of `koi.Koi` that are code, which no checkpoint holds."""
+        given: dict[str, Any] = {"inner_optimizer": adam_without_momentum}
+        if self.meta_rate is not None:
+            rate = self.meta_rate
+            given["meta_optimizer"] = lambda params: torch.optim.Adam(params, lr=rate)
+        return given
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `koi.Koi` that come after the model."""
+        return {
+            "step_size": self.step_size,
+            "num_steps": self.num_steps,
+            "num_iterations": self.num_iterations,
+            "meta_step_size": linear(self.meta_step_size, 0.0),
+            "meta_batch_size": self.meta_batch_size,
+            "inner_state": self.inner_state,
+            "algorithm": self.algorithm,
+            **self.code(),
+        }
+
+    def training_episodes(self, data: LabelledData, device: str = "cpu") -> Episodes:
+        """Return the episodes to learn from."""
+        return Episodes(
+            data, self.num_ways, self.num_shots, self.num_queries, self.batch_size, device
+        )
+
+    def test_episodes(self, data: LabelledData, num_shots: int, device: str = "cpu") -> Episodes:
+        """Return the episodes to measure on: exactly num_shots of each class, one query each."""
+        batch_size = self.adaptation(num_shots).batch_size
+        return Episodes(data, self.num_ways, num_shots, 1, batch_size, device)
+
+    def adaptation(self, num_shots: int) -> Adaptation:
+        """Return how a test task of so many shots is adapted to.
+
+        A number of shots that the recipe does not name is adapted to as the nearest below.
+        """
+        below = [shots for shots in self.adaptations if shots <= num_shots]
+        return self.adaptations[max(below, default=min(self.adaptations))]
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the recipe as JSON can hold it."""
+        data = asdict(self)
+        return data | {"adaptations": {str(k): asdict(v) for k, v in self.adaptations.items()}}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> FewShotRecipe:
+        """Return the recipe that `as_data` was given.
+
+        >>> recipe = RECIPES["omniglot-20way"]
+        >>> FewShotRecipe.from_data(recipe.as_data()) == recipe
+        True
+        """
+        named = {int(k): Adaptation(**v) for k, v in data["adaptations"].items()}
+        return cls(**{**data, "adaptations": named})
+
+
+def adam_without_momentum(params: Any, lr: float) -> torch.optim.Optimizer:
+    """Return Adam with β1 = 0, the inner optimizer of the paper's experiments."""
+    return torch.optim.Adam(params, lr, betas=(0.0, 0.999))
+
+
+OMNIGLOT_5WAY = FewShotRecipe(
+    name="omniglot-5way",
+    problem="omniglot",
+    network="omniglot",
+    num_ways=5,
+    num_shots=10,
+    step_size=0.001,
+    batch_size=10,
+    num_steps=5,
+    num_iterations=100_000,
+    adaptations={1: Adaptation(5, 50), 5: Adaptation(5, 50)},
+)
+
+OMNIGLOT_20WAY = FewShotRecipe(
+    name="omniglot-20way",
+    problem="omniglot",
+    network="omniglot",
+    num_ways=20,
+    num_shots=10,
+    step_size=0.0005,
+    batch_size=20,
+    num_steps=10,
+    num_iterations=200_000,
+    adaptations={1: Adaptation(10, 50), 5: Adaptation(10, 50)},
+)
+
+MINI_IMAGENET_5WAY = FewShotRecipe(
+    name="mini-imagenet-5way",
+    problem="mini-imagenet",
+    network="mini-imagenet",
+    num_ways=5,
+    num_shots=15,
+    step_size=0.001,
+    batch_size=10,
+    num_steps=8,
+    num_iterations=100_000,
+    adaptations={1: Adaptation(5, 50), 5: Adaptation(15, 50)},
+)
+
+# Not in the paper's table: the same inner loop and number of tasks as omniglot-5way, and 5 query
+# examples of each class, on which the meta-gradient is taken. It has the scale of a gradient, not
+# of a difference of weights, so Adam takes the place of ε, as in Finn et al., arXiv 1703.03400.
+FOMAML_5WAY, MAML_5WAY = (
+    replace(
+        OMNIGLOT_5WAY,
+        name=f"omniglot-5way-{algorithm}",
+        algorithm=algorithm,
+        num_queries=5,
+        meta_rate=0.001,
+    )
+    for algorithm in ("fomaml", "maml")
+)
+
+RECIPES: dict[str, FewShotRecipe] = {
+    recipe.name: recipe
+    for recipe in (OMNIGLOT_5WAY, OMNIGLOT_20WAY, MINI_IMAGENET_5WAY, FOMAML_5WAY, MAML_5WAY)
+}
+
+# The paper's tables 1 and 2 in percent: recipe, shots -> (mean, interval), inductive and then
+# transductive.
+PAPER: dict[tuple[str, int], tuple[tuple[float, float], tuple[float, float]]] = {
+    ("omniglot-5way", 1): ((95.39, 0.09), (97.68, 0.04)),
+    ("omniglot-5way", 5): ((98.90, 0.10), (99.48, 0.06)),
+    ("omniglot-20way", 1): ((88.14, 0.15), (89.43, 0.14)),
+    ("omniglot-20way", 5): ((96.65, 0.33), (97.12, 0.32)),
+    ("mini-imagenet-5way", 1): ((47.07, 0.26), (49.97, 0.32)),
+    ("mini-imagenet-5way", 5): ((62.74, 0.37), (65.99, 0.58)),
+}
+
+
+def recipe_named(name: str) -> FewShotRecipe:
+    """Return a recipe by its name.
+
+    Raises:
+        ConfigurationError: there is none of that name.
+
+    >>> recipe_named("omniglot-5way").num_iterations
+    100000
+    """
+    if name not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise ConfigurationError(
+            [f"there is no recipe {name!r}{did_you_mean(name, RECIPES)} (recipes: {known})"]
+        )
+    return RECIPES[name]

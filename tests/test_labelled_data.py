@@ -1,0 +1,426 @@
+"""Labelled data: what comes back is what was given; parts have no class in common."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from koi import ConfigurationError, DataError
+from koi.fewshot import LabelledData, Splits, labelled
+
+
+class Pairs(torch.utils.data.Dataset):
+    """A dataset of the entries of two sequences, which remembers what it was asked for."""
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+        self.asked = []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, number):
+        self.asked.append(number)
+        return self.inputs[number], self.labels[number]
+
+
+class Columns:
+    """What Koi uses of a Hugging Face dataset."""
+
+    def __init__(self, names=None, **columns):
+        self.columns = columns
+        self.column_names = list(columns)
+        self.features = {name: Feature(names if name == "label" else None) for name in columns}
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return self.columns[key]
+        return {name: values[key] for name, values in self.columns.items()}
+
+
+class Feature:
+    def __init__(self, names):
+        if names is not None:
+            self.names = names
+
+
+def everything(data):
+    """Return all inputs of each class, by its name."""
+    return {
+        name: data.take(torch.full((count,), number), torch.arange(count))
+        for number, (name, count) in enumerate(zip(data.classes, data.counts, strict=True))
+    }
+
+
+def by_hand(inputs, labels):
+    """The same, by a loop over the examples."""
+    rows = {}
+    for value, label in zip(inputs, labels, strict=True):
+        rows.setdefault(str(label), []).append(value)
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+labels_of_several = st.lists(st.integers(-3, 12), min_size=2, max_size=30).filter(
+    lambda labels: len(set(labels)) > 1
+)
+
+
+class TestTake:
+    @given(labels_of_several)
+    def test_each_class_has_its_examples_in_the_order_given(self, labels):
+        inputs = torch.arange(2.0 * len(labels)).reshape(-1, 2)
+        data = labelled((inputs, torch.tensor(labels)))
+        assert data.classes == tuple(str(label) for label in sorted(set(labels)))
+        assert data.counts == [labels.count(label) for label in sorted(set(labels))]
+        assert_same(everything(data), by_hand(inputs, labels))
+
+    @given(labels_of_several, st.integers(0, 1000))
+    def test_a_dataset_in_memory_and_loaded_when_used(self, labels, seed):
+        inputs = torch.rand(len(labels), 2, 2, generator=torch.Generator().manual_seed(seed))
+        data = labelled(Pairs(inputs, labels))
+        lazy = labelled(Pairs(inputs, labels), max_bytes=inputs.nbytes - 1)
+        assert "in memory" in repr(data)
+        assert "loaded when used" in repr(lazy)
+        for one, other in ((data, lazy), (data.rotated(), lazy.rotated())):
+            assert_same(everything(one), everything(other))
+        assert_same(everything(data), by_hand(inputs, labels))
+
+    def test_lazy_data_load_what_is_asked_for_and_no_more(self):
+        pairs = Pairs(torch.rand(6, 3), [1, 0, 1, 0, 1, 0])
+        data = labelled(pairs, max_bytes=10)
+        pairs.asked.clear()
+        taken = data.take(torch.tensor([[0, 1]]), torch.tensor([[1, 2]]))
+        assert pairs.asked == [3, 4]
+        assert torch.equal(taken, pairs.inputs[[3, 4]].unsqueeze(0))
+
+    @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+    def test_any_shape_of_index(self, shape):
+        for limit in (10**9, 1):
+            data = labelled(Pairs(torch.rand(6, 5, 2), [0, 0, 0, 1, 1, 1]), max_bytes=limit)
+            index = torch.zeros(shape, dtype=torch.long)
+            assert data.take(index, index).shape == (*shape, 5, 2)
+
+    @pytest.mark.parametrize(
+        ("inputs", "expected"),
+        [
+            (torch.tensor([0, 51, 255], dtype=torch.uint8), torch.tensor([0, 0.2, 1])),
+            (torch.tensor([True, False, True]), torch.tensor([1.0, 0.0, 1.0])),
+            (torch.tensor([3, 70000, -1]), torch.tensor([3, 70000, -1])),
+            (torch.tensor([0.5, 2.0, -1.0]), torch.tensor([0.5, 2.0, -1.0])),
+        ],
+        ids=["uint8", "bool", "int64", "float32"],
+    )
+    def test_images_become_floats_and_the_rest_stays(self, inputs, expected):
+        data = LabelledData(inputs, ["a", "b"], [2, 1])
+        taken = data.take(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]))
+        torch.testing.assert_close(taken, expected)
+
+    @pytest.mark.parametrize(("number", "example"), [(0, 2), (1, 3), (0, -1), (2, 0), (-1, 0)])
+    def test_what_is_not_there_is_an_error_and_never_a_neighbour(self, number, example):
+        data = LabelledData(torch.arange(5), ["a", "b"], [2, 3])
+        with pytest.raises(DataError, match="there is no such"):
+            data.take(torch.tensor([number]), torch.tensor([example]))
+
+
+class TestParts:
+    names = st.lists(st.text(min_size=1, max_size=3), min_size=2, max_size=12, unique=True)
+
+    @settings(max_examples=40)
+    @given(names, st.data(), st.integers(0, 5))
+    def test_a_split_has_no_class_twice_and_keeps_each_ones_examples(self, names, draw, seed):
+        counts = draw.draw(st.lists(st.integers(1, 3), min_size=len(names), max_size=len(names)))
+        data = LabelledData(torch.arange(sum(counts)), names, counts)
+        first = draw.draw(st.integers(0, len(names)))
+        second = draw.draw(st.integers(0, len(names) - first))
+        parts = data.split(first, second, seed=seed)
+        assert [len(part) for part in parts] == [first, second]
+        chosen = [name for part in parts for name in part.classes]
+        assert len(set(chosen)) == len(chosen) == first + second
+        whole = everything(data)
+        for part in parts:
+            assert_same(everything(part), {name: whole[name] for name in part.classes})
+
+    @given(names, st.randoms(), st.integers(0, 5))
+    def test_a_split_depends_on_the_names_and_not_on_their_order(self, names, random, seed):
+        shuffled = random.sample(names, len(names))
+        one, other = (
+            LabelledData(torch.arange(len(order)), order, [1] * len(order)).split(1, seed=seed)[0]
+            for order in (names, shuffled)
+        )
+        assert one.classes == other.classes
+
+    def test_seeds_choose_differently_and_every_class_gets_everywhere(self):
+        data = LabelledData(torch.arange(4), [*"abcd"], [1] * 4)
+        seen = [data.split(1, seed=seed)[0].classes[0] for seed in range(400)]
+        counts = [seen.count(name) for name in data.classes]
+        assert sum(counts) == 400
+        assert min(counts) > 60  # 100 ± 8.7: this is 4.6 standard deviations away
+        assert data.split(2, seed=3)[0].classes == data.split(2, seed=3)[0].classes
+
+    @pytest.mark.parametrize(
+        ("sizes", "lengths"),
+        [((0.6, 0.2, 0.2), [6, 2, 2]), ((0.5,), [5]), ((0.1, 0.9), [1, 9]), ((1.0,), [10])],
+    )
+    def test_fractions(self, sizes, lengths):
+        data = LabelledData(torch.arange(10), [*"abcdefghij"], [1] * 10)
+        assert [len(part) for part in data.split(*sizes)] == lengths
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ((6, 5), "sum to 11: there are 10 classes"),
+            ((0.6, 0.5), "sum to 1.1: must be at most 1"),
+            ((0.9, 0.01), "would have none"),
+            ((3, 0.5), "must be whole numbers of classes, or fractions"),
+            ((-1,), "must be whole numbers"),
+            ((), "must be whole numbers"),
+            ((True,), "must be whole numbers"),
+        ],
+    )
+    def test_sizes_that_cannot_be_had(self, sizes, message):
+        data = LabelledData(torch.arange(10), [*"abcdefghij"], [1] * 10)
+        with pytest.raises(ConfigurationError, match=message):
+            data.split(*sizes)
+
+    def test_parts_share_the_memory_of_the_whole(self):
+        inputs = torch.zeros(4, 2)
+        data = LabelledData(inputs, [*"abcd"], [1] * 4)
+        part = data.split(2)[0].subset([data.split(2)[0].classes[1]])
+        inputs += 1
+        assert part.take(torch.tensor(0), torch.tensor(0)).tolist() == [1, 1]
+
+    def test_a_subset_that_cannot_be_had(self):
+        data = LabelledData(torch.arange(2), ["cat", "dog"], [1, 1])
+        with pytest.raises(ConfigurationError) as caught:
+            data.subset(["cta", "dog", "dog"])
+        assert caught.value.problems == (
+            "'cta' is no class; did you mean \"cat\"?",
+            "a class is given twice: give each once",
+        )
+
+    def test_rotations_of_a_part_are_those_of_its_own_images(self):
+        images = torch.rand(5, 1, 3, 3)
+        data = LabelledData(images, ["a", "b", "c"], [2, 1, 2]).subset(["c", "a"]).rotated()
+        assert data.classes == tuple(f"{name}{end}" for end in ("", *ENDS) for name in "ca")
+        found = everything(data)
+        for turns, end in enumerate(("", *ENDS)):
+            assert torch.equal(found["c" + end], torch.rot90(images[3:], turns, (2, 3)))
+            assert torch.equal(found["a" + end], torch.rot90(images[:2], turns, (2, 3)))
+
+    @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3)])
+    def test_what_is_no_square_image_cannot_be_rotated(self, shape):
+        with pytest.raises(ConfigurationError, match="must be square images"):
+            LabelledData(torch.zeros(shape), ["a", "b"], [2, 2]).rotated()
+
+    def test_rotations_are_never_split_nor_rotated_again(self):
+        data = LabelledData(torch.zeros(4, 2, 2), ["a", "b"], [2, 2]).rotated()
+        for part in (data, data.subset(["a", "b@90"])):
+            with pytest.raises(ConfigurationError, match="first split, then rotate"):
+                part.split(1)
+            with pytest.raises(ConfigurationError, match="once"):
+                part.rotated()
+
+    def test_three_parts_that_share_a_class(self):
+        data = LabelledData(torch.arange(3), [*"abc"], [1] * 3)
+        with pytest.raises(DataError, match="the class 'b' is in two parts"):
+            Splits(data.subset(["a", "b"]), data.subset([]), data.subset(["b", "c"]))
+
+
+ENDS = ("@90", "@180", "@270")
+
+
+class TestSources:
+    def test_labelled_data_come_back_as_they_are(self):
+        data = LabelledData(torch.arange(2), ["a", "b"], [1, 1])
+        assert labelled(data) is data
+
+    def test_arrays_and_names_as_labels(self):
+        data = labelled((np.arange(4.0), ["dog", "cat", "dog", "cow"]))
+        assert data.classes == ("cat", "cow", "dog")
+        assert everything(data)["dog"].tolist() == [0, 2]
+
+    @pytest.mark.parametrize(
+        "labels",
+        [[torch.tensor(1), torch.tensor(0)], [np.int64(1), np.int64(0)], [1.0, 0.0], [True, False]],
+        ids=["tensors", "NumPy", "floats", "bool"],
+    )
+    def test_labels_of_every_kind(self, labels):
+        data = labelled(Pairs(torch.arange(2), labels))
+        assert_same(everything(data), {"0": torch.tensor([1]), "1": torch.tensor([0])})
+
+    def test_a_dataset_of_two_examples_is_no_pair_of_tensors(self):
+        data = labelled([(torch.zeros(3), 0), (torch.ones(3), 1)])
+        assert everything(data)["1"].tolist() == [[1, 1, 1]]
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ((torch.zeros(4), torch.zeros(3)), "4 inputs and 3 labels"),
+            ((torch.zeros(2), torch.tensor([0.0, float("nan")])), "example 1 is nan"),
+            ((torch.zeros(2), torch.tensor([0.0, 0.5])), "example 1 is 0.5"),
+            ((torch.zeros(2), [0, None]), "example 1 is None"),
+            ((torch.zeros(3), torch.ones(3)), "all 3 examples are of one class, '1'"),
+            ((torch.zeros(2), [1, "1"]), "two classes are named '1'"),
+            ((torch.zeros(0), []), "no examples"),
+            (Pairs([], []), "Pairs is empty"),
+            (Pairs([torch.zeros(2), torch.zeros(3)], [0, 1]), r"example 1 has shape \(3,\)"),
+            (Pairs([[1, 2], [0.5, 2]], [0, 1]), "example 1 is of type torch.float32 and the firs"),
+            (Pairs(["some", "text"], [0, 1]), "example 0 is of type str.* turn text into tokens"),
+            ([torch.zeros(2), torch.zeros(2), torch.zeros(2)], "must be a pair"),
+            (Columns(image=[1, 2], label=[0, -1], names=["a", "b"]), "without a label"),
+            (Columns(image=[], label=[]), "Columns is empty"),
+        ],
+    )
+    def test_data_that_do_not_fit(self, source, message):
+        with pytest.raises(DataError, match=message):
+            labelled(source)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"source": 3}, "source of type int: must be a pair"),
+            ({"source": {"train": Pairs([0], [0])}}, "source of type dict: must be a pair"),
+            ({"image_size": 0}, "image_size = 0: must be"),
+            ({"image_size": (3, 4, 5)}, "image_size"),
+            ({"mode": "RBG"}, "must be one of 'L', 'RGB'; did you mean \"RGB\""),
+            ({"source": Columns(label=[0], x=[0])}, "give input_column, of 'label', 'x'"),
+            ({"source": Columns(x=[0]), "label_column": "y"}, "label_column = 'y'.*one of 'x'"),
+        ],
+    )
+    def test_options_that_cannot_work(self, options, message):
+        options = {"source": (torch.zeros(2), [0, 1]), **options}
+        with pytest.raises(ConfigurationError, match=message):
+            labelled(**options)
+
+    def test_a_ragged_example_of_lazy_data_is_named_when_it_is_used(self):
+        data = labelled(Pairs([torch.zeros(2), torch.zeros(3)], [0, 1]), max_bytes=1)
+        with pytest.raises(DataError, match=r"example 1 has shape \(3,\)"):
+            data.take(torch.tensor([1]), torch.tensor([0]))
+
+
+class TestColumns:
+    @pytest.mark.parametrize("max_bytes", [10**9, 1])
+    def test_images_with_named_labels(self, max_bytes):
+        images = [Image.new("RGB", (4, 3), (value, 0, 255)) for value in (0, 51, 255)]
+        source = Columns(
+            idx=[7, 8, 9], image=images, label=[2, 0, 2], names=["fox", "never seen", "bee"]
+        )
+        data = labelled(source, max_bytes=max_bytes)
+        assert data.classes == ("fox", "bee")
+        bee = everything(data)["bee"]
+        assert bee.shape == (2, 3, 3, 4)
+        torch.testing.assert_close(bee[:, :, 1, 2], torch.tensor([[0, 0, 1.0], [1, 0, 1]]))
+
+    def test_columns_by_name(self):
+        source = Columns(label=[0, 1], text=[[1, 2], [3, 4]], intent=["pay", "ask"])
+        data = labelled(source, input_column="text", label_column="intent")
+        assert_same(
+            everything(data), {"ask": torch.tensor([[3, 4]]), "pay": torch.tensor([[1, 2]])}
+        )
+
+
+def draw_images(root, classes, sizes=((6, 5),), mode="L"):
+    """Write a few images of noise for each class, and return them."""
+    written = {}
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            width, height = sizes[number % len(sizes)]
+            noise = torch.randint(256, (height, width), dtype=torch.uint8)
+            image = Image.frombytes("L", (width, height), bytes(noise.flatten().tolist()))
+            image.convert(mode).save(root / name / f"{number}.png")
+            written.setdefault(name, []).append(noise)
+    return written
+
+
+class TestFolder:
+    @pytest.mark.parametrize("max_bytes", [10**9, 1])
+    def test_class_folders_nested_or_not(self, tmp_path, max_bytes):
+        written = draw_images(tmp_path, ["b", "a/two", "a/one"])
+        (tmp_path / "b" / "notes.txt").write_text("no image")
+        (tmp_path / ".hidden").mkdir()
+        data = labelled(tmp_path, mode="L", max_bytes=max_bytes)
+        assert data.classes == ("a/one", "a/two", "b")
+        for name, images in everything(data).items():
+            expected = torch.stack(written[name]).unsqueeze(1) / 255
+            torch.testing.assert_close(images, expected)
+
+    def test_images_of_many_sizes_are_resized_as_pillow_does_it(self, tmp_path):
+        written = draw_images(tmp_path, ["a", "b"], sizes=[(6, 5), (9, 9)])
+        data = labelled(str(tmp_path), image_size=(4, 3), mode="L")
+        noise = Image.fromarray(written["a"][1].numpy()).resize((3, 4), Image.Resampling.BILINEAR)
+        expected = torch.from_numpy(np.array(noise)) / 255
+        torch.testing.assert_close(everything(data)["a"][1, 0], expected)
+
+    def test_grey_images_in_colour(self, tmp_path):
+        draw_images(tmp_path, ["a", "b"])
+        data = labelled(tmp_path)
+        red, green, blue = everything(data)["a"].unbind(1)
+        assert torch.equal(red, green)
+        assert torch.equal(red, blue)
+
+    def test_images_that_differ_in_size(self, tmp_path):
+        draw_images(tmp_path, ["a", "b"], sizes=[(6, 5), (9, 9)])
+        with pytest.raises(DataError, match=r"1.png is 9 × 9 and .*0.png is 6 × 5: give image_si"):
+            labelled(tmp_path)
+
+    def test_no_folder(self, tmp_path):
+        with pytest.raises(DataError, match="is no folder"):
+            labelled(tmp_path / "nowhere")
+
+    def test_an_empty_folder(self, tmp_path):
+        with pytest.raises(DataError, match="has no folders with images"):
+            labelled(tmp_path)
+
+    def test_a_class_without_images(self, tmp_path):
+        draw_images(tmp_path, ["a", "b"])
+        (tmp_path / "c").mkdir()
+        with pytest.raises(DataError, match=r"class folder .*c has no images"):
+            labelled(tmp_path)
+
+    def test_images_beside_the_class_folders(self, tmp_path):
+        draw_images(tmp_path, ["a", "b"])
+        (tmp_path / "a" / "0.png").rename(tmp_path / "0.png")
+        with pytest.raises(DataError, match="lies beside the class folders"):
+            labelled(tmp_path)
+
+    def test_one_class(self, tmp_path):
+        draw_images(tmp_path, ["only"])
+        with pytest.raises(DataError, match="of one class, 'only'"):
+            labelled(tmp_path)
+
+    @pytest.mark.parametrize("max_bytes", [10**9, 1])
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda content: b"", "is empty"),
+            (lambda content: content[: len(content) // 2], ""),
+            (lambda content: b"no image at all", "cannot identify"),
+        ],
+        ids=["empty", "cut", "something else"],
+    )
+    def test_a_damaged_image_is_named(self, tmp_path, damage, message, max_bytes):
+        draw_images(tmp_path, ["a", "b"], sizes=[(60, 50)])
+        path = tmp_path / "b" / "1.png"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(DataError, match=rf"1\.png cannot be read \(.*{message}"):
+            everything(labelled(tmp_path, max_bytes=max_bytes))
+
+    def test_without_pillow(self, tmp_path, monkeypatch):
+        draw_images(tmp_path, ["a", "b"])
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(DataError, match=r'need PIL.*pip install "koi-x\[data\]"'):
+            labelled(tmp_path)
