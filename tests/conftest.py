@@ -39,6 +39,7 @@ def plain_scan(body, carry, steps):
 def untraced(monkeypatch):
     """Run the compiled engines' functions as they stand, without the compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr("koi.inner.compiler.without_lookup", lambda function: function)
     monkeypatch.setattr("koi.inner.graph.scan", plain_scan)
 
 
@@ -46,7 +47,8 @@ def untraced(monkeypatch):
 def traced(monkeypatch):
     """Trace the compiled engines' functions in earnest, and run the graph without Inductor.
 
-    Tracing takes a few seconds, Inductor's C++ a minute.
+    Tracing takes a few seconds, Inductor's C++ a minute. Inner steps are scanned, which are traced
+    once however many there are.
     """
     compile = torch.compile
 
@@ -55,3 +57,4 @@ def traced(monkeypatch):
         return compile(function, fullgraph=fullgraph, backend="aot_eager", options=guards)
 
     monkeypatch.setattr(torch, "compile", without_inductor)
+    monkeypatch.setattr("koi.inner.graph._MOST_UNROLLED", 0)
