@@ -24,7 +24,7 @@ PINS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-slow check format docs bench clean
+.PHONY: help run test test-slow faults check format docs bench clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: .venv/.dev ## Run all tests: unit tests, doctests, documentation and examp
 
 test-slow: .venv/.dev ## Run the tests that take minutes each: every engine in full, compiled
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+faults: .venv/.dev ## Kill, cut and break trainings some thousand times, and print what was lost
+	@PYTHONPATH=tests $(BIN)/python tests/faults.py
 
 check: .venv/.dev ## Check style, formatting, types and the documentation's links
 	@$(BIN)/ruff check .

@@ -28,7 +28,9 @@ class Pool:
 
     def __init__(self, size):
         self._names = itertools.count()
-        context = multiprocessing.get_context("spawn")
+        # one process imports everything, and the ranks are forked off it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rank_runs"])
         # port 0: any that is free
         self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
@@ -38,6 +40,9 @@ class Pool:
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
+        for pipe in self._pipes:
+            assert pipe.poll(120), "the ranks do not start"
+            pipe.recv()
 
     def __call__(self, size, function, *arguments, timeout=40, patience=30, **options):
         """``patience``: seconds after which a collective times out."""
@@ -62,6 +67,7 @@ def serve(pipe, port):
     torch.set_num_threads(1)
     koi.distributed._ROLL_CALL = timedelta(seconds=1)
     store = dist.TCPStore("localhost", port)
+    pipe.send("ready")
     while True:
         function, name, rank, size, patience = pipe.recv()
         torch.manual_seed(100 + rank)  # ranks have nothing in common but what they are given

@@ -34,11 +34,12 @@ ALLOWED: dict[str, set[str]] = {
     | {"learner", "logs", "meta", "models", "plots", "problems", "progress", "recipes", "records"}
     | {"runs"},
     "card": {"errors"},
-    "demo": BASE | {"checkpoint", "koi", "models"},
+    "demo": BASE | {"checkpoint", "koi", "models", "recipes", "runs"},
     "plots": BASE | {"evaluation", "records"},
     # A recipe in a folder of its own; it uses the learner as a user does.
     "runs": BASE
-    | {"card", "fewshot", "koi", "logs", "models", "problems", "progress", "recipes", "storage"},
+    | {"card", "checkpoint", "fewshot", "koi", "logs", "models", "problems", "progress"}
+    | {"recipes", "storage"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},

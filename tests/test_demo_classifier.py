@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from koi import Koi, SupervisedTask, linear
-from koi.demo.classifier import Classifier, Examples, adam
+from koi.demo.classifier import Classifier, Examples
 from koi.errors import CheckpointError
 from koi.models import omniglot_net, sine_mlp
+from koi.recipes.fewshot import adam_without_momentum as adam
 
 
 class Noise:
@@ -150,7 +151,7 @@ class TestLoading:
         assert Classifier.load(tmp_path).num_tasks == 4
 
     def test_a_folder_without_checkpoints(self, tmp_path):
-        with pytest.raises(CheckpointError, match=r"holds no checkpoint.*give the folder of a run"):
+        with pytest.raises(CheckpointError, match="no checkpoint"):
             Classifier.load(tmp_path)
 
     def test_a_file_that_is_not_there(self, tmp_path):

@@ -134,6 +134,7 @@ class Ranks:
         self._over = False  # no rank will come to another collective
         self._stopping = False
         self._error: BaseException | None = None
+        self.seed: int | None = None  # the same on all
         self.wants_to_stop: Callable[[], bool] = lambda: False
 
     @property

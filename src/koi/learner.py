@@ -187,8 +187,7 @@ class Koi:
         callbacks = tuple(callbacks)
         bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
         with ranks.agreed():
-            folder = log_dir if ranks.first else None
-            log = Log(folder, self.history, self.num_iterations, resume)
+            log = Log(log_dir if ranks.first else None, self.history, self.num_iterations, resume)
         with bar, self._interrupts, ranks.training(update.phi), autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
@@ -307,14 +306,14 @@ class Koi:
         self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch, ranks: Ranks
     ) -> Record:
         began = time.perf_counter()
-        place = Place(self._shared_seed, "meta-iteration", self.iteration)
+        place = Place(ranks.seed, "meta-iteration", self.iteration)
         epsilon = value_at(self.meta_step_size, self.iteration / self.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draw(tasks, self.meta_batch_size, place).part(start, end)
             return engine.meta_batch(update.phi, batch, self.num_steps, place)
 
-        with preserved_generators(self._shared_seed):
+        with preserved_generators(ranks.seed):
             own = ranks.attempt(adapt)
         self.engine, self._ruled_out = engine.name, engine.refused
         with self._interrupts.held():
@@ -322,14 +321,8 @@ class Koi:
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
             if outcome.losses and self.inner_state == "carry":
                 update.phi.moments = self._moments = outcome.moments
-            record = Record(
-                self.iteration,
-                *mean_ends(outcome.losses),
-                epsilon,
-                norm,
-                time.perf_counter() - began,
-                outcome.num_skipped,
-            )
+            losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
+            record = Record(self.iteration, *losses, epsilon, norm, seconds, outcome.num_skipped)
             self.history.append(record)
             self.iteration += 1
         watch.look(outcome, epsilon, norm)
@@ -365,7 +358,7 @@ class Koi:
                 vectorize=self.vectorize,
                 compile=self.compile,
                 chunk_size=self.chunk_size,
-                seeded=self._shared_seed is not None,
+                seeded=(self.seed, self._drawn_seed) != (None, None),
             )
         return self._dispatch
 
@@ -383,11 +376,6 @@ class Koi:
             self._update = MetaUpdate(self.algorithm, phi, self.meta_optimizer)
         self._update.phi = phi
         return self._update
-
-    @property
-    def _shared_seed(self) -> int | None:
-        """The seed, or the one that several ranks have drawn for themselves."""
-        return self._drawn_seed if self.seed is None else self.seed
 
     def _steps(self, num_steps: int | None) -> int:
         if num_steps is None:

@@ -38,5 +38,14 @@ def root(
     """Learn initialisations from which a few gradient steps learn a new task."""
 
 
-for command in (sine, demo, fewshot.recipes, fewshot.train, fewshot.evaluate, fewshot.table):
+_COMMANDS = (
+    sine,
+    demo,
+    fewshot.recipes,
+    fewshot.train,
+    fewshot.evaluate,
+    fewshot.table,
+    fewshot.export,
+)
+for command in _COMMANDS:
     app.command()(command)

@@ -103,6 +103,14 @@ def table(
     typer.echo(runs.markdown_table([Run(folder) for folder in folders]))
 
 
+def export(
+    run: RunFolder, file: Annotated[Path, typer.Argument(help="Where to write the learner.")]
+) -> None:
+    """Write a run's learner as one small file, which Koi.load and koi demo read."""
+    runs.export(Run(run), file)
+    typer.echo(f"{file}: {file.stat().st_size:,} bytes")
+
+
 def _measure(run: Run, shots: list[int], num_tasks: int, console: Console) -> None:
     console.print(f"Adapting to {num_tasks:,} test tasks")
     for num_shots in shots:

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from koi import Koi, checkpoint
-from koi.errors import CheckpointError
 from koi.models import omniglot_net
 from koi.randomness import preserved_generators, set_generators
+from koi.recipes.fewshot import adam_without_momentum
+from koi.runs.folder import Run
+from koi.runs.measuring import newest_checkpoint
 
 SHIPPED = Path(__file__).parent.parent / "data" / "omniglot-5way.safetensors"
 
@@ -87,12 +89,13 @@ class Classifier:
         Raises:
             CheckpointError: there is none, it cannot be read, or it is of another network.
         """
-        file = _newest(path) if path.is_dir() else path
+        file = newest_checkpoint(Run(path)) if path.is_dir() else path
         saved = checkpoint.read(file)
         # The steps of a new task need none of the settings of training but the inner optimizer.
-        code = {"inner_optimizer": adam, "meta_optimizer": None, "meta_step_size": None}
-        settings = {name: code[name] for name in saved.code()}
-        return cls(Koi.load(file, omniglot_net(_num_outputs(saved.params)), **settings))
+        code = dict.fromkeys(saved.code())
+        if "inner_optimizer" in code:
+            code["inner_optimizer"] = adam_without_momentum
+        return cls(Koi.load(file, omniglot_net(_num_outputs(saved.params)), **code))
 
     def answer(
         self, images: Tensor, query: Tensor | None, num_steps: int, initialisation: str
@@ -113,21 +116,6 @@ class Classifier:
         return task.answer
 
 
-def adam(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Return the inner optimizer of the paper's experiments: Adam without its first moment."""
-    return torch.optim.Adam(params, lr, betas=(0.0, 0.999))
-
-
 def _num_outputs(params: dict[str, Tensor]) -> int:
     """Return the length of the last bias."""
     return len(list(params.values())[-1])
-
-
-def _newest(run: Path) -> Path:
-    files = sorted((run / "checkpoints").glob("iteration-*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"the folder {run} holds no checkpoint (checkpoints/iteration-….safetensors): give "
-            "the folder of a run, or a checkpoint itself"
-        )
-    return files[-1]

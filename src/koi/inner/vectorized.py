@@ -95,7 +95,7 @@ class VectorizedEngine(StepwiseEngine):
         values = []
         for first, chunk in self._chunks(phi, batch):
             with explained(place, first, len(chunk)), self._attention():
-                place.set("inner")
+                place.set("inner", first or None)
                 self.adapt_to(phi, self._views(chunk, num_steps, place, first))
             for row, task in enumerate(chunk.tasks):
                 rows = [t[row] for t in (*self.params, *self.buffers, *self.constants)]
