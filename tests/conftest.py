@@ -38,7 +38,6 @@ def untraced(monkeypatch):
         return carry, torch.stack(results)
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr("koi.inner.compiler.without_lookup", lambda function: function)
     monkeypatch.setattr("koi.inner.graph.scan", plain_scan)
 
 
