@@ -39,7 +39,6 @@ def plain_scan(body, carry, steps):
 def untraced(monkeypatch):
     """Run the compiled engines' functions as they stand, without the compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr("koi.inner.compiler.without_lookup", lambda function: function)
     monkeypatch.setattr("koi.inner.graph.scan", plain_scan)
 
 

@@ -19,6 +19,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import typer
+
+from koi.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240
@@ -138,6 +141,24 @@ def test_commands(page: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
+
+
+def koi_lines(page: str) -> list[list[str]]:
+    """The words of each `koi` command of a page, whether it is run here or not."""
+    code = "\n".join(textwrap.dedent(found["code"]) for found in BASH.finditer(page))
+    lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
+    return [words for words in lines if words[:1] == ["koi"]]
+
+
+def test_commands_and_their_options_exist() -> None:
+    commands = typer.main.get_command(app).commands
+    unknown = []
+    for page in files(*PAGES):
+        for _, name, *words in koi_lines(text(page)):
+            options = {option for param in commands[name].params for option in param.opts}
+            given = {word.split("=")[0] for word in words if word.startswith("-")}
+            unknown += [f"{page}: koi {name} {option}" for option in given - options]
+    assert not unknown
 
 
 def test_quotes_are_in_the_source() -> None:

@@ -25,14 +25,16 @@ TestTasks = Annotated[
 def recipes() -> None:
     """List the paper's few-shot experiments, which koi train runs."""
     table = Table()
-    for title in ("recipe", "algorithm", "inner Adam", "inner batch", "meta-iterations"):
-        table.add_column(title)
+    table.add_column("recipe", no_wrap=True)
+    for title in ("shots", "steps", "batch", "rate", "meta-iterations"):
+        table.add_column(title, justify="right")
     for recipe in RECIPES.values():
         table.add_row(
             recipe.name,
-            recipe.algorithm,
-            f"{recipe.num_steps} steps at {recipe.step_size:g}",
-            f"{recipe.batch_size} of {recipe.num_ways} × {recipe.num_shots}",
+            f"{recipe.num_shots}",
+            f"{recipe.num_steps}",
+            f"{recipe.batch_size}",
+            f"{recipe.step_size:g}",
             f"{recipe.num_iterations:,}",
         )
     Console(highlight=False).print(table)

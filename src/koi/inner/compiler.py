@@ -75,7 +75,7 @@ class Graph:
         self._compiled = True
         # CUDA graphs learn from the look-up that the results of the last call are done with
         if self._device == "cpu" and not self._checked:
-            self._run = without_lookup(self._function)
+            self._run = without_lookup(self._function) or self._run
         return result
 
     def _keep(self, entries: Sequence[Any]) -> list[bool]:

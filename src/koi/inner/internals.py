@@ -17,16 +17,18 @@ from torch.autograd.graph import _engine_run_backward as run_backward
 __all__ = ["CompileError", "run_backward", "scan", "without_lookup"]
 
 
-def without_lookup(function: types.FunctionType) -> Callable[..., Any]:
+def without_lookup(function: types.FunctionType) -> Callable[..., Any] | None:
     """Return what the compiler made of ``function`` when it was called, to be called as it is.
 
     ``torch.compile`` looks at each call for a graph that fits, which costs as much as an inner
     step of a small network. That is in vain where there is one graph and it takes nothing for
-    granted that may change.
+    granted that may change. None where there is no graph, as when the user disabled the compiler.
     """
-    (entry,) = _debug_get_cache_entry_list(function.__code__)
+    entries = _debug_get_cache_entry_list(function.__code__)
+    if len(entries) != 1:
+        return None
     return types.FunctionType(
-        entry.code,
+        entries[0].code,
         function.__globals__,
         function.__name__,
         function.__defaults__,
