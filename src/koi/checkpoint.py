@@ -44,10 +44,12 @@ class Mark(NamedTuple):
     Args:
         tasks: a copy of the task distribution's ``state_dict()``; None where it has none.
         generators: the states of the global generators; None with a seed.
+        seed: what several ranks that were given no seed draw from, or drew from before.
     """
 
     tasks: Any
     generators: States | None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Learner(Protocol):
     _tasks: Any
     _pending: Pending | None
     _ruled_out: set[str]
+    _drawn_seed: int | None
 
     def _phi(self, learned: Learned) -> Phi: ...
 
@@ -89,7 +92,8 @@ def mark(koi: Learner) -> Mark:
     if koi._pending is not None:
         return koi._pending.mark
     tasks = koi._tasks.state_dict() if hasattr(koi._tasks, "state_dict") else None
-    return Mark(copy.deepcopy(tasks), randomness.capture() if koi.seed is None else None)
+    generators = randomness.capture() if koi.seed is None else None
+    return Mark(copy.deepcopy(tasks), generators, koi._drawn_seed)
 
 
 def contents(koi: Learner, at: Mark) -> Data:
@@ -126,6 +130,7 @@ def contents(koi: Learner, at: Mark) -> Data:
         "meta_state": None if meta is None else meta.state_dict(),
         "tasks": at.tasks,
         "generators": None if at.generators is None else tuple(at.generators),
+        "drawn_seed": at.seed,
     }
 
 
@@ -142,7 +147,7 @@ def save(koi: Learner, path: Path, at: Mark | None = None) -> None:
 class Saved:
     """A checkpoint as it was read; the fields are what `contents` gives."""
 
-    path: Path
+    path: Path | str
     settings: Data
     iteration: int
     engine: str
@@ -170,7 +175,15 @@ def read(path: Path) -> Saved:
     Raises:
         CheckpointError: it is missing, damaged, of another program or of a newer Koi.
     """
-    data = storage.read(path)
+    return saved_from(storage.read(path), path)
+
+
+def saved_from(data: Data, path: Path | str) -> Saved:
+    """Return what `contents` gave; ``path`` is what errors name.
+
+    Raises:
+        CheckpointError: something is missing.
+    """
     try:
         kept = {field.name: data[field.name] for field in fields(Saved) if field.name in data}
         generators = data["generators"]
@@ -178,7 +191,7 @@ def read(path: Path) -> Saved:
         kept["settings"] = {name: data["settings"][name] for name in SETTINGS}
         kept["ruled_out"] = frozenset(data["ruled_out"])
         kept["history"] = _records(data["history"])
-        return Saved(path=path, mark=Mark(data["tasks"], states), **kept)
+        return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint {path} is not whole ({type(error).__name__}: {error}): use an "
@@ -256,7 +269,7 @@ def put(koi: Learner, saved: Saved, problems: list[str], tasks: Any = None) -> N
         parameters.copy_(buffers, list(saved.buffers.values()))
         koi.iteration, koi.engine = saved.iteration, saved.engine
         koi.history, koi._moments, koi._update = list(saved.history), moments, update
-        koi._pending = Pending(saved.mark, saved.ruled_out)
+        koi._pending, koi._drawn_seed = Pending(saved.mark, saved.ruled_out), saved.mark.seed
 
 
 def give_state(tasks: Any, state: Any) -> None:

@@ -84,7 +84,7 @@ class CompiledEngine:
         means = OutcomeMean(copy=size < len(batch) or self.device.type == "cuda")
         for first, chunk in batch.chunks(size):
             with explained(place, first, len(chunk)):
-                place.set("inner", None if self.together else first)
+                place.set("inner", (first or None) if self.together else first)
                 output = self._train(start, chunk, num_steps, place, first)
                 *figures, distance = output.figures.tolist()
                 count = len(chunk)
@@ -130,7 +130,7 @@ class CompiledEngine:
             self._evaluation_chunk = self._chunk_size or len(batch)
         for first, chunk in batch.chunks(self._evaluation_chunk):
             with explained(place, first, len(chunk)):
-                place.set("inner", None if self.together else first)
+                place.set("inner", (first or None) if self.together else first)
                 full = chunk.filled(self._evaluation_chunk)
                 result = self._after_steps(purpose, start, full, num_steps, place, first)
             yield first, chunk, result
