@@ -16,12 +16,15 @@ BIN := .venv/bin
 # Twice quiet: errors only.
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) \
           --constraint constraints.txt --editable
+# A warning is an error, but not with --quiet, which does not count what it does not print. The
+# variable silences the theme's news of its successor.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-slow faults check format bench clean
+.PHONY: help run test test-slow faults check format docs bench clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,20 +41,24 @@ test-slow: .venv/.dev ## Run the tests that take minutes each: every engine in f
 faults: .venv/.dev ## Kill, cut and break trainings some thousand times, and print what was lost
 	@PYTHONPATH=tests $(BIN)/python tests/faults.py
 
-check: .venv/.dev ## Check style, formatting and types
+check: .venv/.dev ## Check style, formatting, types and the documentation's links
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(MKDOCS)
 
 format: .venv/.dev ## Format the code and fix what can be fixed by itself
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
 
+docs: .venv/.dev ## Build the documentation's site; open site/index.html
+	@$(MKDOCS)
+
 bench: .venv/.bench ## Compare speed with a hand-written loop
 	@$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments: one .venv, and a stamp file in it for each set of packages that was installed.

@@ -1,20 +1,27 @@
-"""The documentation runs: every Python block of every page, and every example.
+"""The documentation runs: every Python and bash block of every page, and every example.
 
 A page becomes a script in which all but its Python blocks is blank, so that a traceback's line
-numbers are the page's own. Blocks see what the blocks before them on the page defined. A block
-that cannot run is marked on the line before it with `<!-- no-test: reason -->`.
+numbers are the page's own. Blocks see what the blocks before them on the page defined. Its bash
+blocks become a second script, in an empty folder of its own. A block that cannot run is marked on
+the line before it with `<!-- no-test: reason -->`; before a bash block `<!-- short: options -->`
+gives options that make its `koi` commands short. A `py` block with a title quotes the file that is
+its title.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import typer
+
+from koi.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240
@@ -27,24 +34,53 @@ WARNINGS = [
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
 ]
 
-BLOCK = re.compile(
-    r"(?:^[ ]*<!--[ ]*no-test:(?P<reason>(?:(?!-->).)*)-->[ ]*\n\s*?)?"
-    r"^(?P<indent>[ ]*)```python\b[^\n]*\n(?P<code>.*?)^(?P=indent)```[ ]*$",
-    re.MULTILINE | re.DOTALL,
-)
+
+def block(language: str) -> re.Pattern[str]:
+    """A fenced block, with the mark on the line before it if there is one."""
+    return re.compile(
+        r"(?:^[ ]*<!--[ ]*(?P<mark>no-test|short):(?P<reason>(?:(?!-->).)*)-->[ ]*\n\s*?)?"
+        rf"^(?P<indent>[ ]*)```{language}\b(?P<rest>[^\n]*)\n(?P<code>.*?)^(?P=indent)```[ ]*$",
+        re.MULTILINE | re.DOTALL,
+    )
+
+
+PYTHON, BASH, QUOTE = block("python"), block("bash"), block("py")
+
+
+def must_run(found: re.Match[str], page: str) -> bool:
+    """Whether a block is to be run; that it is not needs a reason."""
+    if found["mark"] != "no-test":
+        return True
+    assert found["reason"].strip(), f"line {page.count(chr(10), 0, found.start())}: why no-test?"
+    return False
 
 
 def script_of(page: str) -> str:
     """The page's Python blocks, each on its own lines, everything else blank."""
     lines = [""] * (page.count("\n") + 1)
-    for block in BLOCK.finditer(page):
-        start = page.count("\n", 0, block.start("code"))
-        if block["reason"] is not None:
-            assert block["reason"].strip(), f"line {start}: no-test needs a reason"
-            continue
-        for offset, line in enumerate(textwrap.dedent(block["code"]).splitlines()):
-            lines[start + offset] = line
+    for found in PYTHON.finditer(page):
+        start = page.count("\n", 0, found.start("code"))
+        if must_run(found, page):
+            for offset, line in enumerate(textwrap.dedent(found["code"]).splitlines()):
+                lines[start + offset] = line
     return "\n".join(lines).rstrip() + "\n"
+
+
+def commands_of(page: str) -> str:
+    """The page's bash blocks one after the other, their `koi` commands with the short options."""
+    lines = []
+    for found in BASH.finditer(page):
+        options = found["reason"].strip() if found["mark"] == "short" else ""
+        code = textwrap.dedent(found["code"]).replace("\\\n", " ")
+        for line in code.splitlines() if must_run(found, page) else []:
+            command = " ".join(shlex.split(line, comments=True)[:1])
+            lines.append(f"{without_comment(line)} {options}" if command == "koi" else line)
+    return "\n".join(lines)
+
+
+def without_comment(line: str) -> str:
+    """The command alone, so that options can follow it."""
+    return re.sub(r"\s+#.*", "", line)
 
 
 def run_script(script: Path, cwd: Path, **variables: str) -> None:
@@ -68,19 +104,81 @@ def files(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
+PAGES = ("README.md", "docs/**/*.md")
+
+
 def pages_with_code() -> list[str]:
-    pages = files("README.md", "docs/**/*.md")
-    return [page for page in pages if BLOCK.search((ROOT / page).read_text(encoding="utf-8"))]
+    pages = files(*PAGES)
+    return [page for page in pages if script_of(text(page)).strip()]
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("page", pages_with_code())
 def test_page(page: str, tmp_path: Path) -> None:
     script = tmp_path / (Path(page).stem + ".md.py")
-    script.write_text(script_of((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")
+    script.write_text(script_of(text(page)), encoding="utf-8")
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     run_script(script, cwd)
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("page", [page for page in files(*PAGES) if commands_of(text(page))])
+def test_commands(page: str, tmp_path: Path) -> None:
+    scripts = Path(sys.executable).parent
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands_of(text(page))],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS - 10,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
+
+
+def koi_lines(page: str) -> list[list[str]]:
+    """The words of each `koi` command of a page, whether it is run here or not."""
+    code = "\n".join(textwrap.dedent(found["code"]) for found in BASH.finditer(page))
+    lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
+    return [words for words in lines if words[:1] == ["koi"]]
+
+
+def test_commands_and_their_options_exist() -> None:
+    commands = typer.main.get_command(app).commands
+    unknown = []
+    for page in files(*PAGES):
+        for _, name, *words in koi_lines(text(page)):
+            options = {option for param in commands[name].params for option in param.opts}
+            given = {word.split("=")[0] for word in words if word.startswith("-")}
+            unknown += [f"{page}: koi {name} {option}" for option in given - options]
+    assert not unknown
+
+
+def test_quotes_are_in_the_source() -> None:
+    missing, count = [], 0
+    for page in files(*PAGES):
+        for quote in QUOTE.finditer(text(page)):
+            count += 1
+            source = re.search(r'title="([^"]+)"', quote["rest"])
+            assert source, f"{page}: a py block is a quotation and names its file as its title"
+            if not is_quoted(quote["code"], text(source[1])):
+                missing.append(f"{page}: {source[1]} does not contain\n{quote['code']}")
+    assert count
+    assert not missing, "\n".join(missing)
+
+
+def is_quoted(quote: str, source: str) -> bool:
+    """Whether the lines stand in the source one after the other, indented alike or deeper."""
+    lines, wanted = source.splitlines(), textwrap.dedent(quote).splitlines()
+    windows = (lines[k : k + len(wanted)] for k in range(len(lines)))
+    return any(textwrap.dedent("\n".join(w)).splitlines() == wanted for w in windows)
 
 
 @pytest.mark.timeout(SECONDS)
@@ -133,13 +231,43 @@ def test_script_of_a_page_without_code_is_empty() -> None:
 
 
 def test_skipping_needs_a_reason() -> None:
-    with pytest.raises(AssertionError, match="needs a reason"):
+    with pytest.raises(AssertionError, match="why no-test"):
         script_of("<!-- no-test: -->\n```python\nx\n```\n")
 
 
 def test_only_the_block_right_after_the_mark_is_skipped() -> None:
     page = "<!-- no-test: this one -->\ntext\n\n<!-- other -->\n```python\nx = 1\n```\n"
     assert script_of(page).strip() == "x = 1"
+
+
+def test_short_options_go_to_the_command() -> None:
+    page = """\
+<!-- short: --iterations 5 -->
+```bash
+koi sine \\
+    --seed 3  # of the draws
+ls
+```
+
+<!-- no-test: takes a day -->
+```bash
+koi train
+```
+
+```bash
+koi --version
+```
+"""
+    commands = ["koi sine --seed 3 --iterations 5", "ls", "koi --version"]
+    assert [" ".join(line.split()) for line in commands_of(page).splitlines()] == commands
+
+
+def test_a_quote_is_whole_lines_in_their_order() -> None:
+    source = "def f():\n    a = 1\n    if a:\n        b = 2\n"
+    assert is_quoted("if a:\n    b = 2\n", source)
+    assert not is_quoted("a =\n", source)
+    assert not is_quoted("b = 2\nif a:\n", source)
+    assert not is_quoted("a = 1\n    if a:\n", source)
 
 
 def test_a_warning_or_a_failure_is_found(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from koi.autosave import Autosave
 from koi.checkpoint import Pending
 from koi.configuration import check_count, check_tasks
 from koi.distributed import Ranks
-from koi.evaluation import Evaluation, over_blocks
+from koi.evaluation import Evaluation, blocks
 from koi.inner.base import InnerLoop, Metric
 from koi.inner.dispatch import Dispatch
 from koi.inner.eager import EagerEngine
-from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
+from koi.inner.optimizers import OptimizerFactory
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.logs import Log
@@ -337,26 +336,16 @@ class Koi:
         check_count("num_tasks", num_tasks)
         num_steps = self._steps(num_steps)
         inner = self._inner_loop()
-        work = partial(getattr(self._engines(inner), what), self._phi(inner.learned))
-        return over_blocks(work, tasks, num_tasks, num_steps, self.seed, *more)
+        engine, phi = self._engines(inner), self._phi(inner.learned)
+        with preserved_generators(self.seed):
+            rows = [
+                getattr(engine, what)(phi, batch, num_steps, place, *more)
+                for place, batch in blocks(tasks, num_tasks, self.seed)
+            ]
+        return torch.cat(rows)
 
     def _inner_loop(self) -> InnerLoop:
-        """Read what learns off the model as it is now, and the inner optimizer."""
-        learned = Learned.of(self.model)
-        factory = configuration.inner_factory(self.inner_optimizer)
-        optimizer = make_optimizer(factory, learned.params_of(self.model), self.step_size)
-        rule = update_rule(optimizer, differentiable=self.algorithm == "maml")
-        configuration.check_rule(self.algorithm, rule)
-        return InnerLoop(
-            learned,
-            self.algorithm,
-            factory,
-            self.step_size,
-            rule,
-            autocast=self.autocast,
-            scale=self._scale,
-            skip_nonfinite=self.on_nonfinite == "skip",
-        )
+        return configuration.inner_loop(self, self._scale)
 
     def _engines(self, inner: InnerLoop) -> Dispatch:
         """Return fresh engines, or the compiled ones of a module that has not changed since."""

@@ -9,7 +9,10 @@ from koi.errors import KoiError
 
 _WRONG_USE = 2
 _INTERRUPTED = 130  # as the shell has it for Ctrl-C
-_EXTRAS = {"matplotlib", "numpy", "rich", "typer"}
+# What a command may lack, and the extra that brings it.
+_EXTRAS = dict.fromkeys(("matplotlib", "numpy", "rich", "typer"), "cli") | dict.fromkeys(
+    ("anyio", "pydantic", "starlette", "uvicorn"), "demo"
+)
 
 
 def main() -> None:
@@ -21,7 +24,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        _fail(f'the command needs {error.name}: pip install "koi-x[cli]"', 1)
+        _fail(f'the command needs {error.name}: pip install "koi-x[{_EXTRAS[error.name]}]"', 1)
     except (KoiError, OSError) as error:
         _fail(str(error), _WRONG_USE)
 

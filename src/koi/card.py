@@ -1,0 +1,169 @@
+"""A model card: what a trained model is, for people and for the Hugging Face Hub.
+
+The card is the README.md beside the model's file. Its head, in YAML, is what the Hub reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from koi.errors import ConfigurationError
+
+_PAPER = "https://arxiv.org/abs/1803.02999"
+_NEEDED = ("name", "description", "license", "model", "settings", "data")
+_RESULT = ("task", "metric", "value")
+
+
+def model_card(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Return the card of a model that Koi trained, in Markdown with the head that the Hub reads.
+
+    Args:
+        config: what was run. Needed are ``name`` (of the model), ``description`` (a sentence or
+            two), ``license`` (of the weights, as the Hub spells it, such as "mit"), ``model`` (the
+            Python expression that makes the module, such as
+            "koi.models.omniglot_net(num_classes=5)"), ``settings`` (what `koi.Koi` was given) and
+            ``data`` (with ``name``, ``license`` and, if it has any, ``url`` and ``id``, its name
+            on the Hub). ``learner`` (the expression that makes the `koi.Koi` which adapts
+            ``model``), ``command`` and ``versions`` (package -> version) are optional.
+        results: what was measured, each with ``task`` ("5-way 1-shot"), ``metric`` ("accuracy"),
+            ``value`` and, if there is one, ``interval``, the half-width of its 95 % interval.
+
+    Raises:
+        ConfigurationError: something that is needed is missing.
+
+    >>> card = model_card(
+    ...     {
+    ...         "name": "sine",
+    ...         "description": "Fits a sine wave from ten points.",
+    ...         "license": "mit",
+    ...         "model": "koi.models.sine_mlp()",
+    ...         "settings": {"step_size": 0.02, "num_steps": 5},
+    ...         "data": {"name": "sine waves", "license": "none: they are computed"},
+    ...     },
+    ...     [{"task": "10 points", "metric": "mse", "value": 0.312, "interval": 0.051}],
+    ... )
+    >>> print(card[card.index("# sine") :].split("## Use")[0])
+    # sine
+    <BLANKLINE>
+    Fits a sine wave from ten points.
+    <BLANKLINE>
+    ## Results
+    <BLANKLINE>
+    | task | metric | value | 95 % interval |
+    | :-- | :-- | --: | --: |
+    | 10 points | mse | 0.312 | ± 0.051 |
+    <BLANKLINE>
+    <BLANKLINE>
+    """
+    _check(config, results)
+    parts = [_head(config, results), f"# {config['name']}", str(config["description"])]
+    if results:
+        parts += ["## Results", _results(results)]
+    parts += ["## Use", _use(config), "## Training", _training(config), "## Data"]
+    parts += [_data(config["data"]), "## Licence", f"Of these weights: {config['license']}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _check(config: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> None:
+    problems = [f"the config of a model card lacks {key!r}" for key in _NEEDED if key not in config]
+    problems += [
+        f"the data of a model card lack {key!r}"
+        for key in ("name", "license")
+        if key not in config.get("data", {"name": "", "license": ""})
+    ]
+    problems += [
+        f"result {number} of a model card lacks {key!r}"
+        for number, result in enumerate(results)
+        for key in _RESULT
+        if key not in result
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def _head(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the front matter. JSON is YAML, so that quoting is json's business."""
+    data = config["data"]
+    lines = [
+        "---",
+        f"license: {_yaml(config['license'])}",
+        "library_name: pytorch",
+        "tags: [koi, meta-learning, few-shot-learning, "
+        f"{_yaml(config['settings'].get('algorithm', 'reptile'))}]",
+    ]
+    if "id" in data:
+        lines.append(f"datasets: [{_yaml(data['id'])}]")
+    if results:
+        lines += ["model-index:", f"- name: {_yaml(config['name'])}", "  results:"]
+    for result in results:
+        lines += [
+            "  - task: {type: few-shot-learning, name: " + _yaml(result["task"]) + "}",
+            "    dataset: {type: "
+            + _yaml(data.get("id", data["name"]))
+            + f", name: {_yaml(data['name'])}}}",
+            "    metrics:",
+            f"    - {{type: {_yaml(result['metric'])}, value: {_yaml(result['value'])}}}",
+        ]
+    return "\n".join([*lines, "---"])
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _results(results: Sequence[Mapping[str, Any]]) -> str:
+    rows = ["| task | metric | value | 95 % interval |", "| :-- | :-- | --: | --: |"]
+    for result in results:
+        interval = f"± {result['interval']:.2g}" if "interval" in result else ""
+        rows.append(
+            f"| {result['task']} | {result['metric']} | {result['value']:.4g} | {interval} |"
+        )
+    return "\n".join(rows)
+
+
+def _use(config: Mapping[str, Any]) -> str:
+    """Return how to load the weights and to adapt them."""
+    settings = config["settings"]
+    given = {name: settings[name] for name in ("step_size", "num_steps") if name in settings}
+    arguments = "".join(f", {name}={value!r}" for name, value in given.items())
+    learner = config.get("learner", f"koi.Koi(model{arguments})")
+    return f"""\
+The weights are an initialisation: adapt them to a task before use.
+
+```python
+import koi
+import torch
+from safetensors.torch import load_model
+
+model = {config["model"]}
+load_model(model, "model.safetensors")
+
+learner = {learner}
+adapted = learner.adapt(task)  # anything with loss(model)
+```
+
+Any training loop can take the place of the last two lines: the file holds plain weights."""
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    algorithm = config["settings"].get("algorithm", "reptile")
+    lines = [f"Meta-learned with Koi by {algorithm} ([Nichol et al., 2018]({_PAPER})):", ""]
+    lines += ["| setting | value |", "| :-- | :-- |"]
+    lines += [f"| `{name}` | {_cell(value)} |" for name, value in config["settings"].items()]
+    if "command" in config:
+        lines += ["", "```bash", str(config["command"]), "```"]
+    if "versions" in config:
+        versions = (f"{name} {version}" for name, version in config["versions"].items())
+        lines += ["", "Versions: " + ", ".join(versions) + "."]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"`{value}`".replace("|", "\\|")
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    name = f"[{data['name']}]({data['url']})" if "url" in data else str(data["name"])
+    return f"{name}; licence: {data['license']}."
