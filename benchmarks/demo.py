@@ -1,22 +1,28 @@
 """How long the page of `koi demo` waits for an answer: one example each of three shapes, one new.
 
-python benchmarks/demo.py [--checkpoint RUN] starts `koi demo` and asks it as the page does. Prints
-the median and the 95th percentile of the wall time, from the question to the last byte.
+python benchmarks/demo.py [CHECKPOINT] serves the demo from a thread and asks it as the page does.
+Prints medians from the question to the last byte: wall time, and processor time of client and
+server together, which other work on the machine does not lengthen.
 """
 
-import argparse
+import contextlib
 import http.client
 import json
 import math
 import statistics
-import subprocess
 import sys
+import threading
 import time
-from urllib.parse import urlsplit
+from pathlib import Path
 
+import torch
+import uvicorn
 from harness import environment, load_average
 
-NUM_QUESTIONS = 100
+from koi.demo.classifier import SHIPPED, Classifier
+from koi.demo.server import application, listen
+
+NUM_QUESTIONS = 50
 
 
 def spiral(turns: float, number: int = 120) -> list[list[list[float]]]:
@@ -31,37 +37,37 @@ def spiral(turns: float, number: int = 120) -> list[list[list[float]]]:
     ]
 
 
-def waits(host: str, port: int, num_steps: int) -> list[float]:
-    """Ask, and return the seconds until each answer was there."""
+def ask(connection: http.client.HTTPConnection, num_steps: int) -> tuple[float, float]:
+    """Return the seconds of wall time and of processor time that one answer took."""
     drawings = [spiral(turns) for turns in (0.5, 1.5, 3, 3.2)]
     question = {"examples": drawings[:3], "query": drawings[3], "num_steps": num_steps}
-    body, seconds = json.dumps(question), []
-    connection = http.client.HTTPConnection(host, port)
-    for _ in range(NUM_QUESTIONS):
-        began = time.perf_counter()
-        connection.request("POST", "/answer", body, {"Content-Type": "application/json"})
-        answer = json.loads(connection.getresponse().read())
-        seconds.append(time.perf_counter() - began)
-        assert len(answer["losses"]) == num_steps + 1
+    began, worked = time.perf_counter(), time.process_time()
+    body = json.dumps(question)
+    connection.request("POST", "/answer", body, {"Content-Type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    seconds = time.perf_counter() - began, time.process_time() - worked
+    assert len(answer["losses"]) == num_steps + 1
     return seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", help="as of koi demo")
-    given, facts = parser.parse_args(), environment()
-    command = [sys.executable, "-c", "from koi.cli import main; main()", "demo"]
-    command += ["--no-open", "--port", "0"]
-    command += ["--checkpoint", given.checkpoint] if given.checkpoint else []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            address = urlsplit(server.stdout.readline().split()[2])
+    torch.set_num_threads(1)  # as koi demo does
+    facts = environment()
+    classifier = Classifier.load(Path(sys.argv[1]) if sys.argv[1:] else SHIPPED)
+    server = uvicorn.Server(uvicorn.Config(application(classifier), log_level="warning"))
+    with listen("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        connection = http.client.HTTPConnection(*listening.getsockname())
+        with contextlib.closing(connection):
             for num_steps in (1, 5, 10):
-                seconds = waits(address.hostname, address.port, num_steps)
-                middle, slow = statistics.median(seconds), statistics.quantiles(seconds, n=20)[-1]
-                print(f"{num_steps:3} steps: {1e3 * middle:.0f} ms, 95 % within {1e3 * slow:.0f}")
-        finally:
-            server.terminate()
+                ask(connection, num_steps)
+                seconds = [ask(connection, num_steps) for _ in range(NUM_QUESTIONS)]
+                pairs = zip(*seconds, strict=True)
+                wall, cpu = (1e3 * statistics.median(each) for each in pairs)
+                print(f"{num_steps:2} steps: {wall:.0f} ms, of processor time {cpu:.0f} ms")
+        server.should_exit = True
+        thread.join()
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
     print(f"load average after: {load_average()}")
 

@@ -46,7 +46,8 @@ def untraced(monkeypatch):
 def traced(monkeypatch):
     """Trace the compiled engines' functions in earnest, and run the graph without Inductor.
 
-    Tracing takes a few seconds, Inductor's C++ a minute.
+    Tracing takes a few seconds, Inductor's C++ a minute. Inner steps are scanned, which are traced
+    once however many there are.
     """
     compile = torch.compile
 
@@ -55,3 +56,4 @@ def traced(monkeypatch):
         return compile(function, fullgraph=fullgraph, backend="aot_eager", options=guards)
 
     monkeypatch.setattr(torch, "compile", without_inductor)
+    monkeypatch.setattr("koi.inner.graph._MOST_UNROLLED", 0)

@@ -37,30 +37,33 @@ SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 12, "meta_batch
 LENGTH = 200  # meta-iterations of a long run
 
 
-def run_long(folder: Path, ready) -> None:
+def run_long(folder: Path, seen) -> None:
     """Train in a process of its own, which is to be stopped from outside."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # tracebacks that are meant to be
     koi, tasks = long_run.make()
 
     def tell(koi, record):
-        ready.set()
-        (folder / "seen").write_text(str(record.iteration))
+        seen.value = record.iteration
 
     options = {"checkpoint_every": 1, "resume": True, "log_dir": folder}
     koi.train(tasks, callbacks=[tell], checkpoint_dir=folder, **options)
 
 
-def stopped(folder: Path, stop: Callable[[int], None]) -> int:
-    """Start a training, or let it go on; stop it at some moment; return its exit code."""
-    ready = _context.Event()
-    process = _context.Process(target=run_long, args=(folder, ready))
+def stopped(folder: Path, stop: Callable[[int], None]) -> tuple[int | None, int]:
+    """Start a training, or let it go on, and stop it at some moment.
+
+    Returns its exit code, None if it has not ended, and the last meta-iteration that was seen.
+    """
+    seen = _context.RawValue("i", -1)
+    process = _context.Process(target=run_long, args=(folder, seen))
     process.start()
-    ready.wait(60)
+    while seen.value < 0 and process.is_alive():
+        time.sleep(0.002)
     time.sleep(_draw.uniform(0, 0.2))
     stop(process.pid)
     process.join(60)
-    return process.exitcode
+    return process.exitcode, seen.value
 
 
 def long_ends() -> dict:
@@ -79,11 +82,11 @@ def stops(times: int, stop: Callable[[int], None], codes: set[int], saves: bool)
     folder = None
     for _ in range(times):
         folder = folder or Path(tempfile.mkdtemp())
-        lost += stopped(folder, stop) not in codes
-        newest = max(folder.glob("iteration-*.safetensors"))
-        reached = Koi.load(newest, small_net()).iteration
+        code, seen = stopped(folder, stop)
+        newest = max(folder.glob("iteration-*.safetensors"), default=None)
+        reached = 0 if newest is None else Koi.load(newest, small_net()).iteration
         # what a callback has seen was not yet saved where the process was killed
-        lost += reached < int((folder / "seen").read_text()) + saves
+        lost += code not in codes or reached < seen + saves
         if reached > 0.8 * LENGTH or _draw.random() < 0.1:
             lost += not ends_well(folder, end)
             folder = None

@@ -48,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
     | {"interrupts", "logs", "progress", "records", "watch"},
-    "autosave": BASE | {"checkpoint", "configuration", "interrupts", "storage", "watch"},
+    "autosave": BASE
+    | {"checkpoint", "configuration", "distributed", "interrupts", "storage", "watch"},
     "checkpoint": BASE
     | {"agreement", "configuration", "inner", "interrupts", "meta", "records", "storage"},
     "agreement": BASE | {"meta"},
@@ -57,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "logs": BASE | {"records", "storage", "watch"},
     "configuration": BASE | {"inner", "meta"},
     "watch": BASE,
-    "distributed": BASE,
+    "distributed": BASE | {"exchange", "interrupts", "storage"},
+    "exchange": BASE,
     "evaluation": BASE,
     "inner": BASE,
     "meta": BASE,

@@ -10,7 +10,7 @@ from torch import nn
 from koi import Koi, SupervisedTask, linear
 from koi.demo.classifier import Classifier, Examples
 from koi.errors import CheckpointError
-from koi.models import omniglot_net, sine_mlp
+from koi.models import omniglot_net
 from koi.recipes.fewshot import adam_without_momentum as adam
 
 
@@ -158,7 +158,14 @@ class TestLoading:
         with pytest.raises(CheckpointError, match="cannot be read"):
             Classifier.load(tmp_path / "nothing.safetensors")
 
-    def test_the_checkpoint_of_another_network(self, tmp_path):
-        Koi(sine_mlp()).save(tmp_path / "sine.safetensors")
-        with pytest.raises(CheckpointError, match="does not fit"):
-            Classifier.load(tmp_path / "sine.safetensors")
+    @pytest.mark.parametrize(
+        ("model", "said"),
+        [
+            (nn.Sequential(nn.Linear(4, 5)), "does not fit"),
+            (omniglot_net(2), "2 classes apart: give one for at least 3"),
+        ],
+    )
+    def test_the_checkpoint_of_another_network(self, model, said, tmp_path):
+        Koi(model).save(tmp_path / "koi.safetensors")
+        with pytest.raises(CheckpointError, match=said):
+            Classifier.load(tmp_path / "koi.safetensors")

@@ -126,10 +126,19 @@ def test_the_table_states_its_distance_from_the_paper(tmp_path):
     rows = [line.strip("| ").split(" | ") for line in markdown_table([run]).splitlines()[2:]]
     length = "4 of 100,000 (shortened)"
     assert rows == [
-        ["omniglot-5way", length, "1", "inductive", "80.00 ± 1.00", "95.39 ± 0.09", "-15.39"],
-        ["omniglot-5way", length, "1", "transductive", "90.00 ± 2.00", "97.68 ± 0.04", "-7.68"],
-        ["omniglot-5way", length, "3", "inductive", "80.00 ± 1.00", "–", "–"],
-        ["omniglot-5way", length, "3", "transductive", "90.00 ± 2.00", "–", "–"],
+        ["omniglot-5way", length, "1", "9", "inductive", "80.00 ± 1.00", "95.39 ± 0.09", "-15.39"],
+        [
+            "omniglot-5way",
+            length,
+            "1",
+            "9",
+            "transductive",
+            "90.00 ± 2.00",
+            "97.68 ± 0.04",
+            "-7.68",
+        ],
+        ["omniglot-5way", length, "3", "9", "inductive", "80.00 ± 1.00", "–", "–"],
+        ["omniglot-5way", length, "3", "9", "transductive", "90.00 ± 2.00", "–", "–"],
     ]
 
 

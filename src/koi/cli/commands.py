@@ -8,7 +8,7 @@ import torch
 import typer
 
 import koi
-from koi.cli import fewshot
+from koi.cli import classifier, fewshot
 from koi.cli.demo import demo
 from koi.cli.sine import sine
 
@@ -46,6 +46,8 @@ _COMMANDS = (
     fewshot.evaluate,
     fewshot.table,
     fewshot.export,
+    classifier.adapt,
+    classifier.predict,
 )
 for command in _COMMANDS:
     app.command()(command)

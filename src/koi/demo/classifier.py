@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from koi import Koi, checkpoint
+from koi.errors import CheckpointError
 from koi.models import omniglot_net
 from koi.randomness import preserved_generators, set_generators
 from koi.recipes.fewshot import adam_without_momentum
 from koi.runs.folder import Run
 from koi.runs.measuring import newest_checkpoint
 
+MIN_CLASSES, MAX_CLASSES = 3, 5
 SHIPPED = Path(__file__).parent.parent / "data" / "omniglot-5way.safetensors"
 
 
@@ -87,15 +89,22 @@ class Classifier:
             path: a checkpoint of Koi, or the folder of a run, whose newest checkpoint is taken.
 
         Raises:
-            CheckpointError: there is none, it cannot be read, or it is of another network.
+            CheckpointError: there is none, it cannot be read, or it is of another network or of
+                one for fewer than three classes.
         """
         file = newest_checkpoint(Run(path)) if path.is_dir() else path
         saved = checkpoint.read(file)
+        num_outputs = _num_outputs(saved.params)
+        if num_outputs < MIN_CLASSES:
+            raise CheckpointError(
+                f"the checkpoint {file} is of a network that tells {num_outputs} classes apart: "
+                f"give one for at least {MIN_CLASSES}"
+            )
         # The steps of a new task need none of the settings of training but the inner optimizer.
         code = dict.fromkeys(saved.code())
         if "inner_optimizer" in code:
             code["inner_optimizer"] = adam_without_momentum
-        return cls(Koi.load(file, omniglot_net(_num_outputs(saved.params)), **code))
+        return cls(Koi.load(file, omniglot_net(num_outputs), **code))
 
     def answer(
         self, images: Tensor, query: Tensor | None, num_steps: int, initialisation: str

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from koi.demo.classifier import MAX_CLASSES, MIN_CLASSES
+
 MAX_BYTES = 256 * 1024
-MIN_CLASSES, MAX_CLASSES = 3, 5
 MAX_STEPS = 10
 MAX_STROKES = 64
 MAX_POINTS = 2000

@@ -22,14 +22,12 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from koi.demo import strokes
-from koi.demo.classifier import Classifier
+from koi.demo.classifier import MAX_CLASSES, MIN_CLASSES, Classifier
 from koi.demo.messages import (
     MAX_BYTES,
-    MAX_CLASSES,
     MAX_POINTS,
     MAX_STEPS,
     MAX_STROKES,
-    MIN_CLASSES,
     Question,
     explanation,
 )

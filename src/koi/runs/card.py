@@ -89,8 +89,12 @@ def _settings(recipe: FewShotRecipe) -> dict[str, Any]:
 
 
 def _command(config: Config) -> str:
-    words = ["koi", "train", config.recipe.name, "--iterations", str(config.recipe.num_iterations)]
-    words += ["--seed", str(config.seed)]
+    recipe = config.recipe
+    words = ["koi", "train", recipe.name]
+    if config.classes is not None:
+        words = ["koi", "train", "--data", "FOLDER", "--ways", str(recipe.num_ways)]
+        words += ["--shots", str(min(recipe.adaptations)), "--network", recipe.network]
+    words += ["--iterations", str(recipe.num_iterations), "--seed", str(config.seed)]
     words += ["--compile"] if config.compile else []
     return shlex.join(words)
 

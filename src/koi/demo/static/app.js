@@ -79,7 +79,7 @@ function setUp() {
 
 function begin({ shapes, again: number }) {
   resize(shapes.length);
-  shapes.forEach((name, i) => page.pads[i].set(drawing(name)));
+  shapes.forEach((name, i) => fill(page.pads[i], name));
   page.query.set(again(drawing(shapes[number]), number + 1));
 }
 
@@ -108,8 +108,12 @@ function resize(count) {
 function sample(pad) {
   const taken = page.pads.filter((other) => other !== pad).map((other) => other.sampled);
   const free = NAMES.filter((name) => !taken.includes(name));
-  pad.sampled = free[(free.indexOf(pad.sampled) + 1) % free.length];
-  pad.set(drawing(pad.sampled));
+  fill(pad, free[(free.indexOf(pad.sampled) + 1) % free.length]);
+}
+
+function fill(pad, name) {
+  pad.sampled = name;
+  pad.set(drawing(name));
 }
 
 // Another attempt at one of the examples, each time at the next one.
