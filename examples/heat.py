@@ -15,7 +15,7 @@ from torch import nn
 
 from koi import Koi, tensor_task
 
-ITERATIONS, NUM_TASKS, NUM_TRIALS, STEPS = 1000, 100, 20, (0, 1, 2, 4, 8, 16, 32)
+ITERATIONS, NUM_TASKS, NUM_TRIALS, STEPS = 300, 100, 20, (0, 1, 2, 4, 8, 16, 32)
 SETTINGS = [("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3)]  # inner optimizers to choose from
 SETTINGS += [("adam", 0.001), ("adam", 0.003), ("adam", 0.01)]
 if os.environ.get("KOI_EXAMPLE_SHORT"):
