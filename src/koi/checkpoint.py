@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -24,7 +25,7 @@ from koi.agreement import (
     tensors_of,
 )
 from koi.configuration import SETTINGS, inner_factory
-from koi.errors import CheckpointError
+from koi.errors import CheckpointError, annotate
 from koi.inner.optimizers import OptimizerFactory, make_optimizer
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
@@ -215,7 +216,11 @@ def load(kind: Callable[..., AnyLearner], path: Path, model: nn.Module, given: D
     Raises:
         CheckpointError: the file cannot be read, does not fit, or lacks settings that are code.
     """
-    saved = read(path)
+    try:
+        saved = read(path)
+    except CheckpointError as error:
+        annotate(error, offer_instead_of(path))
+        raise
     code = saved.code()
     missing = [name for name in code if name not in given]
     if missing:
@@ -233,6 +238,16 @@ def load(kind: Callable[..., AnyLearner], path: Path, model: nn.Module, given: D
     ]
     put(koi, saved, problems)
     return koi
+
+
+def offer_instead_of(path: Path) -> str:
+    """Return which of the files that come before ``path`` by name can be read."""
+    others = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else []
+    for other in sorted((other for other in others if other.name < path.name), reverse=True):
+        with contextlib.suppress(CheckpointError):
+            read(other)
+            return f"{other} is good"
+    return "none in its folder before it is good"
 
 
 def go_on(koi: Learner, saved: Saved, tasks: Any) -> None:
