@@ -27,6 +27,7 @@ from harness import Timing
 from workloads import FORMS, Work
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
+IMAGES = scaling.IMAGES.name  # as the page names the folder
 HEAD = ["work", "must", "aim", "measured", "", "Koi's best form", "against"]
 
 
@@ -307,12 +308,19 @@ def publish(found: Found, facts: Mapping[str, Any], device: str, threads: int) -
     title = f"Speed with {threads} thread{'s' * (threads > 1)}"
     memory = None if found.memory is None else asdict(found.memory)
     harness.write(name, title, found.report(), facts, timings, memory=memory)
+    pictures = []
     if "tasks" in timings:
-        scaling.draw_cost(scaling.per_task(timings["tasks"]), "speed-tasks.png")
+        scaling.draw_cost(scaling.per_task(timings["tasks"]), f"{name}-tasks.png")
+        pictures.append(
+            f"![Time for each task, by the size of the meta-batch]({IMAGES}/{name}-tasks.png)"
+        )
     if found.memory is not None:
-        scaling.draw_memory(found.memory, "speed-memory.png")
+        scaling.draw_memory(found.memory, f"{name}-memory.png")
+        pictures.append(
+            f"![Peak memory, by the size of the meta-batch]({IMAGES}/{name}-memory.png)"
+        )
     brief = harness.markdown_table(HEAD[:5], [cells[:5] for cells in found.lines])
-    harness.refresh(PAGE, name, f"{brief}\n\n{brief_facts(facts)}")
+    harness.refresh(PAGE, name, "\n\n".join([brief, *pictures, brief_facts(facts)]))
 
 
 def brief_facts(facts: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from koi.agreement import (
 from koi.configuration import SETTINGS, inner_factory
 from koi.errors import CheckpointError
 from koi.inner.optimizers import OptimizerFactory, make_optimizer
+from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.meta import MetaOptimizerFactory, MetaUpdate
 from koi.parameters import Learned, Tensors
@@ -80,6 +81,7 @@ class Learner(Protocol):
     _pending: Pending | None
     _ruled_out: set[str]
     _drawn_seed: int | None
+    _scale: LossScale | None
 
     def _phi(self, learned: Learned) -> Phi: ...
 
@@ -125,6 +127,7 @@ def contents(koi: Learner, at: Mark) -> Data:
         "devices": [str(p.device) for p in params],
         "moments": moments,
         "moment_devices": [str(m.device) for m in moments or []],
+        "scale": None if koi._scale is None else koi._scale.state(),
         "inner_optimizer": _inner_description(koi),
         "meta_optimizer": None if meta is None else arguments_of(meta),
         "meta_state": None if meta is None else meta.state_dict(),
@@ -159,6 +162,7 @@ class Saved:
     devices: list[str]
     moments: Tensors | None
     moment_devices: list[str]
+    scale: tuple[float, int] | None
     inner_optimizer: Data
     meta_optimizer: Data | None
     meta_state: Data | None
@@ -269,6 +273,8 @@ def put(koi: Learner, saved: Saved, problems: list[str], tasks: Any = None) -> N
         parameters.copy_(buffers, list(saved.buffers.values()))
         koi.iteration, koi.engine = saved.iteration, saved.engine
         koi.history, koi._moments, koi._update = list(saved.history), moments, update
+        if koi._scale is not None and saved.scale is not None:
+            koi._scale.put(saved.scale)
         koi._pending, koi._drawn_seed = Pending(saved.mark, saved.ruled_out), saved.mark.seed
 
 
