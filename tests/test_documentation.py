@@ -162,6 +162,11 @@ def test_commands_and_their_options_exist() -> None:
     assert not unknown
 
 
+def test_every_command_is_in_the_documentation() -> None:
+    listed = re.findall(r"^\| `koi ([a-z]+)` \|", text("docs/commands.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(typer.main.get_command(app).commands)
+
+
 def test_quotes_are_in_the_source() -> None:
     missing, count = [], 0
     for page in files(*PAGES):
