@@ -16,14 +16,15 @@ BIN := .venv/bin
 # Twice quiet: errors only.
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) \
           --constraint constraints.txt --editable
-# A warning is an error. The variable silences the theme's news of its successor.
-MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+# A warning is an error, but not with --quiet, which does not count what it does not print. The
+# variable silences the theme's news of its successor.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-slow check format docs bench clean
+.PHONY: help run test test-slow faults check format docs bench clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ test: .venv/.dev ## Run all tests: unit tests, doctests, documentation and examp
 
 test-slow: .venv/.dev ## Run the tests that take minutes each: every engine in full, compiled
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+faults: .venv/.dev ## Kill, cut and break trainings some thousand times, and print what was lost
+	@PYTHONPATH=tests $(BIN)/python tests/faults.py
 
 check: .venv/.dev ## Check style, formatting, types and the documentation's links
 	@$(BIN)/ruff check .

@@ -32,7 +32,7 @@ class Timing:
 
 
 def by_turns(
-    contestants: Mapping[str, Callable[[], object]], repetitions: int, warmups: int = 2
+    contestants: Mapping[str, Callable[[], object]], repetitions: int, warmups: int = 1
 ) -> dict[str, Timing]:
     """Time the contestants alternately, each going first as often as the others.
 

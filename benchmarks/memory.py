@@ -34,7 +34,7 @@ def measure(form: str, num_tasks: int, chunk_size: int | None, device: str) -> i
         train(1)  # the compiler's own memory is not the run's
     reset_peak(device)
     before = in_use(device)
-    train(3)
+    train(2)
     return highest(device) - before
 
 

@@ -12,8 +12,9 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from harness import Timing
 from workloads import FORMS, Work
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
+IMAGES = scaling.IMAGES.name  # as the page names the folder
 HEAD = ["work", "must", "aim", "measured", "", "Koi's best form", "against"]
 
 
@@ -59,7 +61,7 @@ ROWS = (
     Row("Omniglot net, 5 tasks, float32", "omniglot", FLOAT32, HAND, 2, 5),
     Row("the same against JAX", "omniglot", FLOAT32, IMAGE_JAX, 1, 2),
     Row("Omniglot net, 5 tasks, bfloat16", "omniglot", BFLOAT16, HAND, 3, 8),
-    Row("evaluation", "evaluation", (VECTORIZED, COMPILED, BOTH), ONE_BY_ONE, 3, 8),
+    Row("evaluation of 1,000 tasks", "evaluation", (VECTORIZED, COMPILED, BOTH), ONE_BY_ONE, 3, 8),
 )
 
 
@@ -96,9 +98,9 @@ def evaluation(device: str) -> dict[str, Work]:
     """The unit is a task: 1,000 are many of the chunks that Koi takes here."""
     return {
         ONE_BY_ONE[0]: workloads.evaluation("eager", device, 1),
-        VECTORIZED: workloads.evaluation("vectorized", device, 10),
+        VECTORIZED: workloads.evaluation("vectorized", device, 5),
         COMPILED: workloads.evaluation("compiled", device, 1),
-        BOTH: workloads.evaluation("vectorized+compiled", device, 10),
+        BOTH: workloads.evaluation("vectorized+compiled", device, 5),
     }
 
 
@@ -109,6 +111,7 @@ GROUPS: dict[str, Callable[[str], dict[str, Work]]] = {
     "evaluation": evaluation,
     "tasks": scaling.sine_sizes,
 }
+NAMES = [*GROUPS, "memory"]
 
 
 def in_jax(kind: str, name: str, **settings: Any) -> dict[str, Work]:
@@ -215,14 +218,13 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*GROUPS, "memory"]
     parser.add_argument(
         "--rows",
         nargs="+",
-        choices=names,
-        default=names,
+        choices=NAMES,
+        default=NAMES,
         metavar="ROWS",
-        help=f"what to measure, of {', '.join(names)}",
+        help=f"what to measure, of {', '.join(NAMES)}",
     )
     parser.add_argument("--threads", type=int, default=2, help="cores that may be used")
     parser.add_argument("--repetitions", type=int, default=20)
@@ -235,7 +237,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     arguments = options()
     device, threads = arguments.device, arguments.threads
-    repetitions, span = (5, 0.05) if arguments.quick else (arguments.repetitions, 0.2)
+    repetitions, span = (5, 0.05) if arguments.quick else (arguments.repetitions, 0.1)
     if hasattr(os, "sched_setaffinity"):  # JAX has no option for the number of its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
@@ -245,39 +247,80 @@ def main() -> None:
         "jax": prepare_jax(device),
         "threads": threads,
     }
-    lines, details, results, found_memory = [], [], {}, None
-    for name, contestants in GROUPS.items():
-        if name not in arguments.rows:
-            continue
+    found = Found(repetitions)
+    for name in (name for name in NAMES if name in arguments.rows):
         print(f"{name} (load average {harness.load_average()})", flush=True)
         torch.manual_seed(0)
-        result = results[name] = compare(contestants(device), device, repetitions, span)
-        found = [line(row, result) for row in ROWS if row.group == name]
-        found = [cost_line(result)] if name == "tasks" else found
-        for cells in found:
+        try:
+            lines = measure(name, found, device, span)
+        except Exception:  # what was measured before is kept, and the next rows are tried
+            traceback.print_exc()
+            continue
+        for cells in lines:
             print("  " + " | ".join(cells), flush=True)
-        lines += found
-        details += detail(name, result)
-    if "memory" in arguments.rows:
-        print("memory", flush=True)
-        found_memory = scaling.memory_sizes(device)
-        lines.append(memory_line(found_memory))
-        print("  " + " | ".join(lines[-1]), flush=True)
-    facts["load average after"] = harness.load_average()
-    text = report(lines, details, repetitions)
-    print(text, *(f"{key}: {value}" for key, value in facts.items()), sep="\n")
-    if arguments.write:
-        timings = {name: result.timings for name, result in results.items()}
-        title = f"Speed with {threads} thread{'s' * (threads > 1)}"
-        name = f"speed-{threads}threads" if device == "cpu" else "speed-cuda"
-        if "tasks" in results:
-            scaling.draw_cost(scaling.per_task(timings["tasks"]), "speed-tasks.png")
-        if found_memory is not None:
-            scaling.draw_memory(found_memory, "speed-memory.png")
-        memory = None if found_memory is None else asdict(found_memory)
-        harness.write(name, title, text, facts, timings, memory=memory)
-        brief = harness.markdown_table(HEAD[:5], [cells[:5] for cells in lines])
-        harness.refresh(PAGE, name, f"{brief}\n\n{brief_facts(facts)}")
+        found.lines += lines
+        facts["load average after"] = harness.load_average()
+        if arguments.write:
+            publish(found, facts, device, threads)
+    print(found.report(), *(f"{key}: {value}" for key, value in facts.items()), sep="\n")
+
+
+@dataclass
+class Found:
+    """All that has been measured so far."""
+
+    repetitions: int
+    lines: list[list[str]] = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)
+    memory: scaling.Memory | None = None
+
+    def report(self) -> str:
+        """Both tables with what a reader must know of them."""
+        details = [cells for name, result in self.results.items() for cells in detail(name, result)]
+        table = harness.markdown_table(HEAD, self.lines)
+        every = harness.markdown_table(["rows", "", "ms", "for each", "first run, s"], details)
+        return (
+            f"How many times faster Koi is: quotients of medians of {self.repetitions} turns, in "
+            "which the contestants of a group take turns in one process, sampling, meta-update and "
+            "records included; in brackets the quartiles of the turn-by-turn quotients. Images are "
+            "random: the sizes are Omniglot's. The evaluation is of 5-way 1-shot tasks, 50 steps "
+            "of batch 5, in Koi's chunks; its unit is a task, since 1,000 tasks are many such "
+            f"chunks.\n\n{table}\n\nWhat every contestant took. The first run compiles.\n\n{every}"
+        )
+
+
+def measure(name: str, found: Found, device: str, span: float) -> list[list[str]]:
+    """Measure a group, note what was found, and return its lines of the table."""
+    if name == "memory":
+        found.memory = scaling.memory_sizes(device)
+        return [memory_line(found.memory)]
+    result = compare(GROUPS[name](device), device, found.repetitions, span)
+    found.results[name] = result
+    if name == "tasks":
+        return [cost_line(result)]
+    return [line(row, result) for row in ROWS if row.group == name]
+
+
+def publish(found: Found, facts: Mapping[str, Any], device: str, threads: int) -> None:
+    """Write the results, the pictures, and the table of the documentation."""
+    timings = {name: result.timings for name, result in found.results.items()}
+    name = f"speed-{threads}threads" if device == "cpu" else "speed-cuda"
+    title = f"Speed with {threads} thread{'s' * (threads > 1)}"
+    memory = None if found.memory is None else asdict(found.memory)
+    harness.write(name, title, found.report(), facts, timings, memory=memory)
+    pictures = []
+    if "tasks" in timings:
+        scaling.draw_cost(scaling.per_task(timings["tasks"]), f"{name}-tasks.png")
+        pictures.append(
+            f"![Time for each task, by the size of the meta-batch]({IMAGES}/{name}-tasks.png)"
+        )
+    if found.memory is not None:
+        scaling.draw_memory(found.memory, f"{name}-memory.png")
+        pictures.append(
+            f"![Peak memory, by the size of the meta-batch]({IMAGES}/{name}-memory.png)"
+        )
+    brief = harness.markdown_table(HEAD[:5], [cells[:5] for cells in found.lines])
+    harness.refresh(PAGE, name, "\n\n".join([brief, *pictures, brief_facts(facts)]))
 
 
 def brief_facts(facts: Mapping[str, Any]) -> str:
@@ -287,20 +330,6 @@ def brief_facts(facts: Mapping[str, Any]) -> str:
         f"{machine}, threads: {facts['threads']}, torch {facts['torch']}, JAX {facts['jax']}, "
         f"{facts['date']}, load average before: {facts['load average before']}. "
         f"Made by `{facts['command']}`."
-    )
-
-
-def report(lines: list[list[str]], details: list[list[str]], repetitions: int) -> str:
-    """Both tables with what a reader must know of them."""
-    table = harness.markdown_table(HEAD, lines)
-    every = harness.markdown_table(["rows", "", "ms", "for each", "first run, s"], details)
-    return (
-        f"How many times faster Koi is: quotients of medians of {repetitions} turns, in which the "
-        "contestants of a group take turns in one process, sampling, meta-update and records "
-        "included; in brackets the quartiles of the turn-by-turn quotients. Images are random: "
-        "the sizes are Omniglot's. The evaluation is of 5-way 1-shot tasks, 50 steps of batch 5, "
-        "in Koi's chunks; its unit is a task, since 1,000 tasks are many such chunks.\n\n"
-        f"{table}\n\nWhat every contestant took. The first run compiles.\n\n{every}"
     )
 
 

@@ -26,17 +26,18 @@ def float64():
     torch.set_default_dtype(before)
 
 
+def plain_scan(body, carry, steps):
+    """Do what the compiled engines' scan does, step by step."""
+    results = []
+    for step in range(len(next(iter(steps.values())))):
+        carry, result = body(carry, {name: tensor[step] for name, tensor in steps.items()})
+        results.append(result)
+    return carry, torch.stack(results)
+
+
 @pytest.fixture
 def untraced(monkeypatch):
     """Run the compiled engines' functions as they stand, without the compiler."""
-
-    def plain_scan(body, carry, steps):
-        results = []
-        for step in range(len(next(iter(steps.values())))):
-            carry, result = body(carry, {name: tensor[step] for name, tensor in steps.items()})
-            results.append(result)
-        return carry, torch.stack(results)
-
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr("koi.inner.graph.scan", plain_scan)
 
@@ -45,7 +46,8 @@ def untraced(monkeypatch):
 def traced(monkeypatch):
     """Trace the compiled engines' functions in earnest, and run the graph without Inductor.
 
-    Tracing takes a few seconds, Inductor's C++ a minute.
+    Tracing takes a few seconds, Inductor's C++ a minute. Inner steps are scanned, which are traced
+    once however many there are.
     """
     compile = torch.compile
 
@@ -54,3 +56,4 @@ def traced(monkeypatch):
         return compile(function, fullgraph=fullgraph, backend="aot_eager", options=guards)
 
     monkeypatch.setattr(torch, "compile", without_inductor)
+    monkeypatch.setattr("koi.inner.graph._MOST_UNROLLED", 0)

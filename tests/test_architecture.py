@@ -31,25 +31,15 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": BASE
     | {"card", "checkpoint", "demo", "distributed", "evaluation", "fewshot", "inner", "koi"}
-    | {
-        "learner",
-        "logs",
-        "meta",
-        "models",
-        "plots",
-        "problems",
-        "progress",
-        "recipes",
-        "records",
-        "runs",
-    },
+    | {"learner", "logs", "meta", "models", "plots", "problems", "progress", "recipes", "records"}
+    | {"runs"},
+    "card": {"errors"},
     "demo": BASE | {"checkpoint", "koi", "models", "recipes", "runs"},
+    "plots": BASE | {"evaluation", "records"},
     # A recipe in a folder of its own; it uses the learner as a user does.
     "runs": BASE
-    | {"card", "fewshot", "koi", "logs", "models", "plots", "problems", "progress", "recipes"}
-    | {"storage"},
-    "card": {"errors"},
-    "plots": BASE | {"evaluation", "records"},
+    | {"card", "checkpoint", "fewshot", "koi", "logs", "models", "problems", "progress"}
+    | {"recipes", "storage"},
     "recipes": BASE | {"fewshot", "meta", "models", "problems"},
     "problems": BASE | {"fewshot", "storage"},
     "models": BASE | {"fewshot"},
@@ -58,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
     | {"interrupts", "logs", "progress", "records", "watch"},
-    "autosave": BASE | {"checkpoint", "configuration", "interrupts", "storage", "watch"},
+    "autosave": BASE
+    | {"checkpoint", "configuration", "distributed", "interrupts", "storage", "watch"},
     "checkpoint": BASE
     | {"agreement", "configuration", "inner", "interrupts", "meta", "records", "storage"},
     "agreement": BASE | {"meta"},
@@ -67,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "logs": BASE | {"records", "storage", "watch"},
     "configuration": BASE | {"inner", "meta"},
     "watch": BASE,
-    "distributed": BASE,
+    "distributed": BASE | {"exchange", "interrupts", "storage"},
+    "exchange": BASE,
     "evaluation": BASE,
     "inner": BASE,
     "meta": BASE,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 import koi
 from koi import ConfigurationError, Koi
 from koi.card import model_card
+from koi.recipes import recipe_named
+from koi.runs import Config, Run, write_card
 from toys import Regressions, small_net
 
 CONFIG = {
@@ -88,6 +91,29 @@ def test_its_code_runs(tmp_path):
         check=True,
     )
     assert done.stdout.strip() == f"{model[0].weight.tolist()} False"
+
+
+def test_the_card_of_a_run(tmp_path):
+    """From its folder alone; its code makes the network and the learner of the recipe."""
+    recipe = replace(recipe_named("omniglot-5way"), num_iterations=7)
+    run = Run.begun(tmp_path / "run", Config(recipe))
+    write_card(run)
+    assert ModelCard((run.folder / "README.md").read_text("utf-8")).data.eval_results is None
+    result = {"transductive": [0.9, 0.02], "inductive": [0.8, 0.03], "iteration": 7}
+    run.add_result(5, result)
+    write_card(run)
+
+    text = (run.folder / "README.md").read_text("utf-8")
+    head = ModelCard(text).data
+    assert (head.model_name, head.license) == ("omniglot-5way", "mit")
+    assert [r.metric_value for r in head.eval_results] == [0.8, 0.9]
+    assert "| 5-way 5-shot, inductive | accuracy | 0.8 | ± 0.03 |" in text
+    assert "koi train omniglot-5way --iterations 7 --seed 0" in text
+    save_model(recipe.model(), run.folder / "model.safetensors")
+    code = text.split("```python\n")[1].split("```")[0].split("adapted =")[0]
+    names = {}
+    exec(code.replace("model.safetensors", str(run.folder / "model.safetensors")), names)
+    assert names["learner"].num_steps == recipe.adaptation(1).num_steps
 
 
 def test_what_is_missing_is_named():

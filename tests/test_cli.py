@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from koi import Koi
-from koi.cli.commands import _adapted
+from koi.cli.sine import _adapted
 from koi.models import sine_mlp
 from koi.problems import Sines
 

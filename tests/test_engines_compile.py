@@ -197,6 +197,24 @@ def test_learners_do_not_share_graphs(engine):
     assert_agree(first, trained("eager", model, tasks))
 
 
+def test_a_graph_outlives_a_reset_of_the_compiler():
+    tasks = Fits()
+    learners = both("compiled", mlp(), num_iterations=2)
+    for learner in learners:
+        learner.train(tasks)
+        torch._dynamo.reset()
+        learner.num_iterations = 4
+        learner.train(tasks)
+    assert_agree(*learners)
+
+
+def test_a_compiler_that_the_user_disabled(monkeypatch):
+    monkeypatch.setattr("koi.inner.graph._MOST_UNROLLED", 64)  # a scan compiles of its own accord
+    model = mlp()
+    with torch.compiler.set_stance("force_eager"):
+        assert_agree(*(trained(name, model, Fits()) for name in ("compiled", "eager")))
+
+
 @koi.tensor_task
 @dataclass
 class Weighted(Fit):

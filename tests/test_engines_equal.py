@@ -24,11 +24,12 @@ from engine_toys import (
 pytestmark = pytest.mark.usefixtures("float64")
 
 CASES = list(itertools.product(ALGORITHMS, OPTIMIZERS, NETS))
-# Inductor takes a minute for a larger network; `make test-slow` has every case.
+# Inductor takes a minute for a larger network; `make test-slow` has every case. The last column
+# is up to what size inner steps are written out instead of scanned.
 COMPLETE = [
-    ("reptile", "sgd", "mlp", "vectorized+compiled"),
-    ("maml", "momentum", "mlp", "compiled"),
-    ("reptile", "adam carry", "conv", "compiled"),
+    ("reptile", "sgd", "mlp", "vectorized+compiled", 64),
+    ("maml", "momentum", "mlp", "compiled", 64),
+    ("reptile", "adam carry", "conv", "compiled", 0),
 ]
 # Others are traced in earnest, but not compiled.
 TRACED = [
@@ -81,8 +82,9 @@ def test_traced(algorithm, optimizer, net, engine):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("algorithm", "optimizer", "net", "engine"), COMPLETE)
-def test_compiled(algorithm, optimizer, net, engine):
+@pytest.mark.parametrize(("algorithm", "optimizer", "net", "engine", "unrolled"), COMPLETE)
+def test_compiled(algorithm, optimizer, net, engine, unrolled, monkeypatch):
+    monkeypatch.setattr("koi.inner.graph._MOST_UNROLLED", unrolled)
     agree(engine, algorithm, optimizer, net)
 
 

@@ -246,6 +246,19 @@ def test_without_a_seed_the_forms_take_turns(caplog):
     assert_agree(learner, trained("eager", model, Fits(), **settings))
 
 
+def test_the_choice_is_stored(caplog, tmp_path):
+    """Whoever goes on from a checkpoint neither tries the forms again nor chooses another."""
+    caplog.set_level(logging.INFO, "koi")
+    learner = auto(mlp(), Fits(), seed=None, num_iterations=10)
+    learner.save(tmp_path / "koi.safetensors")
+    caplog.clear()
+    later = Koi.load(tmp_path / "koi.safetensors", mlp(), num_iterations=20)
+    engines = set()
+    later.train(Fits(), callbacks=[lambda koi, record: engines.add(koi.engine)])
+    assert engines == {learner.engine}
+    assert not lines(caplog)
+
+
 def test_engine_before_anything_ran():
     assert Koi(mlp()).engine == "none yet"
 

@@ -372,6 +372,21 @@ class TestFolder:
         assert torch.equal(red, green)
         assert torch.equal(red, blue)
 
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+    def test_what_is_transparent_is_white_and_not_the_black_beneath(self, tmp_path, mode):
+        image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+        image.putpixel((1, 0), (0, 0, 0, 255))
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            image.convert(mode).save(tmp_path / name / "0.png")
+        assert everything(labelled(tmp_path, mode="L"))["a"].tolist() == [[[[1, 0]]]]
+
+    def test_an_image_far_too_large_is_named(self, tmp_path, monkeypatch):
+        draw_images(tmp_path, ["a", "b"])
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+        with pytest.raises(DataError, match=r"0\.png cannot be read \(.*decompression bomb"):
+            labelled(tmp_path)
+
     def test_images_that_differ_in_size(self, tmp_path):
         draw_images(tmp_path, ["a", "b"], sizes=[(6, 5), (9, 9)])
         with pytest.raises(DataError, match=r"1.png is 9 × 9 and .*0.png is 6 × 5: give image_si"):

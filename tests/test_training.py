@@ -1,6 +1,7 @@
 """What `train` tells and returns."""
 
 import io
+import logging
 import re
 import sys
 
@@ -158,6 +159,31 @@ class TestProgressBar:
         monkeypatch.setattr(sys, "stderr", terminal)
         self.train(progress)
         assert bool(terminal.getvalue()) == shown
+
+    @pytest.mark.parametrize("progress", [True, False])
+    def test_messages_above_the_bar(self, progress, capfd, monkeypatch):
+        """A compiler takes a minute, in which a bar that stands still says nothing."""
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+        log = logging.getLogger("koi")
+        before = log.level, list(log.handlers)
+        koi = Koi(Point(3.0), **SETTINGS)
+        koi.train(
+            InTurn(Quadratic(1.0)),
+            progress=progress,
+            callbacks=[lambda koi, record: log.info("compiling %s", record.iteration)],
+        )
+        assert ("compiling 3\n" in capfd.readouterr().err) == progress
+        assert (log.level, log.handlers) == before
+
+    def test_messages_are_left_to_the_programs_own_handlers(self, capfd, caplog):
+        caplog.set_level(logging.INFO, "koi")
+        koi = Koi(Point(3.0), **SETTINGS)
+        log = logging.getLogger("koi")
+        koi.train(
+            InTurn(Quadratic(1.0)), progress=True, callbacks=[lambda *_: log.info("compiling")]
+        )
+        assert "compiling" not in capfd.readouterr().err
+        assert caplog.messages == ["compiling"] * 4
 
     def test_goes_on_where_training_goes_on(self, capfd):
         def stop(koi, record):

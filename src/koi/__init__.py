@@ -11,6 +11,7 @@ from koi.errors import (
     KoiWarning,
     ModelError,
     NonFiniteError,
+    RankError,
     TaskError,
 )
 from koi.evaluation import Evaluation
@@ -32,6 +33,7 @@ __all__ = [
     "KoiWarning",
     "ModelError",
     "NonFiniteError",
+    "RankError",
     "Record",
     "SupervisedTask",
     "Task",

@@ -8,9 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from koi import checkpoint, randomness, storage
+import torch
+
+from koi import checkpoint, parameters, randomness, storage
 from koi.checkpoint import Learner, Mark
 from koi.configuration import check_count
+from koi.distributed import Ranks
 from koi.errors import CheckpointError, ConfigurationError, annotate
 from koi.interrupts import Termination
 from koi.watch import warn
@@ -26,12 +29,16 @@ class Autosave:
     a stopped training saves is its state after the last completed meta-iteration, so that going on
     from there gives what going on without a stop would have given.
 
+    Of several ranks the first reads and writes. The others begin as what it is, in all that
+    training needs to go on.
+
     Args:
         koi: the learner.
         tasks: the task distribution.
         folder: where to save, made if it is missing; None: nowhere.
         every: meta-iterations from one file to the next; None: only at the end.
         resume: go on from the newest good file in ``folder``.
+        ranks: the processes that train together.
 
     Raises:
         ConfigurationError: arguments that make no sense together.
@@ -39,7 +46,7 @@ class Autosave:
     """
 
     def __init__(
-        self, koi: Learner, tasks: Any, folder: Any, every: int | None, resume: bool
+        self, koi: Learner, tasks: Any, folder: Any, every: int | None, resume: bool, ranks: Ranks
     ) -> None:
         if folder is None and (every is not None or resume):
             name = "resume" if resume else "checkpoint_every"
@@ -48,18 +55,26 @@ class Autosave:
             check_count("checkpoint_every", every)
         self._koi = koi
         self._every = every
-        self._folder = None if folder is None else Path(folder)
+        self._folder = Path(folder) if folder is not None and ranks.first else None
+        self._holds_sigterm = folder is not None
+        self._ranks = ranks
         self._termination = Termination()
+        ranks.wants_to_stop = lambda: self._termination.requested
         self._mark: tuple[int, Mark] | None = None
         self._saved_at: int | None = None
         self._damaged: set[int] = set()
         koi._tasks = tasks
-        if self._folder is not None:
-            storage.encode(checkpoint.mark(koi).tasks, "tasks", {})  # better now than after an hour
-            self._prepare(self._folder)
-            self._resume(self._folder, tasks, resume)
-        if koi._pending is not None and self._saved_at is None:
-            checkpoint.give_state(tasks, koi._pending.mark.tasks)
+        with ranks.agreed():
+            if self._folder is not None:
+                # better now than after an hour
+                storage.encode(checkpoint.mark(koi).tasks, "tasks", {})
+                self._prepare(self._folder)
+                self._resume(self._folder, tasks, resume)
+            if koi._pending is not None and self._saved_at is None:
+                checkpoint.give_state(tasks, koi._pending.mark.tasks)
+        if ranks.size > 1:
+            self._become_the_first(tasks)
+        ranks.seed = koi._drawn_seed if koi.seed is None else koi.seed
 
     @property
     def ruled_out(self) -> frozenset[str]:
@@ -70,7 +85,7 @@ class Autosave:
         pending, self._koi._pending = self._koi._pending, None
         if pending is not None and pending.mark.generators is not None:
             randomness.restore(pending.mark.generators)
-        if self._folder is not None:
+        if self._holds_sigterm:
             self._termination.__enter__()
         return self
 
@@ -97,12 +112,14 @@ class Autosave:
     def due(self) -> bool:
         """Whether it is time to save, or SIGTERM asks for an end."""
         regular = self._every is not None and self._koi.iteration % self._every == 0
-        return regular or self._termination.requested
+        return regular or self._ranks.stopping
 
     def after_iteration(self) -> None:
         """Save where that is due, and let a SIGTERM do what it does."""
         if self.due:
             self._save()
+            if self._ranks.stopping:
+                self._termination.request()
             self._termination.let_through()
 
     def _save(self) -> None:
@@ -172,6 +189,23 @@ class Autosave:
                 f"none of the {len(ahead)} checkpoints in {folder} can be used: to train from the "
                 "beginning, choose another folder or empty this one"
             )
+
+    def _become_the_first(self, tasks: Any) -> None:
+        """Let every rank be in the state of rank 0, and draw from the same seed."""
+        koi, ranks, content = self._koi, self._ranks, b""
+        frozen = {n: p for n, p in koi.model.named_parameters() if not p.requires_grad}
+        with ranks.agreed():
+            if ranks.first:
+                if koi.seed is None and koi._drawn_seed is None:
+                    koi._drawn_seed = int(torch.randint(2**62, ()))
+                state = checkpoint.contents(koi, checkpoint.mark(koi))
+                content = b"".join(storage.pack({**state, "frozen": frozen}))
+        content = ranks.from_first(content)
+        with ranks.agreed():
+            if not ranks.first:
+                data = storage.unpack(content, "of rank 0")
+                checkpoint.go_on(koi, checkpoint.saved_from(data, "of rank 0"), tasks)
+                parameters.copy_(list(frozen.values()), [data["frozen"][n] for n in frozen])
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -25,7 +25,8 @@ def model_card(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]] =
             Python expression that makes the module, such as
             "koi.models.omniglot_net(num_classes=5)"), ``settings`` (what `koi.Koi` was given) and
             ``data`` (with ``name``, ``license`` and, if it has any, ``url`` and ``id``, its name
-            on the Hub). ``command`` and ``versions`` (package -> version) are optional.
+            on the Hub). ``learner`` (the expression that makes the `koi.Koi` which adapts
+            ``model``), ``command`` and ``versions`` (package -> version) are optional.
         results: what was measured, each with ``task`` ("5-way 1-shot"), ``metric`` ("accuracy"),
             ``value`` and, if there is one, ``interval``, the half-width of its 95 % interval.
 
@@ -123,21 +124,23 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _use(config: Mapping[str, Any]) -> str:
-    """Return how to load the weights, first without Koi's learner, then to adapt."""
+    """Return how to load the weights and to adapt them."""
     settings = config["settings"]
     given = {name: settings[name] for name in ("step_size", "num_steps") if name in settings}
     arguments = "".join(f", {name}={value!r}" for name, value in given.items())
+    learner = config.get("learner", f"koi.Koi(model{arguments})")
     return f"""\
 The weights are an initialisation: adapt them to a task before use.
 
 ```python
 import koi
+import torch
 from safetensors.torch import load_model
 
 model = {config["model"]}
 load_model(model, "model.safetensors")
 
-learner = koi.Koi(model{arguments})
+learner = {learner}
 adapted = learner.adapt(task)  # anything with loss(model)
 ```
 

@@ -26,6 +26,7 @@ from koi.agreement import (
 from koi.configuration import SETTINGS, inner_factory
 from koi.errors import CheckpointError
 from koi.inner.optimizers import OptimizerFactory, make_optimizer
+from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.meta import MetaOptimizerFactory, MetaUpdate
 from koi.parameters import Learned, Tensors
@@ -44,10 +45,12 @@ class Mark(NamedTuple):
     Args:
         tasks: a copy of the task distribution's ``state_dict()``; None where it has none.
         generators: the states of the global generators; None with a seed.
+        seed: what several ranks that were given no seed draw from, or drew from before.
     """
 
     tasks: Any
     generators: States | None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Learner(Protocol):
     _tasks: Any
     _pending: Pending | None
     _ruled_out: set[str]
+    _drawn_seed: int | None
+    _scale: LossScale | None
 
     def _phi(self, learned: Learned) -> Phi: ...
 
@@ -89,7 +94,8 @@ def mark(koi: Learner) -> Mark:
     if koi._pending is not None:
         return koi._pending.mark
     tasks = koi._tasks.state_dict() if hasattr(koi._tasks, "state_dict") else None
-    return Mark(copy.deepcopy(tasks), randomness.capture() if koi.seed is None else None)
+    generators = randomness.capture() if koi.seed is None else None
+    return Mark(copy.deepcopy(tasks), generators, koi._drawn_seed)
 
 
 def contents(koi: Learner, at: Mark) -> Data:
@@ -121,11 +127,13 @@ def contents(koi: Learner, at: Mark) -> Data:
         "devices": [str(p.device) for p in params],
         "moments": moments,
         "moment_devices": [str(m.device) for m in moments or []],
+        "scale": None if koi._scale is None else koi._scale.state(),
         "inner_optimizer": _inner_description(koi),
         "meta_optimizer": None if meta is None else arguments_of(meta),
         "meta_state": None if meta is None else meta.state_dict(),
         "tasks": at.tasks,
         "generators": None if at.generators is None else tuple(at.generators),
+        "drawn_seed": at.seed,
     }
 
 
@@ -142,7 +150,7 @@ def save(koi: Learner, path: Path, at: Mark | None = None) -> None:
 class Saved:
     """A checkpoint as it was read; the fields are what `contents` gives."""
 
-    path: Path
+    path: Path | str
     settings: Data
     iteration: int
     engine: str
@@ -154,6 +162,7 @@ class Saved:
     devices: list[str]
     moments: Tensors | None
     moment_devices: list[str]
+    scale: tuple[float, int] | None
     inner_optimizer: Data
     meta_optimizer: Data | None
     meta_state: Data | None
@@ -170,7 +179,15 @@ def read(path: Path) -> Saved:
     Raises:
         CheckpointError: it is missing, damaged, of another program or of a newer Koi.
     """
-    data = storage.read(path)
+    return saved_from(storage.read(path), path)
+
+
+def saved_from(data: Data, path: Path | str) -> Saved:
+    """Return what `contents` gave; ``path`` is what errors name.
+
+    Raises:
+        CheckpointError: something is missing.
+    """
     try:
         kept = {field.name: data[field.name] for field in fields(Saved) if field.name in data}
         generators = data["generators"]
@@ -178,7 +195,7 @@ def read(path: Path) -> Saved:
         kept["settings"] = {name: data["settings"][name] for name in SETTINGS}
         kept["ruled_out"] = frozenset(data["ruled_out"])
         kept["history"] = _records(data["history"])
-        return Saved(path=path, mark=Mark(data["tasks"], states), **kept)
+        return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint {path} is not whole ({type(error).__name__}: {error}): use an "
@@ -256,7 +273,9 @@ def put(koi: Learner, saved: Saved, problems: list[str], tasks: Any = None) -> N
         parameters.copy_(buffers, list(saved.buffers.values()))
         koi.iteration, koi.engine = saved.iteration, saved.engine
         koi.history, koi._moments, koi._update = list(saved.history), moments, update
-        koi._pending = Pending(saved.mark, saved.ruled_out)
+        if koi._scale is not None and saved.scale is not None:
+            koi._scale.put(saved.scale)
+        koi._pending, koi._drawn_seed = Pending(saved.mark, saved.ruled_out), saved.mark.seed
 
 
 def give_state(tasks: Any, state: Any) -> None:

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from koi.errors import ConfigurationError, did_you_mean
-from koi.inner.optimizers import FACTORIES, OptimizerFactory, UpdateRule
+from koi.inner.base import InnerLoop
+from koi.inner.optimizers import (
+    FACTORIES,
+    OptimizerFactory,
+    UpdateRule,
+    make_optimizer,
+    update_rule,
+)
+from koi.inner.scaling import LossScale
+from koi.parameters import Learned
 
 ALGORITHMS = ("reptile", "fomaml", "maml")
 INNER_STATES = ("carry", "reset")
@@ -109,6 +118,30 @@ def check_tasks(tasks: Any) -> None:
 def inner_factory(inner_optimizer: str | OptimizerFactory) -> OptimizerFactory:
     """Return the factory of a checked ``inner_optimizer``."""
     return FACTORIES[inner_optimizer] if isinstance(inner_optimizer, str) else inner_optimizer
+
+
+def inner_loop(koi: Any, scale: LossScale | None) -> InnerLoop:
+    """Read what learns off a learner's model as it is now, and the inner optimizer.
+
+    Args:
+        koi: a `koi.Koi`, whose attributes are its checked settings.
+        scale: the loss scale of float16; None: no scale.
+    """
+    learned = Learned.of(koi.model)
+    factory = inner_factory(koi.inner_optimizer)
+    optimizer = make_optimizer(factory, learned.params_of(koi.model), koi.step_size)
+    rule = update_rule(optimizer, differentiable=koi.algorithm == "maml")
+    check_rule(koi.algorithm, rule)
+    return InnerLoop(
+        learned,
+        koi.algorithm,
+        factory,
+        koi.step_size,
+        rule,
+        autocast=koi.autocast,
+        scale=scale,
+        skip_nonfinite=koi.on_nonfinite == "skip",
+    )
 
 
 def _wrong(name: str, value: Any, allowed: str) -> str:

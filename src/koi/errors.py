@@ -43,6 +43,10 @@ class CheckpointError(KoiError, RuntimeError):
     """A checkpoint that cannot be written or read, or that does not fit."""
 
 
+class RankError(KoiError, RuntimeError):
+    """Another process of a training has stopped, or does not answer."""
+
+
 class KoiWarning(UserWarning):
     """Something that runs but is probably not what was meant."""
 

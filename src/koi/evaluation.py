@@ -1,14 +1,31 @@
-"""What `koi.Koi.evaluate` returns: means over tasks, with intervals, after each inner step."""
+"""Evaluation: which tasks are drawn, and means over them, with intervals, after each inner step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from koi.randomness import Place
+from koi.tasks import TaskBatch, draw
+
+# Tasks of an evaluation are drawn and, where they can be, adapted to so many at a time.
+_BLOCK = 100
+
 # two-sided 95 % of the normal distribution
 _NORMAL_95 = 1.959963984540054
+
+
+def blocks(
+    distribution: Any, num_tasks: int, seed: int | None
+) -> Iterator[tuple[Place, TaskBatch]]:
+    """Draw the tasks of an evaluation, at most a hundred at a time."""
+    for block, first in enumerate(range(0, num_tasks, _BLOCK)):
+        place = Place(seed, "evaluation block", block)
+        yield place, draw(distribution, min(_BLOCK, num_tasks - first), place)
 
 
 def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,11 @@ class Termination:
         self._set = False
         self.let_through()
 
+    def request(self) -> None:
+        """Act as if a SIGTERM had come, as it has to another process of the training."""
+        if self._set and self._missed is None:
+            self._missed = signal.SIGTERM, None
+
     def let_through(self) -> None:
         """Handle a SIGTERM that waits as the program did before."""
         if self._missed is None:

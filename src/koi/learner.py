@@ -15,11 +15,12 @@ from koi import checkpoint, configuration, parameters
 from koi.autosave import Autosave
 from koi.checkpoint import Pending
 from koi.configuration import check_count, check_tasks
-from koi.evaluation import Evaluation
+from koi.distributed import Ranks
+from koi.evaluation import Evaluation, blocks
 from koi.inner.base import InnerLoop, Metric
 from koi.inner.dispatch import Dispatch
 from koi.inner.eager import EagerEngine
-from koi.inner.optimizers import OptimizerFactory, make_optimizer, update_rule
+from koi.inner.optimizers import OptimizerFactory
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.logs import Log
@@ -28,14 +29,11 @@ from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
 from koi.records import Record, mean_ends
-from koi.state import Phi
+from koi.state import Outcome, Phi
 from koi.tasks import draw
 from koi.watch import Watch
 
 Callback = Callable[["Koi", Record], None]
-
-# Tasks of an evaluation are drawn and, where they can be, adapted to so many at a time.
-_EVALUATION_BLOCK = 100
 
 
 class Koi:
@@ -134,6 +132,7 @@ class Koi:
         self._interrupts = Interrupts()
         self._tasks: Any = None  # of the last training, for their state
         self._pending: Pending | None = None
+        self._drawn_seed: int | None = None  # of several ranks that were given none
         self.engine = "none yet"
         self._ruled_out: set[str] = set()
         self._dispatch: Dispatch | None = None
@@ -176,19 +175,23 @@ class Koi:
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume)
         inner = self._inner_loop()
+        device = self._phi(inner.learned).params[0].device
+        carry = self.inner_state == "carry"
+        ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
+        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks)
         engine = self._engines(inner)
         engine.refused |= autosave.ruled_out
         update = self._meta_update(self._phi(inner.learned))
-        watch = Watch(self.algorithm, self.num_steps)
+        watch = Watch(self.algorithm, self.num_steps, silent=not ranks.first)
         callbacks = tuple(callbacks)
-        bar = ProgressBar(progress, self.num_iterations, self.iteration)
-        log = Log(log_dir, self.history, self.num_iterations, resume)
-        with bar, self._interrupts, autosave, log:
+        bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
+        with ranks.agreed():
+            log = Log(log_dir if ranks.first else None, self.history, self.num_iterations, resume)
+        with bar, self._interrupts, ranks.training(update.phi), autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
-                record = self._meta_iteration(tasks, engine, update, watch)
+                record = self._meta_iteration(tasks, engine, update, watch, ranks)
                 bar.advance(record)
                 for callback in callbacks:
                     callback(self, record)
@@ -300,27 +303,26 @@ class Koi:
         return self.model(*args, **kwargs)
 
     def _meta_iteration(
-        self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch
+        self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch, ranks: Ranks
     ) -> Record:
         began = time.perf_counter()
-        place = Place(self.seed, "meta-iteration", self.iteration)
+        place = Place(ranks.seed, "meta-iteration", self.iteration)
         epsilon = value_at(self.meta_step_size, self.iteration / self.num_iterations)
-        with preserved_generators(self.seed):
-            batch = draw(tasks, self.meta_batch_size, place)
-            outcome = engine.meta_batch(update.phi, batch, self.num_steps, place)
+
+        def adapt(start: int, end: int) -> Outcome:
+            batch = draw(tasks, self.meta_batch_size, place).part(start, end)
+            return engine.meta_batch(update.phi, batch, self.num_steps, place)
+
+        with preserved_generators(ranks.seed):
+            own = ranks.attempt(adapt)
         self.engine, self._ruled_out = engine.name, engine.refused
         with self._interrupts.held():
+            outcome = ranks.mean(own)
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
             if outcome.losses and self.inner_state == "carry":
                 update.phi.moments = self._moments = outcome.moments
-            record = Record(
-                self.iteration,
-                *mean_ends(outcome.losses),
-                epsilon,
-                norm,
-                time.perf_counter() - began,
-                outcome.num_skipped,
-            )
+            losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
+            record = Record(self.iteration, *losses, epsilon, norm, seconds, outcome.num_skipped)
             self.history.append(record)
             self.iteration += 1
         watch.look(outcome, epsilon, norm)
@@ -335,31 +337,15 @@ class Koi:
         num_steps = self._steps(num_steps)
         inner = self._inner_loop()
         engine, phi = self._engines(inner), self._phi(inner.learned)
-        rows = []
         with preserved_generators(self.seed):
-            for block, first in enumerate(range(0, num_tasks, _EVALUATION_BLOCK)):
-                place = Place(self.seed, "evaluation block", block)
-                batch = draw(tasks, min(_EVALUATION_BLOCK, num_tasks - first), place)
-                rows.append(getattr(engine, what)(phi, batch, num_steps, place, *more))
+            rows = [
+                getattr(engine, what)(phi, batch, num_steps, place, *more)
+                for place, batch in blocks(tasks, num_tasks, self.seed)
+            ]
         return torch.cat(rows)
 
     def _inner_loop(self) -> InnerLoop:
-        """Read what learns off the model as it is now, and the inner optimizer."""
-        learned = Learned.of(self.model)
-        factory = configuration.inner_factory(self.inner_optimizer)
-        optimizer = make_optimizer(factory, learned.params_of(self.model), self.step_size)
-        rule = update_rule(optimizer, differentiable=self.algorithm == "maml")
-        configuration.check_rule(self.algorithm, rule)
-        return InnerLoop(
-            learned,
-            self.algorithm,
-            factory,
-            self.step_size,
-            rule,
-            autocast=self.autocast,
-            scale=self._scale,
-            skip_nonfinite=self.on_nonfinite == "skip",
-        )
+        return configuration.inner_loop(self, self._scale)
 
     def _engines(self, inner: InnerLoop) -> Dispatch:
         """Return fresh engines, or the compiled ones of a module that has not changed since."""
@@ -372,7 +358,7 @@ class Koi:
                 vectorize=self.vectorize,
                 compile=self.compile,
                 chunk_size=self.chunk_size,
-                seeded=self.seed is not None,
+                seeded=(self.seed, self._drawn_seed) != (None, None),
             )
         return self._dispatch
 

@@ -33,7 +33,7 @@ class Learned:
         """Read the names off ``module``.
 
         Raises:
-            ModelError: no parameter can learn, or lazy parameters have no shape yet.
+            ModelError: no parameter can learn, lazy ones have no shape yet, or they are sharded.
         """
         named = dict(module.named_parameters())
         everything = (*named.items(), *module.named_buffers())
@@ -42,6 +42,13 @@ class Learned:
             raise ModelError(
                 f"the model has lazy parameters or buffers without a shape ({', '.join(lazy)}): "
                 "run one batch through it before giving it to Koi"
+            )
+        sharded = [name for name, tensor in everything if hasattr(tensor, "device_mesh")]
+        if sharded or isinstance(module, nn.parallel.DistributedDataParallel):
+            what = f"has sharded parameters ({', '.join(sharded)})" if sharded else "is wrapped"
+            raise ModelError(
+                f"the model {what}, and Koi shares out tasks, not parameters, to processes: give "
+                "it the plain module, on one device of each, and start the script by torchrun"
             )
         params = tuple(name for name, p in named.items() if p.requires_grad)
         if not params:

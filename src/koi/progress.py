@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from koi.records import Record
+
+
+class Messages(logging.Handler):
+    """Shows what Koi logs above the bar, such as that it compiles and nothing moves for a while.
+
+    Where the program shows log messages itself, that is left to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logger = logging.getLogger("koi")
+        self._level = self._logger.level
+
+    def start(self) -> None:
+        """Show messages from here on."""
+        if not self._logger.hasHandlers():
+            self._logger.addHandler(self)
+            self._logger.setLevel(logging.INFO)
+
+    def stop(self) -> None:
+        """Leave logging as it was."""
+        if self in self._logger.handlers:
+            self._logger.removeHandler(self)
+            self._logger.setLevel(self._level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message without disturbing the bar."""
+        tqdm.write(record.getMessage(), file=sys.stderr)
 
 
 class ProgressBar:
@@ -25,8 +55,11 @@ class ProgressBar:
             unit="it",
             dynamic_ncols=True,
         )
+        self._messages = Messages()
 
     def __enter__(self) -> ProgressBar:
+        if not self._bar.disable:
+            self._messages.start()
         return self
 
     def __exit__(
@@ -35,6 +68,7 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._messages.stop()
         self._bar.close()
 
     def advance(self, record: Record) -> None:

@@ -62,10 +62,9 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file cannot be written, or ``data`` holds what a file cannot.
     """
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(encode(data, "", tensors))
+    pieces = pack(data)
     try:
-        replace_file(path, _pieces(text, tensors))
+        replace_file(path, pieces)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be written ({error.strerror or error}): φ and earlier "
@@ -107,6 +106,26 @@ def read(path: Path) -> dict[str, Any]:
             f"the checkpoint {path} cannot be read ({error.strerror or error}): give the name of "
             "a file that koi.save or koi.train wrote"
         ) from error
+    return unpack(content, path)
+
+
+def pack(data: Mapping[str, Any]) -> Iterator[bytes]:
+    """Return nested data as the content of a file, in pieces.
+
+    Raises:
+        CheckpointError: ``data`` holds what a file cannot.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(encode(data, "", tensors))
+    return _pieces(text, tensors)
+
+
+def unpack(content: bytes, path: Path | str) -> dict[str, Any]:
+    """Return what `pack` was given; ``path`` is what errors name.
+
+    Raises:
+        CheckpointError: the content is damaged, of another program or of a newer Koi.
+    """
     metadata = _metadata(content)
     if metadata is None:
         raise CheckpointError(
@@ -239,13 +258,13 @@ def _pieces(text: str, tensors: dict[str, Tensor]) -> Iterator[bytes]:
     start = len(encoded).to_bytes(8, "little") + encoded
     digest = hashlib.sha256(start)
     for name in order:
-        digest.update(_bytes(tensors[name]))
+        digest.update(bytes_of(tensors[name]))
     yield start[: _DIGEST.start] + digest.hexdigest().encode() + start[_DIGEST.stop :]
     for name in order:
-        yield _bytes(tensors[name])
+        yield bytes_of(tensors[name])
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def bytes_of(tensor: Tensor) -> bytes:
     """Return a tensor's values; without NumPy, which need not be installed."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     size = tensor.numel() * tensor.element_size()

@@ -167,9 +167,15 @@ def unstack(stacked: Any) -> list[Any]:
 
 
 class TaskBatch:
-    """The tasks of a meta-batch, as a list and, where that is possible, stacked into one."""
+    """The tasks of a meta-batch, as a list and, where that is possible, stacked into one.
 
-    def __init__(self, *, tasks: list[Any] | None = None, stacked: Any = None) -> None:
+    ``first`` is the number of the first of them, where they are a part of a meta-batch.
+    """
+
+    def __init__(
+        self, *, tasks: list[Any] | None = None, stacked: Any = None, first: int = 0
+    ) -> None:
+        self.first = first
         if tasks is not None:
             self.tasks = tasks
         if stacked is not None:
@@ -192,17 +198,18 @@ class TaskBatch:
 
     def chunks(self, size: int) -> Iterator[tuple[int, TaskBatch]]:
         """Yield at most ``size`` tasks at a time, with the number of the first of them."""
-        count = len(self)
-        if size >= count:
-            yield 0, self
-            return
-        for first in range(0, count, size):
-            if "stacked" in self.__dict__:
-                tensors = tensors_of(self.stacked).items()
-                rows = {name: tensor[first : first + size] for name, tensor in tensors}
-                yield first, TaskBatch(stacked=with_tensors(self.stacked, rows))
-            else:
-                yield first, TaskBatch(tasks=self.tasks[first : first + size])
+        for start in range(0, len(self), size):
+            yield self.first + start, self.part(start, start + size)
+
+    def part(self, start: int, end: int) -> TaskBatch:
+        """Return the tasks from ``start`` to before ``end``, as views."""
+        if start == 0 and end >= len(self):
+            return self
+        first = self.first + start
+        if "stacked" in self.__dict__:
+            rows = {name: tensor[start:end] for name, tensor in tensors_of(self.stacked).items()}
+            return TaskBatch(stacked=with_tensors(self.stacked, rows), first=first)
+        return TaskBatch(tasks=self.tasks[start:end], first=first)
 
     def filled(self, size: int) -> TaskBatch:
         """Return these tasks followed by repetitions of the first, ``size`` in all."""

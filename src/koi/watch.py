@@ -22,9 +22,13 @@ def warn(message: str) -> None:
 
 
 class Watch:
-    """Looks at each meta-iteration of a training and warns once about each trouble."""
+    """Looks at each meta-iteration of a training and warns once about each trouble.
 
-    def __init__(self, algorithm: str, num_steps: int) -> None:
+    Where several processes train together, all but one are ``silent``.
+    """
+
+    def __init__(self, algorithm: str, num_steps: int, silent: bool = False) -> None:
+        self._silent = silent
         self._num_steps = num_steps
         self._seen = self._rising = 0
         self._warned: set[str] = set()
@@ -54,6 +58,6 @@ class Watch:
 
     def _once(self, message: str) -> None:
         kind = message.split(":")[0].split(" on ")[0]
-        if kind not in self._warned:
+        if kind not in self._warned and not self._silent:
             self._warned.add(kind)
             warn(message)

@@ -8,7 +8,7 @@ import torch
 import typer
 
 import koi
-from koi.cli import fewshot
+from koi.cli import classifier, fewshot
 from koi.cli.demo import demo
 from koi.cli.sine import sine
 
@@ -38,5 +38,16 @@ def root(
     """Learn initialisations from which a few gradient steps learn a new task."""
 
 
-for command in (sine, fewshot.recipes, fewshot.train, fewshot.evaluate, fewshot.table, demo):
+_COMMANDS = (
+    sine,
+    demo,
+    fewshot.recipes,
+    fewshot.train,
+    fewshot.evaluate,
+    fewshot.table,
+    fewshot.export,
+    classifier.adapt,
+    classifier.predict,
+)
+for command in _COMMANDS:
     app.command()(command)

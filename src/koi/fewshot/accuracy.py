@@ -115,11 +115,26 @@ def both_ways(model: nn.Module, task: SupervisedTask) -> Tensor:
         All queries in one forward; each in a forward of its own, last after the support set.
     """
     together = model(task.query_inputs)
-    alone = torch.stack(
-        [
-            model(torch.cat([task.support_inputs, query.unsqueeze(0)]))[-1]
-            for query in task.query_inputs
-        ]
-    )
+    alone = inductive_scores(model, task.support_inputs, task.query_inputs)
     right = [scores.argmax(-1) == task.query_targets for scores in (together, alone)]
     return torch.stack(right).double().mean(1)
+
+
+def inductive_scores(model: nn.Module, support_inputs: Tensor, query_inputs: Tensor) -> Tensor:
+    """Return the scores of each query in a forward of its own, last after the support set.
+
+    Args:
+        model: adapted to the support set.
+        support_inputs: shape (num_support, …).
+        query_inputs: shape (num_query, …).
+
+    Returns:
+        Shape (num_query, num_ways).
+
+    >>> norm = nn.BatchNorm1d(1, track_running_stats=False)
+    >>> queries = torch.tensor([[1.0], [4.0]])
+    >>> inductive_scores(norm, torch.tensor([[1.0], [1.0]]), queries).flatten().round(decimals=2)
+    tensor([0.0000, 1.4100], grad_fn=...)
+    """
+    rows = [model(torch.cat([support_inputs, query.unsqueeze(0)]))[-1] for query in query_inputs]
+    return torch.stack(rows)

@@ -104,7 +104,7 @@ class LabelledData:
             raise DataError(
                 "there is no such example: example_index goes from 0 to the class's count − 1"
             )
-        return _scaled(self._inputs[self._starts[class_index] + example_index])
+        return scaled(self._inputs[self._starts[class_index] + example_index])
 
     def split(self, *sizes: int | float, seed: int = 0) -> tuple[LabelledData, ...]:
         """Return parts that have no class in common; they share the examples' memory.
@@ -337,7 +337,7 @@ def _is_column(value: Any) -> bool:
     return hasattr(value, "shape") and len(value.shape) > 0
 
 
-def _scaled(inputs: Tensor) -> Tensor:
+def scaled(inputs: Tensor) -> Tensor:
     """Return images as floats in [0, 1], anything else as it is."""
     if inputs.dtype == torch.uint8:
         return inputs.to(torch.get_default_dtype()).div_(255)

@@ -104,17 +104,26 @@ class ImageForm:
             DataError: there is none, or it is damaged.
         """
         image_module = pillow()
+        bad = OSError, SyntaxError, ValueError, image_module.DecompressionBombError
         try:
             with image_module.open(path) as image:
                 return self.tensor(image)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
-            problem = "is empty" if path.is_file() and not path.stat().st_size else str(error)
+        except bad as error:  # Pillow raises all of these
+            is_empty = path.is_file() and not path.stat().st_size
+            problem = "is empty" if is_empty else getattr(error, "strerror", None) or str(error)
             raise DataError(
                 f"the image {path} cannot be read ({problem}): replace or remove it"
             ) from error
 
     def tensor(self, image: Any) -> Tensor:
-        """Return an image of Pillow as a tensor of shape (channels, height, width), uint8."""
+        """Return an image of Pillow as a tensor of shape (channels, height, width), uint8.
+
+        What is transparent becomes white: the colour that a file has there is often black, ink's.
+        """
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = pillow().new("RGBA", image.size, "white")
+            image = pillow().alpha_composite(white, image)
         image = image.convert(self.mode)
         if self.size is not None:
             height, width = self.size if isinstance(self.size, tuple) else (self.size,) * 2

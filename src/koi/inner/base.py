@@ -200,7 +200,7 @@ def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> l
     for number, task in enumerate(batch.tasks, start=first):
         place.set("inner", number)
         each.append(views(task, num_steps))
-    place.set("inner")
+    place.set("inner loss", first or None)
     return each
 
 

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-import time
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from koi import parameters
 from koi.errors import EngineError
 from koi.inner.base import (
     InnerLoop,
     Metric,
-    advice_on,
     depends_on_model,
     drawn_views,
     explained,
     finite_tasks,
     measured,
-    reason_of,
     scalar,
 )
+from koi.inner.compiler import Graph
 from koi.inner.convolution import convolutions_as_products
 from koi.inner.functional import PureLoss, map_normalisation
 from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
@@ -36,16 +30,12 @@ from koi.randomness import Place, capture, restore, same_host_draws, same_states
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch, query_of, stack, tensors_of, views
 
-log = logging.getLogger("koi")
-_numbers = itertools.count()
-
 
 class CompiledEngine:
     """Runs graphs that ``torch.compile`` made of the whole inner loop.
 
     Each graph serves one combination of shapes, types, modes and settings, which is looked up here
-    at every call. So the compiler's own checks, which cost more than a small network's inner step,
-    are left out but for those on global constants.
+    at every call.
     """
 
     def __init__(
@@ -83,8 +73,7 @@ class CompiledEngine:
         self._evaluation_chunk: int | None = None
         self._pure = PureLoss(self.model, inner.learned)
         self._plans: dict[Any, Plan] = {}
-        self._graphs: dict[Any, Callable[..., Any]] = {}
-        self._ran: set[Any] = set()
+        self._graphs: dict[Any, Graph] = {}
 
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to every task: by one graph call, or by one for each chunk or task."""
@@ -95,7 +84,7 @@ class CompiledEngine:
         means = OutcomeMean(copy=size < len(batch) or self.device.type == "cuda")
         for first, chunk in batch.chunks(size):
             with explained(place, first, len(chunk)):
-                place.set("inner", None if self.together else first)
+                place.set("inner", (first or None) if self.together else first)
                 output = self._train(start, chunk, num_steps, place, first)
                 *figures, distance = output.figures.tolist()
                 count = len(chunk)
@@ -141,7 +130,7 @@ class CompiledEngine:
             self._evaluation_chunk = self._chunk_size or len(batch)
         for first, chunk in batch.chunks(self._evaluation_chunk):
             with explained(place, first, len(chunk)):
-                place.set("inner", None if self.together else first)
+                place.set("inner", (first or None) if self.together else first)
                 full = chunk.filled(self._evaluation_chunk)
                 result = self._after_steps(purpose, start, full, num_steps, place, first)
             yield first, chunk, result
@@ -160,8 +149,8 @@ class CompiledEngine:
                 with graph.attention():
                     return graph.train(start, task, views)
 
-            self._graphs[key] = self._compile(train)
-        output: TrainOutput = self._call(key, plan.name, start, task, steps)
+            self._graphs[key] = self._graph(train, plan)
+        output: TrainOutput = self._graphs[key](start, task, steps)
         return output
 
     def _after_steps(
@@ -189,11 +178,11 @@ class CompiledEngine:
                 with graph.attention():
                     return method(start, task, steps)
 
-            self._graphs[key] = self._compile(after_steps)
+            self._graphs[key] = self._graph(after_steps, plan)
             if static is None:
                 for tensor in steps.values():
                     torch._dynamo.mark_dynamic(tensor, 0)
-        return self._call(key, plan.name, start, task, steps)
+        return self._graphs[key](start, task, steps)
 
     def _state(self, phi: Phi) -> State:
         moments = self.rule.initial(phi.params) if phi.moments is None else phi.moments
@@ -259,43 +248,14 @@ class CompiledEngine:
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
         return forms, self.modes.values(), torch.get_num_threads()
 
-    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` compiled, under a code object and a name of its own.
-
-        The compiler keeps its graphs by code object, and with its checks left out would take one
-        engine's graph for another's. By name it remembers what shapes and numbers came before, and
-        would make symbols of those that differ from another engine's.
-        """
-        fresh = types.FunctionType(
-            function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
-            function.__globals__,
-            function.__name__,
-            function.__defaults__,
-            function.__closure__,
+    def _graph(self, function: Callable[..., Any], plan: Plan) -> Graph:
+        return Graph(
+            function,
+            what="all tasks at once" if self.together else "one task",
+            tasks=type(plan.graph.task).__name__,
+            device=self.device.type,
+            mode=self._mode,
         )
-        return torch.compile(
-            fresh, fullgraph=True, options=options_for(self.device.type, self._mode)
-        )
-
-    def _call(self, key: Any, name: str, *inputs: Any) -> Any:
-        """Run a graph; the first time, which compiles it, with a message."""
-        with torch.no_grad():
-            if key in self._ran:
-                return self._graphs[key](*inputs)
-            what = "all tasks at once" if self.together else "one task"
-            log.info("compiling the inner loop of %s: this takes some seconds, once", what)
-            began = time.perf_counter()
-            try:
-                result = self._graphs[key](*inputs)
-            except TorchDynamoException as error:
-                del self._graphs[key]
-                advice = advice_on(error, "use compile=False")
-                raise EngineError(
-                    f"the inner loop of {name} cannot be compiled ({reason_of(error)}): {advice}"
-                ) from error
-        log.info("compiled in %.0f s", time.perf_counter() - began)
-        self._ran.add(key)
-        return result
 
 
 @dataclass(frozen=True)
@@ -305,11 +265,6 @@ class Plan:
     key: Any
     graph: InnerGraph
     draws: bool
-
-    @property
-    def name(self) -> str:
-        """The class of the tasks."""
-        return type(self.graph.task).__name__
 
 
 def settings_of(task: Any) -> tuple[Any, ...]:
@@ -346,30 +301,3 @@ def hashable(value: Any) -> Any:
 def shapes_of(task: Any) -> tuple[Any, ...]:
     """Return the shapes and types of a tensor task's tensors."""
     return tuple((name, t.shape, t.dtype) for name, t in tensors_of(task).items())
-
-
-def options_for(device: str, mode: bool | str) -> dict[str, Any]:
-    """Return the compiler's options: what pays on the device, then what the mode asks for.
-
-    On the CPU the graph is called through C++, which halves the time of a small network's
-    meta-iteration. On CUDA the default is CUDA graphs.
-    """
-    named = mode if isinstance(mode, str) else ("reduce-overhead" if device == "cuda" else None)
-    options: dict[str, Any] = (
-        {} if named is None else dict(torch._inductor.list_mode_options(named))
-    )
-    if device == "cpu":
-        options["cpp_wrapper"] = True
-    return {**options, "guard_filter_fn": guards_on_global_constants}
-
-
-def guards_on_global_constants(entries: Sequence[Any]) -> list[bool]:
-    """Keep, of the compiler's checks, those that see a constant of the user's program change."""
-    return [
-        entry.has_value
-        and isinstance(entry.value, bool | int | float | str | None)
-        and "G[" in entry.name
-        and "G['__import_torch" not in entry.name
-        and "G['__import_koi_dot" not in entry.name
-        for entry in entries
-    ]

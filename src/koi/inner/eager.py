@@ -61,7 +61,7 @@ class EagerEngine(StepwiseEngine):
         """Adapt to each task in turn."""
         self.modes.match()
         means = OutcomeMean(copy=len(batch) > 1)
-        for number, task in enumerate(batch.tasks):
+        for number, task in enumerate(batch.tasks, start=batch.first):
             with explained(place, number, 1):
                 place.set("inner", number)
                 adapted = self.run(phi, task, views(task, num_steps))

@@ -1,8 +1,9 @@
 """The inner loop as pure functions that the compiler can turn into one graph.
 
-The inner steps are a ``scan`` over the views of the task, so that the graph does not grow with
-their number, and one graph serves any number of them. Gradients and optimizer are part of it,
-so that it needs no autograd when it runs.
+A few inner steps of a small network are written out one after the other, which lets the compiler
+join what they share. Otherwise they are a ``scan`` over the views of the task, so that the graph
+does not grow with their number, and in evaluation one graph serves any number of them. Gradients
+and optimizer are part of it, so that it needs no autograd when it runs.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import scan
 from torch.func import grad, grad_and_value, vmap
 
 from koi.inner.base import InnerLoop, attention_kernel
 from koi.inner.functional import PureLoss
+from koi.inner.internals import scan
 from koi.inner.optimizers import UpdateRule
 from koi.inner.stepwise import filled
 from koi.parameters import Tensors
@@ -27,6 +28,9 @@ from koi.tasks import query_of, tensors_of, views, with_tensors
 
 TensorDict = dict[str, Tensor]
 Target = Callable[[TensorDict], Any]
+
+# Inner steps times parameter tensors: up to here a graph with all steps compiles in seconds.
+_MOST_UNROLLED = 64
 
 
 class State(NamedTuple):
@@ -37,22 +41,32 @@ class State(NamedTuple):
     moments: Tensors
 
 
-def scanned(
-    body: Callable[[State, TensorDict], tuple[State, Tensor]], start: State, steps: TensorDict
-) -> tuple[State, Tensor]:
+Body = Callable[[State, TensorDict], tuple[State, Tensor]]
+
+
+def scanned(body: Body, start: State, steps: TensorDict) -> tuple[State, Tensor]:
     """Return the state after all steps, and what each step gives, stacked."""
 
     def plain(carry: tuple[Tensors, ...], tensors: TensorDict) -> tuple[Any, Tensor]:
         state, result = body(State(*carry), tensors)
-        return tuple(state), result  # a scan carries tuples, not named ones
+        return fresh(state), result.clone()
 
-    carry, results = scan(plain, tuple(start), steps)
+    carry, results = scan(plain, fresh(start), steps)
     return State(*carry), results
 
 
-def fresh(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy: a scan's carry keeps its strides and shares no memory."""
-    return tensor.clone(memory_format=torch.contiguous_format)
+def fresh(state: State) -> tuple[Tensors, ...]:
+    """Return contiguous copies: a scan's carry keeps its strides and shares no memory."""
+    return tuple([t.clone(memory_format=torch.contiguous_format) for t in part] for part in state)
+
+
+def unrolled(body: Body, start: State, steps: TensorDict) -> tuple[State, Tensor]:
+    """Return what `scanned` returns, the steps written out one after the other."""
+    state, results = start, []
+    for step in range(next(iter(steps.values())).shape[0]):
+        state, result = body(state, {name: tensor[step] for name, tensor in steps.items()})
+        results.append(result)
+    return state, torch.stack(results)
 
 
 class TrainOutput(NamedTuple):
@@ -107,7 +121,9 @@ class InnerGraph:
         if self.inner.algorithm == "maml":
             result, after, losses = self._second_order(start, task, steps)
         else:
-            after, losses = scanned(partial(self._step, task), start, steps)
+            few = next(iter(steps.values())).shape[0] * len(start.params) <= _MOST_UNROLLED
+            through = unrolled if few else scanned
+            after, losses = through(partial(self._step, task), start, steps)
             result = after.params
         if self.inner.algorithm == "fomaml":
             every = tuple(range(len(after.params)))
@@ -137,7 +153,7 @@ class InnerGraph:
 
         def body(state: State, tensors: TensorDict) -> tuple[State, Tensor]:
             state, _ = self._step(task, state, tensors)
-            return state, self._loss(state, self._query, task).clone()
+            return state, self._loss(state, self._query, task)
 
         _, after = scanned(body, start, steps)
         return torch.cat([before, after])
@@ -155,24 +171,20 @@ class InnerGraph:
         """MAML: the gradient at φ of the query loss after all steps, which are unrolled."""
 
         def after_all(params: Tensors) -> tuple[Tensor, tuple[State, Tensor]]:
-            state, losses = State(params, start.buffers, start.moments), []
-            for step in range(next(iter(steps.values())).shape[0]):
-                tensors = {name: tensor[step] for name, tensor in steps.items()}
-                state, loss = self._step(task, state, tensors)
-                losses.append(loss)
+            first = State(params, start.buffers, start.moments)
+            state, losses = unrolled(partial(self._step, task), first, steps)
             outer = self._loss(state, *self._outer(task, steps))
-            return outer.sum(), (state, torch.stack([*losses, outer]))
+            return outer.sum(), (state, torch.cat([losses, outer.unsqueeze(0)]))
 
         grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
         return grads, state, losses
 
     def _step(self, task: TensorDict, state: State, tensors: TensorDict) -> tuple[State, Tensor]:
-        """One inner step; copies, as a scan's results must not share memory with its input."""
+        """Return the state after one inner step, and the loss before it."""
         seen = task if self.view is None else tensors
         grads, loss, buffers = self._gradients(state, self._seen, seen, self.used)
         params, moments = self.rule.step(grads, state.params, state.moments)
-        copies = ([fresh(t) for t in group] for group in (params, buffers, moments))
-        return State(*copies), loss.clone()
+        return State(params, buffers, moments), loss
 
     def _gradients(
         self, state: State, target: Target, tensors: TensorDict, used: tuple[int, ...]
@@ -238,13 +250,13 @@ class InnerGraph:
     def _spread(self, phi: State) -> State:
         """Return φ as every task starts from it."""
         if self.num_tasks is None:
-            return State(*([fresh(t) for t in group] for group in phi))
+            return phi
         split = self.rule.num_slots * len(phi.params)
         rows = [
-            [fresh(t.expand(self.num_tasks, *t.shape)) for t in group]
+            [t.expand(self.num_tasks, *t.shape) for t in group]
             for group in (phi.params, phi.buffers, phi.moments[:split])
         ]
-        return State(rows[0], rows[1], rows[2] + [m.clone() for m in phi.moments[split:]])
+        return State(rows[0], rows[1], rows[2] + phi.moments[split:])
 
     def _norms(self, tensors: Tensors) -> Tensor:
         """Return the Euclidean norm of each task's tensors, shape ([tasks])."""

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from koi.inner.base import InnerLoop
 from koi.inner.bound import BoundOptimizer, RuleOptimizer
+from koi.inner.internals import run_backward
 from koi.parameters import Tensors
 from koi.state import Phi
 from koi.tasks import outer_view
@@ -131,7 +131,7 @@ class StepwiseEngine(ABC):
             ones = self._ones = torch.ones_like(loss)
         if self.inner.scale is not None:
             ones = ones * self.inner.scale.factor
-        grads: tuple[Tensor | None, ...] = _engine_run_backward(
+        grads: tuple[Tensor | None, ...] = run_backward(
             (loss,),
             (ones,),
             create_graph,  # keep the graph

@@ -62,7 +62,7 @@ class VectorizedEngine(StepwiseEngine):
         means = OutcomeMean()
         for first, chunk in self._chunks(phi, batch):
             with explained(place, first, len(chunk)), self._attention():
-                place.set("inner")
+                place.set("inner", first or None)
                 steps = self._views(chunk, num_steps, place, first)
                 adapted = self.run(phi, chunk.stacked, steps)
                 kept, losses = self._finite(adapted, first, place)
@@ -81,7 +81,7 @@ class VectorizedEngine(StepwiseEngine):
         for first, chunk in self._chunks(phi, batch):
             curve: Tensors = []
             with explained(place, first, len(chunk)), self._attention():
-                place.set("inner")
+                place.set("inner", first or None)
                 steps = self._views(chunk, num_steps, place, first)
                 self.adapt_to(phi, steps, partial(self._measure, chunk.stacked, curve))
             curves.append(torch.stack(curve, dim=1))
@@ -95,7 +95,7 @@ class VectorizedEngine(StepwiseEngine):
         values = []
         for first, chunk in self._chunks(phi, batch):
             with explained(place, first, len(chunk)), self._attention():
-                place.set("inner")
+                place.set("inner", first or None)
                 self.adapt_to(phi, self._views(chunk, num_steps, place, first))
             for row, task in enumerate(chunk.tasks):
                 rows = [t[row] for t in (*self.params, *self.buffers, *self.constants)]

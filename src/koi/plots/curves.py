@@ -20,7 +20,7 @@ _MOST_POINTS = 50
 _WIDE = 20.0
 
 
-def learning_curve(history: Sequence[Record]) -> Figure:
+def loss_curve(history: Sequence[Record]) -> Figure:
     """Draw the loss at φ and the last loss of the inner loop, over meta-iterations.
 
     Each point is the mean of so many meta-iterations that at most 50 points are drawn.
@@ -31,7 +31,7 @@ def learning_curve(history: Sequence[Record]) -> Figure:
     Raises:
         ValueError: there are none.
 
-    >>> figure = learning_curve([Record(i, 1.0, 0.5, 0.1, 1.0, 0.01) for i in range(1000)])
+    >>> figure = loss_curve([Record(i, 1.0, 0.5, 0.1, 1.0, 0.01) for i in range(1000)])
     >>> [len(line.get_xdata()) for line in figure.axes[0].lines]
     [50, 50]
     """

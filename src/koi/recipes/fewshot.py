@@ -11,12 +11,19 @@ from torch import nn
 
 from koi.errors import ConfigurationError, did_you_mean
 from koi.fewshot import Episodes, LabelledData
+from koi.fewshot.sources import ImageForm
 from koi.meta import linear
 from koi.models import mini_imagenet_net, omniglot_net
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "omniglot": omniglot_net,
     "mini-imagenet": mini_imagenet_net,
+}
+
+# What any image becomes, to be an input of the network.
+IMAGE_FORMS = {
+    "omniglot": ImageForm(28, "L"),
+    "mini-imagenet": ImageForm(84, "RGB"),
 }
 
 

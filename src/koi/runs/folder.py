@@ -15,9 +15,9 @@ import torch
 
 from koi import storage
 from koi.errors import ConfigurationError
-from koi.fewshot import Splits
+from koi.fewshot import Splits, labelled
 from koi.problems import mini_imagenet, omniglot
-from koi.recipes import FewShotRecipe
+from koi.recipes import IMAGE_FORMS, FewShotRecipe, Parts
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Config:
         recipe: the experiment, its meta-iterations those of this run.
         data: where the data are; None: downloaded.
         seed: of the initial weights, the split into classes and the tasks.
-        num_validation: training classes set apart to watch the training by.
+        num_validation: training characters of Omniglot set apart to watch the training by.
         compile: whether the inner loop is compiled.
         device: "cpu", "cuda" …
+        classes: of a folder of one's own, the classes of each part.
     """
 
     recipe: FewShotRecipe
@@ -39,6 +40,7 @@ class Config:
     num_validation: int = 100
     compile: bool = False
     device: str = "cpu"
+    classes: Parts | None = None
 
     def splits(self) -> Splits:
         """Return the data in three parts."""
@@ -48,7 +50,11 @@ class Config:
             raise ConfigurationError(
                 [f"the data of {self.recipe.name} cannot be downloaded: say where they are"]
             )
-        return mini_imagenet.load(self.data)
+        if self.classes is None:
+            return mini_imagenet.load(self.data)
+        form = IMAGE_FORMS[self.recipe.network]
+        data = labelled(self.data, image_size=form.size, mode=form.mode)
+        return Splits(**{part: data.subset(names) for part, names in self.classes.items()})
 
     def as_data(self) -> dict[str, Any]:
         """Return the configuration as JSON can hold it."""
@@ -90,12 +96,7 @@ class Run:
         """
         run = cls(folder)
         if run._config.exists():
-            there, here = run.config().flat(), config.flat()
-            problems = [
-                f"{name}: {there[name]!r} there, {value!r} here"
-                for name, value in here.items()
-                if there[name] != value
-            ]
+            problems = _differences(run.config(), config)
             if problems:
                 raise ConfigurationError(
                     [
@@ -161,6 +162,19 @@ class Run:
     def _write(path: Path, data: Mapping[str, Any]) -> None:
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
         storage.replace_file(path, [text.encode()])
+
+
+def _differences(there: Config, here: Config) -> list[str]:
+    """Return a line for each setting that differs."""
+    old, new = there.flat(), here.flat()
+    lines = [
+        f"{name}: {old[name]!r} there, {value!r} here"
+        for name, value in new.items()
+        if old[name] != value and name != "classes"
+    ]
+    if not lines and there.classes != here.classes:
+        lines = ["the classes in the folder have changed since"]
+    return lines
 
 
 def environment() -> dict[str, str]:

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Iterator
 from koi.recipes.fewshot import PAPER, RECIPES
 from koi.runs.folder import Run
 
-_HEAD = ("run", "meta-iterations", "shots", "accuracy, %", "this run", "the paper", "distance")
+_HEAD = (
+    "run",
+    "meta-iterations",
+    "shots",
+    "tasks",
+    "accuracy, %",
+    "this run",
+    "the paper",
+    "distance",
+)
 
 
 def markdown_table(runs: Iterable[Run]) -> str:
@@ -16,7 +25,7 @@ def markdown_table(runs: Iterable[Run]) -> str:
     Intervals are of 95 %. A run of fewer meta-iterations than its recipe's says so.
     """
     rows = [row for run in runs for row in _rows(run)]
-    lines = [_HEAD, tuple(":--" if i in (0, 3) else "--:" for i in range(len(_HEAD))), *rows]
+    lines = [_HEAD, tuple(":--" if i in (0, 4) else "--:" for i in range(len(_HEAD))), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -33,6 +42,7 @@ def _rows(run: Run) -> Iterator[tuple[str, ...]]:
                 recipe.name,
                 length,
                 str(num_shots),
+                f"{result['num_tasks']:,}",
                 way,
                 f"{mean:.2f} ± {interval:.2f}",
                 "–" if paper is None else f"{paper[0]:.2f} ± {paper[1]:.2f}",

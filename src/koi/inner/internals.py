@@ -1,0 +1,36 @@
+"""What Koi uses of torch beyond its documented names, as torch 2.13 has it.
+
+``torch._foreach_*`` are not here: they are the public optimizers' own arithmetic.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.exc import TorchDynamoException as CompileError
+from torch._higher_order_ops import scan
+from torch.autograd.graph import _engine_run_backward as run_backward
+
+__all__ = ["CompileError", "run_backward", "scan", "without_lookup"]
+
+
+def without_lookup(function: types.FunctionType) -> Callable[..., Any] | None:
+    """Return what the compiler made of ``function`` when it was called, to be called as it is.
+
+    ``torch.compile`` looks at each call for a graph that fits, which costs as much as an inner
+    step of a small network. That is in vain where there is one graph and it takes nothing for
+    granted that may change. None where there is no graph, as when the user disabled the compiler.
+    """
+    entries = _debug_get_cache_entry_list(function.__code__)
+    if len(entries) != 1:
+        return None
+    return types.FunctionType(
+        entries[0].code,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )

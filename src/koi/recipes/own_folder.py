@@ -1,0 +1,114 @@
+"""A few-shot recipe for any folder of images: that of the paper which is nearest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from koi.errors import ConfigurationError, DataError, did_you_mean
+from koi.fewshot import LabelledData
+from koi.fewshot.sources import class_folders
+from koi.recipes.fewshot import NETWORKS, RECIPES, FewShotRecipe
+
+# "train", "validation" and "test" -> the names of the classes.
+Parts = dict[str, list[str]]
+
+_PART_NAMES = {"train", "training", "val", "valid", "validation", "test"}
+
+
+def own_folder(
+    folder: str | os.PathLike[str],
+    num_ways: int = 5,
+    num_shots: int = 1,
+    network: str = "omniglot",
+    seed: int = 0,
+) -> tuple[FewShotRecipe, Parts]:
+    """Return a recipe for a folder of class folders, and its classes in three parts.
+
+    All settings are those of the paper's Reptile recipe with this network and the nearest number
+    of ways. Training episodes have as many shots as there, if each class has as many images and
+    one more. No class is in two parts: a fifth of them, and at least num_ways, are for the test;
+    as many are for validation, unless fewer than half would be left to learn from.
+
+    Args:
+        folder: a folder of images for each class; the images are not read.
+        num_ways: classes in an episode.
+        num_shots: support examples of each class in the test.
+        network: one of `koi.recipes.NETWORKS`; it decides what images become.
+        seed: chooses the classes of each part.
+
+    Raises:
+        ConfigurationError: there is no such network.
+        DataError: the folder cannot be read, or has too few classes or images.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in "abcdefgh":
+    ...         Path(root, name).mkdir()
+    ...         for number in range(4):
+    ...             Path(root, name, f"{number}.png").touch()
+    ...     recipe, parts = own_folder(root, num_ways=2)
+    >>> recipe.num_ways, recipe.num_shots, recipe.step_size
+    (2, 3, 0.001)
+    >>> {part: len(names) for part, names in parts.items()}
+    {'train': 4, 'validation': 2, 'test': 2}
+    """
+    if network not in NETWORKS:
+        near, known = did_you_mean(network, NETWORKS), ", ".join(NETWORKS)
+        raise ConfigurationError([f"there is no network {network!r}{near} (networks: {known})"])
+    counts = {name: len(files) for name, files in class_folders(Path(folder)).items()}
+    _check(folder, counts, num_ways, num_shots)
+    nearest = min(
+        (r for r in RECIPES.values() if r.network == network and r.algorithm == "reptile"),
+        key=lambda recipe: abs(recipe.num_ways - num_ways),
+    )
+    recipe = replace(
+        nearest,
+        name=f"folder-{num_ways}way",
+        problem="folder",
+        num_ways=num_ways,
+        num_shots=min(max(nearest.num_shots, num_shots), min(counts.values()) - 1),
+        adaptations={num_shots: nearest.adaptation(num_shots)},
+    )
+    return recipe, _parts(list(counts), num_ways, seed)
+
+
+def _check(
+    folder: str | os.PathLike[str], counts: Mapping[str, int], num_ways: int, num_shots: int
+) -> None:
+    """Raise an error if no episodes can be made, or those that were not meant."""
+    roots = sorted({name.split("/")[0] for name in counts})
+    if len(roots) > 1 and set(roots) <= _PART_NAMES:
+        raise DataError(
+            f"{folder} is in parts already ({', '.join(roots)}), whose folders would count as "
+            "classes of their own: give a folder in which each class has one folder"
+        )
+    if len(counts) < 2 * num_ways:
+        raise DataError(
+            f"{folder} has {len(counts)} classes and {num_ways}-way episodes need {2 * num_ways}, "
+            f"{num_ways} to learn from and {num_ways} others for the test: add classes, or take "
+            "fewer ways"
+        )
+    small = {name: count for name, count in counts.items() if count <= num_shots}
+    if small:
+        name = min(small, key=lambda name: small[name])
+        raise DataError(
+            f"{len(small)} of {len(counts)} classes have fewer than {num_shots + 1} images (such "
+            f"as {name!r}: {small[name]}) and {num_shots}-shot episodes need so many, {num_shots} "
+            "to learn from and one to be asked: add images, remove these classes, or take fewer "
+            "shots"
+        )
+
+
+def _parts(names: list[str], num_ways: int, seed: int) -> Parts:
+    num_test = max(num_ways, len(names) // 5)
+    num_validation = num_test if len(names) >= 4 * num_test else 0
+    num_train = len(names) - num_test - num_validation
+    whole = LabelledData(torch.arange(len(names)), names, [1] * len(names))
+    test, validation, train = whole.split(num_test, num_validation, num_train, seed=seed)
+    parts = {"train": train, "validation": validation, "test": test}
+    return {part: list(data.classes) for part, data in parts.items()}

@@ -1,0 +1,400 @@
+"""Faults, tried and counted: ``python tests/faults.py``, or ``make faults``.
+
+Each function makes one kind of fault happen so many times, at moments and places that differ from
+run to run, and returns how often something was lost: a φ, a checkpoint, a line of the log, or the
+end result, which must be that of a training to which nothing happened. `test_faults.py` does a
+shorter round.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import long_run
+import mortal_run
+from koi import CheckpointError, Koi, KoiWarning, NonFiniteError, storage
+from toys import Regression, Regressions, small_net, snapshot
+
+_draw = random.SystemRandom()
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["faults"])
+
+SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 12, "meta_batch_size": 2}
+LENGTH = 200  # meta-iterations of a long run
+
+
+def run_long(folder: Path, seen) -> None:
+    """Train in a process of its own, which is to be stopped from outside."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # tracebacks that are meant to be
+    koi, tasks = long_run.make()
+
+    def tell(koi, record):
+        seen.value = record.iteration
+
+    options = {"checkpoint_every": 1, "resume": True, "log_dir": folder}
+    koi.train(tasks, callbacks=[tell], checkpoint_dir=folder, **options)
+
+
+def stopped(folder: Path, stop: Callable[[int], None]) -> tuple[int | None, int]:
+    """Start a training, or let it go on, and stop it at some moment.
+
+    Returns its exit code, None if it has not ended, and the last meta-iteration that was seen.
+    """
+    seen = _context.RawValue("i", -1)
+    process = _context.Process(target=run_long, args=(folder, seen))
+    process.start()
+    while seen.value < 0 and process.is_alive():
+        time.sleep(0.002)
+    time.sleep(_draw.uniform(0, 0.2))
+    stop(process.pid)
+    process.join(60)
+    return process.exitcode, seen.value
+
+
+def long_ends() -> dict:
+    koi, tasks = long_run.make()
+    koi.train(tasks)
+    return snapshot(koi.model)
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in other)
+
+
+def stops(times: int, stop: Callable[[int], None], codes: set[int], saves: bool) -> int:
+    """Stop trainings again and again; each goes on, to its end, and another begins."""
+    end, lost = long_ends(), 0
+    folder = None
+    for _ in range(times):
+        folder = folder or Path(tempfile.mkdtemp())
+        code, seen = stopped(folder, stop)
+        newest = max(folder.glob("iteration-*.safetensors"), default=None)
+        reached = 0 if newest is None else Koi.load(newest, small_net()).iteration
+        # what a callback has seen was not yet saved where the process was killed
+        lost += code not in codes or reached < seen + saves
+        if reached > 0.8 * LENGTH or _draw.random() < 0.1:
+            lost += not ends_well(folder, end)
+            folder = None
+    if folder is not None:
+        lost += not ends_well(folder, end)
+    return lost
+
+
+def ends_well(folder: Path, end: dict) -> bool:
+    """Let the training go on to its end; return whether φ and the log are as they must be."""
+    koi, tasks = long_run.make()
+    koi.train(tasks, checkpoint_dir=folder, resume=True, log_dir=folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    half_written = list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
+    good = [line["iteration"] for line in lines] == list(range(LENGTH)) and not half_written
+    shutil.rmtree(folder)
+    return good and same(snapshot(koi.model), end)
+
+
+def killed(times: int) -> int:
+    """kill -9 at random moments."""
+    return stops(times, lambda pid: os.kill(pid, signal.SIGKILL), {-9, 0}, saves=False)
+
+
+def terminated(times: int) -> int:
+    """Up to 20 SIGTERMs, close upon each other."""
+
+    def storm(pid: int) -> None:
+        for _ in range(_draw.randint(1, 20)):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(_draw.uniform(0, 0.002))
+
+    return stops(times, storm, {143, 0, -15}, saves=True)
+
+
+def interrupted(times: int) -> int:
+    """Up to 5 times Ctrl-C, close upon each other."""
+
+    def storm(pid: int) -> None:
+        for _ in range(_draw.randint(1, 5)):
+            os.kill(pid, signal.SIGINT)
+            time.sleep(_draw.uniform(0, 0.01))
+
+    return stops(times, storm, {1, 0, -2}, saves=False)
+
+
+class Run:
+    """A training in a folder, in this process, with its last two checkpoints."""
+
+    def __init__(self, folder: Path, **settings) -> None:
+        torch.manual_seed(0)
+        self.folder = folder
+        self.koi = Koi(small_net(), **SETTINGS | {"seed": 0} | settings)
+
+    def train(self, tasks=None, callbacks=()) -> dict:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KoiWarning)
+            tasks = Regressions() if tasks is None else tasks
+            options = {"checkpoint_every": 1, "resume": True}
+            self.koi.train(tasks, None, callbacks, self.folder, **options)
+        return snapshot(self.koi.model)
+
+
+def damaged(times: int, damage: Callable[[bytes, int], bytes]) -> int:
+    """Damage the newest checkpoint at places spread over it; the one before must be taken."""
+    lost = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        end = Run(folder).train()
+        newest = folder / "iteration-000000012.safetensors"
+        content = newest.read_bytes()
+        for number in range(times):
+            newest.write_bytes(damage(content, number * len(content) // times))
+            try:
+                storage.read(newest)
+                lost += 1  # nobody noticed
+            except CheckpointError as error:
+                lost += str(newest) not in str(error)
+            if number % 20 == 0:
+                lost += not same(Run(folder).train(), end)
+    return lost
+
+
+def cut(times: int) -> int:
+    """A checkpoint cut anywhere."""
+    return damaged(times, lambda content, place: content[:place])
+
+
+def flipped(times: int) -> int:
+    """A checkpoint with one bit flipped anywhere."""
+
+    def flip(content: bytes, place: int) -> bytes:
+        bit = 1 << _draw.randrange(8)
+        return content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+
+    return damaged(times, flip)
+
+
+def in_a_folder(times: int, fault: Callable[[Path, int], Callable[[], None]]) -> int:
+    """Let a folder fail while a training runs; it stops with the reason, φ whole, and goes on."""
+    lost = 0
+    with tempfile.TemporaryDirectory() as name:
+        end = Run(Path(name) / "whole").train()
+        for number in range(times):
+            folder, at = Path(name) / str(number), _draw.randrange(10)
+            run, undo, phi = Run(folder), [], {}
+
+            def callback(koi, record, folder=folder, at=at, undo=undo, phi=phi, number=number):
+                phi.update(snapshot(koi.model))
+                if record.iteration == at and not undo:
+                    undo.append(fault(folder, number))
+
+            try:
+                run.train(callbacks=[callback])
+                lost += 1  # it must not go on as if it were saved
+            except CheckpointError as error:
+                lost += "cannot be written" not in str(error)
+            finally:
+                for function in undo:
+                    function()
+            lost += not same(snapshot(run.koi.model), phi) or run.koi.iteration != at + 1
+            lost += bool(list(folder.glob(".*.tmp")))
+            lost += any(unreadable(path) for path in folder.glob("*.safetensors"))
+            lost += not same(run.train(), end)
+    return lost
+
+
+def unreadable(path: Path) -> bool:
+    try:
+        storage.read(path)
+    except CheckpointError:
+        return True
+    return False
+
+
+def full_disk(times: int) -> int:
+    """A disk that is full after some bytes of a checkpoint."""
+
+    def fill(folder: Path, number: int) -> Callable[[], None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_draw.randrange(1, 3000), hard))
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return in_a_folder(times, fill)
+
+
+def vanishing_folder(times: int) -> int:
+    """A folder that is moved away, and comes back."""
+
+    def move(folder: Path, number: int) -> Callable[[], None]:
+        elsewhere = folder.with_name(f"away-{number}")
+        folder.rename(elsewhere)
+        return lambda: elsewhere.rename(folder)
+
+    return in_a_folder(times, move)
+
+
+def read_only_folder(times: int) -> int:
+    """A folder in which nothing can be written any more: something else stands in its place."""
+
+    def block(folder: Path, number: int) -> Callable[[], None]:
+        elsewhere = folder.with_name(f"away-{number}")
+        folder.rename(elsewhere)
+        folder.write_text("no folder")
+
+        def undo() -> None:
+            folder.unlink()
+            elsewhere.rename(folder)
+
+        return undo
+
+    return in_a_folder(times, block)
+
+
+class Bad(Regressions):
+    """One of the losses goes wrong, once."""
+
+    def __init__(self, at: int, trouble: Callable[[], float]) -> None:
+        super().__init__()
+        self.left, self.trouble = at, trouble
+
+    def sample(self):
+        task = super().sample()
+        return BadTask(task.inputs, task.targets, self)
+
+
+class BadTask(Regression):
+    def __init__(self, inputs, targets, tasks) -> None:
+        super().__init__(inputs, targets)
+        self.tasks = tasks
+
+    def loss(self, model):
+        self.tasks.left -= 1
+        wrong = self.tasks.trouble() if self.tasks.left == 0 else 0.0
+        return super().loss(model) + wrong
+
+
+def in_a_task(times: int, trouble: Callable[[], float], kind: type[Exception]) -> int:
+    """Let a loss go wrong at a random step; φ stays, and the training goes on from there."""
+    lost = 0
+    losses = SETTINGS["num_iterations"] * SETTINGS["meta_batch_size"] * SETTINGS["num_steps"]
+    with tempfile.TemporaryDirectory() as name:
+        end = Run(Path(name) / "whole").train()
+        for number in range(times):
+            run, phi = Run(Path(name) / str(number)), {}
+            phi.update(snapshot(run.koi.model))
+            look = lambda koi, record, phi=phi: phi.update(snapshot(koi.model))  # noqa: E731
+            try:
+                run.train(Bad(_draw.randint(1, losses), trouble), [look])
+                lost += 1
+            except kind:
+                lost += not same(snapshot(run.koi.model), phi)
+            lost += not same(run.train(), end)
+    return lost
+
+
+def nan_task(times: int) -> int:
+    """A loss that is NaN."""
+    return in_a_task(times, lambda: float("nan"), NonFiniteError)
+
+
+def raising_task(times: int) -> int:
+    """A loss that raises."""
+
+    def fail() -> float:
+        raise ZeroDivisionError
+
+    return in_a_task(times, fail, ZeroDivisionError)
+
+
+def torchrun(folder: Path, victim: int, at: int) -> int:
+    """Run the script whose rank dies once; return torchrun's exit code."""
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    script = Path(mortal_run.__file__)
+    return subprocess.run(
+        [sys.executable, "-m", *command, script, folder, str(victim), str(at)],
+        env={**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    ).returncode
+
+
+def dead_rank(times: int) -> int:
+    """kill -9 of one of torchrun's ranks; --max-restarts brings the job back."""
+    lost, end = 0, mortal_run.train(0)
+    for number in range(times):
+        with tempfile.TemporaryDirectory() as name:
+            lost += torchrun(Path(name), number % 2, _draw.randrange(39)) != 0
+            koi, tasks = mortal_run.make()
+            koi.train(tasks, checkpoint_dir=name, resume=True)
+            parts = (end[key] - value for key, value in snapshot(koi.model).items())
+            lost += any(part.abs().max() > 1e-5 for part in parts)
+            lines = (Path(name) / "metrics.jsonl").read_text().splitlines()
+            lost += [json.loads(line)["iteration"] for line in lines] != list(range(40))
+    return lost
+
+
+def cut_link(times: int) -> int | None:
+    """A cut link between two nodes; None where network namespaces are not permitted."""
+    drill = Path(__file__).parent.parent / "benchmarks" / "two_machines.py"
+    codes = []
+    for _ in range(times):
+        codes.append(
+            subprocess.run([sys.executable, drill], capture_output=True, check=False).returncode
+        )
+    return None if 77 in codes else sum(code != 0 for code in codes)
+
+
+class Fault(NamedTuple):
+    """A fault, and how often it is tried in a full round and in a short one."""
+
+    name: str
+    happens: Callable[[int], int | None]
+    full: int
+    short: int
+
+
+FAULTS = [
+    Fault("kill -9 at a random moment", killed, 60, 2),
+    Fault("a storm of SIGTERMs", terminated, 40, 2),
+    Fault("a storm of Ctrl-Cs", interrupted, 40, 2),
+    Fault("checkpoint cut anywhere", cut, 4000, 200),
+    Fault("checkpoint with a flipped bit", flipped, 4000, 200),
+    Fault("disk full in the middle of a checkpoint", full_disk, 100, 10),
+    Fault("folder that vanishes", vanishing_folder, 100, 10),
+    Fault("folder that cannot be written", read_only_folder, 100, 10),
+    Fault("loss that is NaN", nan_task, 100, 10),
+    Fault("loss that raises", raising_task, 100, 10),
+    Fault("rank that dies under torchrun", dead_rank, 4, 0),
+    Fault("link cut between two nodes", cut_link, 1, 0),
+]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"{'fault':<42}{'seconds':>8}{'tried':>7}{'lost':>6}", flush=True)
+    total = 0
+    for fault in FAULTS:
+        began = time.monotonic()
+        lost = fault.happens(fault.full)
+        total += lost or 0
+        shown = "not permitted here" if lost is None else lost
+        print(
+            f"{fault.name:<42}{fault.full:>7}{shown:>7}{time.monotonic() - began:>9.0f}", flush=True
+        )
+    sys.exit(total > 0)
+
+
+if __name__ == "__main__":
+    main()

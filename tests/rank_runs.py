@@ -1,0 +1,271 @@
+"""What the tests of several ranks let each of them do."""
+
+import os
+import shutil
+import signal
+import time
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from conftest import plain_scan
+from engine_toys import NETS, Fits, everything, trained
+from koi import Koi, ModelError
+from toys import Regression, Regressions, small_net, snapshot
+
+SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 6, "meta_batch_size": 5}
+
+
+def in_engine(rank, engine, net, settings):
+    """Train in float64, in the engine of this name, without the compiler."""
+    make, shape = NETS[net]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with (
+            patch("torch.compile", lambda function, **options: function),
+            patch("koi.inner.graph.scan", plain_scan),
+        ):
+            if rank == 0:
+                torch.manual_seed(1)  # the others begin elsewhere, and are to take this start
+            return everything(trained(engine, make(), Fits(shape), **settings))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def learner(**settings):
+    """Return a learner whose model has a buffer and a frozen parameter."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    return Koi(model, **SETTINGS | settings)
+
+
+class Own(Regressions):
+    """Draws from a generator of its own, of which Koi knows nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(7)
+
+    def sample(self):
+        return Regression(
+            torch.randn(6, 3, generator=self.generator), torch.randn(6, 2, generator=self.generator)
+        )
+
+
+class Counted(Regressions):
+    """Keeps a state, and says so."""
+
+    count = 0
+
+    def sample(self):
+        self.count += 1
+        task = super().sample()
+        task.targets = task.targets + self.count
+        return task
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+class Noisy(Regression):
+    """A loss that draws."""
+
+    def loss(self, model):
+        return super().loss(model) + (model(torch.randn(6, 3))).square().mean()
+
+
+class Noises(Regressions):
+    def sample(self):
+        task = super().sample()
+        return Noisy(task.inputs, task.targets)
+
+
+KINDS = {"plain": Regressions, "own": Own, "counted": Counted, "noise": Noises}
+
+
+def one_by_one(rank, kind, settings, **options):
+    """Train tasks of a kind, and return all that comes of it."""
+    koi = learner(vectorize=False, **settings)
+    koi.train(KINDS[kind](), **options)
+    return {name: t.double() for name, t in snapshot(koi.model).items()}, len(koi.history)
+
+
+def fail():
+    raise ValueError("no luck")
+
+
+TROUBLES = {
+    "loss": fail,
+    "sample": fail,
+    "callback": fail,
+    "nan": lambda: float("nan"),
+    "Ctrl-C": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "hangs": lambda: time.sleep(6),
+}
+
+
+class Troubled(Regressions):
+    """Lets something happen at meta-iteration ``at``, in a loss or where its name says."""
+
+    def __init__(self, koi, at, trouble):
+        super().__init__()
+        self.koi, self.at, self.trouble = koi, at, trouble
+
+    def meet(self, where, done=0):
+        """Return what is added to a loss."""
+        place = self.trouble if self.trouble in ("sample", "callback") else "loss"
+        if self.trouble is None or place != where or self.koi.iteration - done != self.at:
+            return 0.0
+        self.at = None  # once is enough
+        return TROUBLES[self.trouble]() or 0.0
+
+    def sample(self):
+        self.meet("sample")
+        task = super().sample()
+        return Meeting(task.inputs, task.targets, self)
+
+    def called(self, koi, record):
+        self.meet("callback", done=1)
+
+
+class Meeting(Regression):
+    def __init__(self, inputs, targets, tasks):
+        super().__init__(inputs, targets)
+        self.tasks = tasks
+
+    def loss(self, model):
+        return super().loss(model) + self.tasks.meet("loss")
+
+
+def in_trouble(rank, trouble, victim, at, folder, settings):
+    """Train until trouble meets the victim; return how it ended."""
+    koi = learner(**settings)
+    tasks = Troubled(koi, at, trouble if rank == victim else None)
+    error = None
+    try:
+        koi.train(tasks, callbacks=[tasks.called], checkpoint_dir=folder, resume=folder is not None)
+    except BaseException as caught:
+        error = caught
+    return Ended(
+        koi.iteration,
+        snapshot(koi.model),
+        type(error).__name__,
+        " ".join([str(error), *getattr(error, "__notes__", [])]),
+        error.code if isinstance(error, SystemExit) else None,
+    )
+
+
+class Ended(NamedTuple):
+    """How a training ended on a rank."""
+
+    iteration: int
+    phi: dict[str, torch.Tensor]
+    error: str
+    text: str
+    code: int | None
+
+
+def skipping(rank, at):
+    """Train with all tasks of rank 1 skipped at one meta-iteration, or in one process the same."""
+    koi = learner(inner_optimizer="adam", on_nonfinite="skip", seed=0, meta_batch_size=4)
+
+    class Task(Regression):
+        number = 0
+
+        def loss(self, model):
+            lost = koi.iteration == at and self.number >= 2
+            return super().loss(model) * (float("nan") if lost else 1.0)
+
+    class Numbered(Regressions):
+        drawn = 0
+
+        def sample(self):
+            given = super().sample()
+            task = Task(given.inputs, given.targets)
+            task.number, self.drawn = self.drawn % 4, self.drawn + 1
+            return task
+
+    koi.train(Numbered())
+    skipped = [record.num_skipped for record in koi.history]
+    return {n: t.double() for n, t in snapshot(koi.model).items()}, koi._moments, skipped
+
+
+def out_of_step(rank):
+    """A callback changes φ on one rank alone."""
+
+    def callback(koi, record):
+        if rank == 1 and record.iteration == 2:
+            koi.model[0].weight.data[0, 0] += 1e-6
+
+    with patch.dict(os.environ, TORCH_DISTRIBUTED_DEBUG="INFO"):
+        learner(seed=0).train(Regressions(), callbacks=[callback])
+
+
+def in_step(rank):
+    with patch.dict(os.environ, TORCH_DISTRIBUTED_DEBUG="INFO"):
+        koi = learner(seed=0)
+        koi.train(Regressions())
+    return koi.iteration
+
+
+def with_settings_of_its_own(rank):
+    learner(seed=0, step_size=0.1 * (rank + 1)).train(Regressions())
+
+
+def rank_0_cannot_save(rank, folder):
+    koi = learner(seed=0)
+
+    def vanish(koi, record):
+        if rank == 0 and record.iteration == 0:
+            shutil.rmtree(folder)
+
+    try:
+        koi.train(Regressions(), None, [vanish], folder, checkpoint_every=2)
+    except Exception as error:
+        return koi.iteration, type(error).__name__, str(error)
+    return None
+
+
+def evaluates_alone(rank):
+    """Only one rank measures, between two trainings in which all take part."""
+    koi = learner(seed=0)
+    koi.train(Regressions())
+    if rank == 0:
+        koi.evaluate(Regressions(), num_tasks=3)
+    koi.num_iterations = 8
+    koi.train(Regressions())
+    return koi.iteration
+
+
+def bytes_sent(rank):
+    """Return the size of the one buffer, and how often it was reduced."""
+    sizes = []
+    real = dist.all_reduce
+
+    def counted(tensor):
+        sizes.append(tensor.nbytes)
+        return real(tensor)
+
+    with patch("torch.distributed.all_reduce", counted):
+        Koi(small_net(), **SETTINGS, seed=0).train(Regressions())
+    return sizes
+
+
+def sharded(rank):
+    """Give Koi models that are spread over processes by other means."""
+    from torch.distributed.fsdp import fully_shard
+
+    texts = []
+    for spread in (fully_shard, nn.parallel.DistributedDataParallel):
+        try:
+            Koi(spread(small_net()))
+        except ModelError as error:
+            texts.append(str(error))
+    return texts

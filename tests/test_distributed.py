@@ -1,0 +1,217 @@
+"""Several ranks are one training: the same φ, one end for all, whatever happens to one of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mortal_run
+import rank_runs
+from engine_toys import ENGINES
+from koi import Koi
+from ranks import Failed, Pool
+
+# starting processes takes long where others keep the machine busy
+pytestmark = pytest.mark.timeout(150)
+
+CASES = [
+    ("reptile", "sgd", "mlp"),
+    ("reptile", "adam", "conv"),
+    ("fomaml", "adam", "conv"),
+    ("maml", "sgd", "mlp"),
+]
+
+
+@pytest.fixture(scope="module")
+def on_ranks():
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+def assert_close(one, other, tolerance=1e-10):
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_same_as_one_process(engine, size, on_ranks):
+    """Meta-batches of five, so that no two or four ranks have the same number of tasks."""
+    for algorithm, optimizer, net in CASES:
+        settings = {"algorithm": algorithm, "inner_optimizer": optimizer, "meta_batch_size": 5}
+        alone = rank_runs.in_engine(0, engine, net, settings)
+        together = on_ranks(size, rank_runs.in_engine, engine, net, settings)
+        for rank in together:
+            assert_close(rank, alone, tolerance=0 if size == 1 else 1e-10)
+        for rank in together[1:]:
+            assert_close(rank, together[0], tolerance=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise"])
+def test_tasks_of_every_kind(kind, on_ranks):
+    """With a generator of their own, with a state, with a loss that draws."""
+    alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
+    torch.manual_seed(100)  # as rank 0 of the pool
+    alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
+    for phi, _ in on_ranks(3, rank_runs.one_by_one, kind, {"seed": 0}):
+        assert_close(phi, alone, tolerance=1e-6)  # float32
+
+
+def test_without_a_seed_ranks_draw_one(on_ranks):
+    first, *others = on_ranks(3, rank_runs.one_by_one, "plain", {})
+    for other in others:
+        assert_close(other, first, tolerance=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "counted"])
+@pytest.mark.parametrize("seed", [0, None])
+def test_resumed_on_ranks(kind, seed, on_ranks, tmp_path):
+    """Rank 0 alone has written, the others hear from it; also on another number of ranks."""
+    settings = {"seed": seed, "inner_optimizer": "adam"}
+    (whole, _), *_ = on_ranks(2, rank_runs.one_by_one, kind, settings)
+    part = {**settings, "num_iterations": 3}
+    on_ranks(2, rank_runs.one_by_one, kind, part, checkpoint_dir=tmp_path)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert names == ["iteration-000000003.safetensors"]
+    for size, tolerance in [(2, 0), (3, 1e-6), (1, 1e-6)]:
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / names[0]).write_bytes((tmp_path / names[0]).read_bytes())
+        options = {"checkpoint_dir": folder, "resume": True}
+        for phi, length in on_ranks(size, rank_runs.one_by_one, kind, settings, **options):
+            assert_close(phi, whole, tolerance)
+            assert length == 6
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_rank_whose_tasks_are_all_skipped(at, on_ranks):
+    torch.manual_seed(100)
+    alone = rank_runs.skipping(0, at)
+    assert alone[2] == [2 if iteration == at else 0 for iteration in range(6)]
+    for together in on_ranks(2, rank_runs.skipping, at):
+        assert_close(together, alone, tolerance=1e-6)
+
+
+# what the victim raises, what the others, and what both say
+ERRORS = {
+    "loss": ("ValueError", "RankError", "no luck"),
+    "sample": ("ValueError", "RankError", "no luck"),
+    "callback": ("ValueError", "RankError", "no luck"),
+    "nan": ("NonFiniteError", "NonFiniteError", "meta-iteration 2, task 2"),
+    "Ctrl-C": ("KeyboardInterrupt", "RankError", "KeyboardInterrupt"),
+}
+
+
+class TestTrouble:
+    """It meets one rank; all stop, at the same φ, and say which rank it was."""
+
+    @pytest.mark.parametrize("trouble", ERRORS)
+    @pytest.mark.parametrize(("victim", "at"), [(1, 2), (0, 0)])
+    def test_error(self, trouble, victim, at, on_ranks, tmp_path):
+        own, others, text = ERRORS[trouble]
+        if at == 0:
+            text = text.replace("meta-iteration 2, task 2", "meta-iteration 0, task 0")
+        ended = on_ranks(2, rank_runs.in_trouble, trouble, victim, at, tmp_path, {"seed": 0})
+        iteration = at + (trouble == "callback")
+        for rank, end in enumerate(ended):
+            assert end.iteration == iteration
+            assert end.error == (own if rank == victim else others)
+            assert f"rank {victim}" in end.text
+            assert text in end.error + end.text
+        assert_close(ended[0].phi, ended[1].phi, tolerance=0)
+        names = [path.name for path in tmp_path.iterdir()]
+        assert names == [f"iteration-{iteration:09d}.safetensors"] * (iteration > 0)
+
+    @pytest.mark.parametrize("victim", [0, 1])
+    def test_sigterm(self, victim, on_ranks, tmp_path):
+        ended = on_ranks(2, rank_runs.in_trouble, "SIGTERM", victim, 2, tmp_path, {"seed": 0})
+        for end in ended:
+            assert (end.iteration, end.error, end.code) == (3, "SystemExit", 143)
+        assert_close(ended[0].phi, ended[1].phi, tolerance=0)
+        assert [path.name for path in tmp_path.iterdir()] == ["iteration-000000003.safetensors"]
+
+    def test_rank_that_hangs(self, on_ranks, tmp_path):
+        """It ends in a timeout with its name; where it wakes up, it finds the others gone."""
+        arguments = ("hangs", 1, 2, tmp_path, {"seed": 0})
+        ended = on_ranks(3, rank_runs.in_trouble, *arguments, patience=2)
+        for rank, end in enumerate(ended):
+            assert (end.iteration, end.error) == (2, "RankError")
+            if rank != 1:
+                assert "rank 1 did not get here" in end.text
+        assert_close(ended[0].phi, ended[2].phi, tolerance=0)
+        assert [path.name for path in tmp_path.iterdir()] == ["iteration-000000002.safetensors"]
+
+    def test_goes_on_after_trouble(self, on_ranks, tmp_path):
+        (whole, _), *_ = on_ranks(2, rank_runs.one_by_one, "plain", {"seed": 0})
+        on_ranks(2, rank_runs.in_trouble, "loss", 1, 3, tmp_path, {"seed": 0, "vectorize": False})
+        options = {"checkpoint_dir": tmp_path, "resume": True}
+        for phi, _ in on_ranks(2, rank_runs.one_by_one, "plain", {"seed": 0}, **options):
+            assert_close(phi, whole, tolerance=0)
+
+    def test_rank_0_cannot_save(self, on_ranks, tmp_path):
+        first, second = on_ranks(2, rank_runs.rank_0_cannot_save, tmp_path / "run")
+        assert first[:2] == second[:2] == (2, "CheckpointError")
+        assert "No such file" in first[2]
+        assert "No such file" in second[2]
+        assert "(on rank 0)" in second[2]
+
+    def test_settings_that_differ(self, on_ranks):
+        for end in on_ranks(2, rank_runs.with_settings_of_its_own):
+            assert end.kind == "CheckpointError"
+            assert "step_size: 0.1 in the checkpoint, 0.2 here" in end.text
+            assert "rank 1" in end.text
+
+
+def test_checksums_on_request(on_ranks):
+    assert on_ranks(2, rank_runs.in_step) == [6, 6]
+    for end in on_ranks(2, rank_runs.out_of_step):
+        assert isinstance(end, Failed)
+        assert (end.kind, "not in step" in end.text) == ("RankError", True)
+
+
+def test_one_buffer_for_each_meta_iteration(on_ranks):
+    """3 → 4 → 2: 26 parameters; 5 × 2 losses; counts, failures, checksums of 2 ranks; one flag."""
+    for sizes in on_ranks(2, rank_runs.bytes_sent):
+        assert sizes == [4 * (26 + 10 + 2 + 2 + 6 + 1)] * 7  # six, and one to part
+
+
+def test_evaluation_needs_no_other_rank(on_ranks):
+    assert on_ranks(2, rank_runs.evaluates_alone) == [8, 8]
+
+
+def test_more_ranks_than_tasks(on_ranks):
+    for end in on_ranks(4, rank_runs.one_by_one, "plain", {"meta_batch_size": 3}):
+        assert end.kind == "ConfigurationError"
+        assert "meta_batch_size = 3 on 4 ranks" in end.text
+
+
+def test_sharded_models_are_refused(on_ranks):
+    for sharded, wrapped in on_ranks(2, rank_runs.sharded):
+        assert "has sharded parameters (0.weight, 0.bias, 2.weight, 2.bias)" in sharded
+        assert "the model is wrapped" in wrapped
+
+
+def test_rank_that_dies(on_ranks, tmp_path):
+    """kill -9 on one of torchrun's processes, whose script knows nothing of ranks."""
+    script = Path(mortal_run.__file__)
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, script, tmp_path, "1", "17"],
+        env={**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=130,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    whole, _ = on_ranks(2, mortal_run.train)
+    newest = tmp_path / "iteration-000000040.safetensors"
+    koi = Koi.load(newest, mortal_run.make()[0].model)
+    assert_close(koi.model.state_dict(), whole, tolerance=0)
+    assert_close(whole, mortal_run.train(0), tolerance=1e-6)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(40))

@@ -1,0 +1,151 @@
+"""What Koi does on a GPU, as far as a machine without one can show."""
+
+import random
+
+import pytest
+import torch
+
+from engine_toys import Fits, assert_agree, mlp, trained
+from koi import EngineError, Koi
+from koi.inner.compiled import CompiledEngine
+from koi.inner.compiler import options_for
+from koi.inner.scaling import LossScale
+from koi.randomness import Place, capture, restore, set_generators
+from koi.tasks import draw
+
+
+class TestCudaGraphs:
+    @pytest.mark.parametrize(
+        ("mode", "expected"),
+        [
+            (True, {"triton.cudagraphs": True}),
+            ("reduce-overhead", {"triton.cudagraphs": True}),
+            ("max-autotune-no-cudagraphs", {"max_autotune": True}),
+        ],
+    )
+    def test_options(self, mode, expected):
+        options = options_for("cuda", mode)
+        assert expected.items() <= options.items()
+        assert not any(name.startswith("cpp") for name in options)
+        assert options_for("cpu", True)["cpp_wrapper"]
+
+    @pytest.mark.usefixtures("float64", "untraced")
+    @pytest.mark.parametrize("engine", ["compiled", "vectorized+compiled"])
+    def test_results_that_the_next_call_overwrites(self, engine, monkeypatch):
+        """As a CUDA graph does, which always writes to the same memory."""
+        monkeypatch.setattr("koi.inner.compiler.Graph.__call__", overwriting)
+        make = CompiledEngine.__init__
+
+        def on_cuda(self, *args, **settings):
+            make(self, *args, **settings)
+            self.device = torch.device("cuda")
+
+        start, settings = mlp(), {"inner_optimizer": "adam", "num_iterations": 4}
+        eager = trained("eager", start, Fits(), **settings)
+        monkeypatch.setattr(CompiledEngine, "__init__", on_cuda)
+        assert_agree(trained(engine, start, Fits(), **settings), eager)
+
+
+def overwriting(graph, *inputs):
+    """Return a graph's results in memory that is the same at every call."""
+    with torch.no_grad():
+        results, spec = torch.utils._pytree.tree_flatten(graph._run(*inputs))
+        if not hasattr(graph, "memory"):
+            graph.memory = [torch.empty_like(t) for t in results]
+        for place, result in zip(graph.memory, results, strict=True):
+            place.copy_(result)
+        return torch.utils._pytree.tree_unflatten(graph.memory, spec)
+
+
+class TestGenerators:
+    """Draws on the GPU have generators of their own, one for each."""
+
+    @pytest.fixture
+    def states(self, monkeypatch):
+        found = [torch.tensor([1]), torch.tensor([2])]
+
+        def set_all(states):
+            found[:] = states
+
+        def seed_all(seed):
+            found[:] = [torch.tensor([seed % 2**62])] * 2
+
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+        monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(found))
+        monkeypatch.setattr(torch.cuda, "set_rng_state_all", set_all)
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+        return found
+
+    def test_are_seeded_and_put_back(self, states):
+        before = capture()
+        set_generators(7)
+        assert states == [torch.tensor([7])] * 2
+        assert random.random() == random.Random(7).random()
+        restore(before)
+        assert states == [torch.tensor([1]), torch.tensor([2])]
+
+    def test_of_fewer_devices_than_a_checkpoint_has(self, states):
+        before = capture()
+        del states[1]
+        restore(before)
+        assert states == [torch.tensor([1])]
+
+    def test_a_draw_leaves_them_alone(self, states):
+        Koi(mlp(), num_iterations=2, seed=0).train(Fits())
+        assert states == [torch.tensor([1]), torch.tensor([2])]
+        draw(Fits(), 1, Place(0, "meta-iteration", 0))
+        assert states[0] == states[1] != torch.tensor([1])
+
+
+class TestLossScale:
+    """float16, whose gradients vanish or overflow unless the loss is scaled."""
+
+    def test_gradients_come_out_as_they_are(self):
+        scale = LossScale()
+        grads = [torch.randn(3, 2), None, torch.randn(4)]
+        scaled = [None if g is None else g * scale.factor for g in grads]
+        for given, back in zip(grads, scale.unscaled(scaled, None), strict=True):
+            assert given is back is None or torch.equal(given, back)
+        assert scale.factor == 2.0**16
+
+    def test_a_step_that_overflows_is_left_out_and_the_factor_halved(self):
+        scale = LossScale()
+        grads = [torch.ones(2), torch.tensor([1.0, torch.inf])]
+        assert scale.unscaled(grads, None) == (None, None)
+        assert scale.factor == 2.0**15
+
+    def test_of_many_tasks_only_the_one_that_overflowed_is_left_out(self):
+        scale = LossScale()
+        grads = [torch.full((3, 2), scale.factor), None]
+        grads[0][1, 0] = torch.nan
+        found, unused = scale.unscaled(grads, 3)
+        assert unused is None
+        assert torch.equal(found, torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+        assert scale.factor == 2.0**15
+
+    def test_grows_after_2000_good_steps(self):
+        scale = LossScale()
+        for _ in range(1999):
+            scale.unscaled([torch.ones(1)], None)
+        assert scale.factor == 2.0**16
+        scale.unscaled([torch.ones(1)], None)
+        assert scale.factor == 2.0**17
+
+    @pytest.mark.usefixtures("float64")
+    @pytest.mark.parametrize("engine", ["eager", "vectorized"])
+    def test_a_training_with_it_is_one_without(self, engine, monkeypatch):
+        """A power of two changes no digit of float64."""
+        plain = trained(engine, start := mlp(), Fits())
+        monkeypatch.setattr("koi.inner.base.InnerLoop.precision", lambda *_: no_autocast())
+        scaled = trained(engine, start, Fits(), autocast=torch.float16)
+        assert_agree(plain, scaled, tolerance=0)
+
+    def test_cannot_be_compiled(self):
+        koi = Koi(mlp(), compile=True, autocast=torch.float16, num_iterations=1)
+        with pytest.raises(EngineError, match=r"use autocast=torch\.bfloat16"):
+            koi.train(Fits())
+
+
+def no_autocast():
+    return torch.autocast("cpu", enabled=False)

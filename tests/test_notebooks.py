@@ -1,0 +1,60 @@
+"""The notebooks run from top to bottom, and were run before they were committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "notebooks"
+NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+MAX_BYTES = 300_000
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def pictures(notebook: nbformat.NotebookNode) -> list[int]:
+    """The numbers of the cells that show one."""
+    return [
+        number
+        for number, cell in enumerate(code_cells(notebook))
+        if any("image/png" in output.get("data", {}) for output in cell.outputs)
+    ]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs(name, tmp_path, monkeypatch):
+    """In its short form, without a word on stderr, showing the pictures that are committed."""
+    monkeypatch.setenv("KOI_EXAMPLE_SHORT", "1")
+    committed = nbformat.read(FOLDER / name, as_version=4)
+    shown = pictures(committed)
+    where = {"metadata": {"path": str(tmp_path)}}
+    notebook = NotebookClient(
+        committed, kernel_name="python3", timeout=200, resources=where
+    ).execute()
+    said = [
+        output.text
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if output.output_type == "stream" and output.name == "stderr"
+    ]
+    assert not said, said
+    assert pictures(notebook) == shown
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_was_run_as_it_stands(name):
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1)), "run all cells, from the top, then commit"
+    assert pictures(notebook)
+    assert (FOLDER / name).stat().st_size < MAX_BYTES
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS

@@ -1,0 +1,154 @@
+"""Run folders: train, stop, go on, measure, compare."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import koi.runs.training
+from koi import CheckpointError, ConfigurationError, Koi
+from koi.fewshot import LabelledData, Splits
+from koi.models import omniglot_net
+from koi.recipes import RECIPES, Adaptation
+from koi.runs import Config, Run, export, markdown_table, measure, train
+
+SMALL = replace(
+    RECIPES["omniglot-5way"],
+    num_iterations=4,
+    num_steps=2,
+    num_shots=2,
+    meta_batch_size=2,
+    adaptations={1: Adaptation(5, 2), 5: Adaptation(5, 3)},
+)
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch):
+    """Random images in the place of Omniglot, and few of everything."""
+    names = [f"class {i}" for i in range(18)]
+    images = torch.randint(256, (18 * 7, 1, 28, 28), dtype=torch.uint8)
+    data = LabelledData(images, names, [7] * 18)
+    splits = Splits(*data.split(6, 6, 6))
+    monkeypatch.setattr(Config, "splits", lambda config: splits)
+    monkeypatch.setattr(koi.runs.training, "_LEAST_DISTANCE", 2)
+    monkeypatch.setattr(koi.runs.training, "_VALIDATION_TASKS", 3)
+
+
+def test_a_run_leaves_all_that_is_wanted(tmp_path):
+    run = Run.begun(tmp_path / "run", Config(SMALL, seed=3))
+    learner = train(run)
+    assert [line["iteration"] for line in run.validations()] == [2, 4]
+    assert set(run.validations()[0]) == {
+        "iteration",
+        "1-shot transductive",
+        "1-shot inductive",
+        "5-shot transductive",
+        "5-shot inductive",
+    }
+    metrics = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in metrics] == [0, 1, 2, 3]
+    # the weights load without Koi
+    plain = omniglot_net(5)
+    plain.load_state_dict(load_file(run.weights))
+    for name, value in learner.model.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value)
+    assert Run(run.folder).config() == Config(SMALL, seed=3)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    whole = Run.begun(tmp_path / "whole", Config(SMALL))
+    train(whole)
+
+    class StoppedError(Exception):
+        pass
+
+    original = koi.runs.training.Watcher.__call__
+
+    def stop(watcher, learner, record):
+        original(watcher, learner, record)
+        if learner.iteration == 3:
+            raise StoppedError
+
+    monkeypatch.setattr(koi.runs.training.Watcher, "__call__", stop)
+    stopped = Run.begun(tmp_path / "stopped", Config(SMALL))
+    with pytest.raises(StoppedError):
+        train(stopped)
+    assert not stopped.weights.exists()
+    monkeypatch.setattr(koi.runs.training.Watcher, "__call__", original)
+    train(Run.begun(tmp_path / "stopped", Config(SMALL)))
+    assert stopped.validations() == whole.validations()
+    there, here = load_file(stopped.weights), load_file(whole.weights)
+    assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_another_configuration_does_not_mix_with_a_run(tmp_path):
+    Run.begun(tmp_path, Config(SMALL))
+    longer = replace(SMALL, num_iterations=5)
+    with pytest.raises(ConfigurationError) as caught:
+        Run.begun(tmp_path, Config(longer, seed=1))
+    assert "num_iterations: 4 there, 5 here" in str(caught.value)
+    assert "seed: 0 there, 1 here" in str(caught.value)
+    assert "step_size" not in str(caught.value)
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(ConfigurationError, match="is no folder of a run"):
+        Run(tmp_path / "nothing").config()
+    (tmp_path / "config.json").write_text('{"recipe": 3}')
+    with pytest.raises(ConfigurationError, match="is no folder of a run"):
+        Run(tmp_path).config()
+    run = Run.begun(tmp_path / "untrained", Config(SMALL))
+    with pytest.raises(CheckpointError, match="train it first"):
+        measure(run, 1, 2)
+
+
+def test_measuring_is_repeatable_and_leaves_the_checkpoint_alone(tmp_path):
+    run = Run.begun(tmp_path, Config(SMALL))
+    train(run)
+    before = {path.name: path.read_bytes() for path in run.checkpoints.iterdir()}
+    first = measure(run, 1, 5)
+    again = measure(run, 1, 5)
+    assert first["transductive"] == again["transductive"]
+    assert first["inductive"] == again["inductive"]
+    assert first["iteration"] == 4
+    assert {path.name: path.read_bytes() for path in run.checkpoints.iterdir()} == before
+    measure(run, 5, 4)
+    assert {shots: found["num_tasks"] for shots, found in run.results().items()} == {1: 5, 5: 4}
+
+
+def test_the_table_states_its_distance_from_the_paper(tmp_path):
+    run = Run.begun(tmp_path, Config(SMALL))
+    found = {"inductive": [0.8, 0.01], "transductive": [0.9, 0.02], "iteration": 4, "num_tasks": 9}
+    run.add_result(1, found)
+    run.add_result(3, found)
+    rows = [line.strip("| ").split(" | ") for line in markdown_table([run]).splitlines()[2:]]
+    length = "4 of 100,000 (shortened)"
+    assert rows == [
+        ["omniglot-5way", length, "1", "9", "inductive", "80.00 ± 1.00", "95.39 ± 0.09", "-15.39"],
+        [
+            "omniglot-5way",
+            length,
+            "1",
+            "9",
+            "transductive",
+            "90.00 ± 2.00",
+            "97.68 ± 0.04",
+            "-7.68",
+        ],
+        ["omniglot-5way", length, "3", "9", "inductive", "80.00 ± 1.00", "–", "–"],
+        ["omniglot-5way", length, "3", "9", "transductive", "90.00 ± 2.00", "–", "–"],
+    ]
+
+
+def test_an_exported_run_is_small_and_adapts_as_the_run_does(tmp_path):
+    run = Run.begun(tmp_path / "run", Config(SMALL))
+    learner = train(run)
+    export(run, tmp_path / "learner.safetensors")
+    assert (tmp_path / "learner.safetensors").stat().st_size < 1_000_000
+    loaded = Koi.load(tmp_path / "learner.safetensors", SMALL.model(), **SMALL.code())
+    task = SMALL.test_episodes(run.config().splits().test, 1).sample()
+    adapted = [koi.adapt(task).state_dict() for koi in (learner, loaded)]
+    assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
+    assert loaded.history == []
