@@ -210,6 +210,16 @@ class TestRefused:
         file.write_bytes(file.read_bytes() + more)
         assert_refused(file, "damaged")
 
+    def test_the_last_good_one_is_offered(self, tmp_path):
+        koi = Koi(small_net(), **SETTINGS, seed=0)
+        koi.train(Regressions(), checkpoint_dir=tmp_path, checkpoint_every=1)
+        before, newest = sorted(tmp_path.iterdir())
+        newest.write_bytes(newest.read_bytes()[:-1])
+        message = assert_refused(newest, "is damaged.*use an earlier one")
+        assert message.endswith(f"({before} is good)")
+        before.write_bytes(b"")
+        assert_refused(newest, "none in its folder before it is good")
+
     def test_of_another_program(self, tmp_path):
         path = tmp_path / "file"
         plain = safetensors.torch.save({"weight": torch.zeros(2)}, {"format": "pt"})

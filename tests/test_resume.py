@@ -102,6 +102,7 @@ CASES = {
     "maml": {"algorithm": "maml", "inner_optimizer": "adam", "meta_optimizer": meta_adam},
     "unseeded": {"seed": None, "inner_optimizer": "adam"},
     "bfloat16": {"autocast": torch.bfloat16},
+    "float16": {"autocast": torch.float16},
     "in chunks": {"chunk_size": 1},
 }
 
@@ -154,6 +155,8 @@ def assert_same_training(koi, whole):
     assert known[0] == known[1]
     moments = [[] if k._moments is None else k._moments for k in (koi, whole)]
     assert all(map(torch.equal, *moments))
+    scales = [None if k._scale is None else k._scale.state() for k in (koi, whole)]
+    assert scales[0] == scales[1]
 
 
 @pytest.mark.parametrize("vectorize", [False, True], ids=["one by one", "at once"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -24,8 +25,9 @@ from koi.agreement import (
     tensors_of,
 )
 from koi.configuration import SETTINGS, inner_factory
-from koi.errors import CheckpointError
+from koi.errors import CheckpointError, annotate
 from koi.inner.optimizers import OptimizerFactory, make_optimizer
+from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.meta import MetaOptimizerFactory, MetaUpdate
 from koi.parameters import Learned, Tensors
@@ -80,6 +82,7 @@ class Learner(Protocol):
     _pending: Pending | None
     _ruled_out: set[str]
     _drawn_seed: int | None
+    _scale: LossScale | None
 
     def _phi(self, learned: Learned) -> Phi: ...
 
@@ -125,6 +128,7 @@ def contents(koi: Learner, at: Mark) -> Data:
         "devices": [str(p.device) for p in params],
         "moments": moments,
         "moment_devices": [str(m.device) for m in moments or []],
+        "scale": None if koi._scale is None else koi._scale.state(),
         "inner_optimizer": _inner_description(koi),
         "meta_optimizer": None if meta is None else arguments_of(meta),
         "meta_state": None if meta is None else meta.state_dict(),
@@ -159,6 +163,7 @@ class Saved:
     devices: list[str]
     moments: Tensors | None
     moment_devices: list[str]
+    scale: tuple[float, int] | None
     inner_optimizer: Data
     meta_optimizer: Data | None
     meta_state: Data | None
@@ -211,7 +216,11 @@ def load(kind: Callable[..., AnyLearner], path: Path, model: nn.Module, given: D
     Raises:
         CheckpointError: the file cannot be read, does not fit, or lacks settings that are code.
     """
-    saved = read(path)
+    try:
+        saved = read(path)
+    except CheckpointError as error:
+        annotate(error, offer_instead_of(path))
+        raise
     code = saved.code()
     missing = [name for name in code if name not in given]
     if missing:
@@ -229,6 +238,16 @@ def load(kind: Callable[..., AnyLearner], path: Path, model: nn.Module, given: D
     ]
     put(koi, saved, problems)
     return koi
+
+
+def offer_instead_of(path: Path) -> str:
+    """Return which of the files that come before ``path`` by name can be read."""
+    others = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else []
+    for other in sorted((other for other in others if other.name < path.name), reverse=True):
+        with contextlib.suppress(CheckpointError):
+            read(other)
+            return f"{other} is good"
+    return "none in its folder before it is good"
 
 
 def go_on(koi: Learner, saved: Saved, tasks: Any) -> None:
@@ -269,6 +288,8 @@ def put(koi: Learner, saved: Saved, problems: list[str], tasks: Any = None) -> N
         parameters.copy_(buffers, list(saved.buffers.values()))
         koi.iteration, koi.engine = saved.iteration, saved.engine
         koi.history, koi._moments, koi._update = list(saved.history), moments, update
+        if koi._scale is not None and saved.scale is not None:
+            koi._scale.put(saved.scale)
         koi._pending, koi._drawn_seed = Pending(saved.mark, saved.ruled_out), saved.mark.seed
 
 

@@ -26,7 +26,9 @@ def adapt(
     ],
     steps: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Inner steps [default: as in the test, 50 or 10]."),
+        typer.Option(
+            min=1, metavar="N", help="Inner steps [default: the recipe's in its test, 50]."
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -23,6 +23,14 @@ class LossScale:
         self.factor = _FIRST
         self._clean = 0
 
+    def state(self) -> tuple[float, int]:
+        """Return the factor and the steps since it changed, for a checkpoint."""
+        return self.factor, self._clean
+
+    def put(self, state: tuple[float, int]) -> None:
+        """Go on from what `state` has given."""
+        self.factor, self._clean = state
+
     def unscaled(
         self, grads: Sequence[Tensor | None], num_tasks: int | None
     ) -> tuple[Tensor | None, ...]:
