@@ -95,6 +95,7 @@ def text(messages: Mapping[int, float], memory: Mapping[str, float], omniglot_st
         f"{1e6 * link.latency:.0f} µs, and what is in it {link.bandwidth / 1e9:.2f} GB/s "
         f"(gloo over loopback). A rank needs "
         f"{memory['sgd']:.0f} bytes of memory for each parameter with SGD and {memory['adam']:.0f} "
-        f"with Adam whose moments are carried, activations not counted: on a GPU of 80 GB that is "
-        f"room for {largest['sgd'] / 1e9:.1f}·10^9 and {largest['adam'] / 1e9:.1f}·10^9 parameters."
+        f"with the paper's Adam (β1 = 0), its moments carried, activations not "
+        f"counted: on a GPU of 80 GB that is room for {largest['sgd'] / 1e9:.1f}·10^9 and "
+        f"{largest['adam'] / 1e9:.1f}·10^9 parameters."
     )

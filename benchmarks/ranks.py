@@ -23,7 +23,7 @@ import paper_scaling
 import torch
 import torch.distributed as dist
 from torch import nn
-from workloads import RandomImages
+from workloads import RandomImages, adam
 
 from koi import Koi
 from koi.models import omniglot_net, sine_mlp
@@ -52,7 +52,7 @@ def learner(work: str) -> tuple[Koi, Any]:
     number = int(work.split(", ")[1].split()[0])
     together = work.endswith("at once")
     settings: dict[str, Any] = {"meta_batch_size": number, "vectorize": together, "seed": 0}
-    optimizer = "adam" if work.startswith("Omniglot") else "sgd"
+    optimizer = adam if work.startswith("Omniglot") else "sgd"
     return Koi(net, step, 5, 1, inner_optimizer=optimizer, **settings), tasks
 
 
@@ -125,8 +125,8 @@ class Targets:
 def bytes_for_each_parameter(optimizer: str) -> float:
     """Return the peak of a rank's memory above what it began with, by the size of φ."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    net = nn.Linear(LARGE, LARGE, bias=False)
-    Koi(net, 1e-3, 2, 2, meta_batch_size=4, inner_optimizer=optimizer, seed=0).train(Targets())
+    net, inner = nn.Linear(LARGE, LARGE, bias=False), adam if optimizer == "adam" else "sgd"
+    Koi(net, 1e-3, 2, 2, meta_batch_size=4, inner_optimizer=inner, seed=0).train(Targets())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024 * (peak - before) / LARGE**2
 

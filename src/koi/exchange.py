@@ -58,7 +58,7 @@ class Buffer:
         self._size = sum(sizes)
         self._flat = torch.empty(
             self._size + self._places[-1],
-            dtype=functools.reduce(torch.promote_types, self._types, torch.float32),
+            dtype=functools.reduce(torch.promote_types, (t.dtype for t in like), torch.float32),
             device=like[0].device,
         )
         parts = self._flat[: self._size].split(sizes)
