@@ -12,8 +12,8 @@ from torch import Tensor
 from koi.plots.style import HUES, new_figure
 
 _MOST = 5  # examples and queries of each class that are drawn
-_CELL = 0.85  # inches, and of a letter
-_LETTER = 0.085
+_CELL = 0.85  # inches of a picture's side
+_LETTER = 0.085  # inches of a letter
 _LONGEST = 14  # letters of a name that are written
 _RIGHT, _WRONG = HUES[0], HUES[1]
 
