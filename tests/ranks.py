@@ -41,7 +41,7 @@ class Pool:
             self._pipes.append(here)
             self._processes.append(process)
         for pipe in self._pipes:
-            assert pipe.poll(120), "the ranks do not start"
+            assert pipe.poll(240), "the ranks do not start"
             pipe.recv()
 
     def __call__(self, size, function, *arguments, timeout=40, patience=30, **options):

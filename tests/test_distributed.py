@@ -16,7 +16,7 @@ from koi import Koi
 from ranks import Failed, Pool
 
 # starting processes takes long where others keep the machine busy
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(300)
 
 CASES = [
     ("reptile", "sgd", "mlp"),
