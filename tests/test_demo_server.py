@@ -36,6 +36,7 @@ class Client:
     """Serves a network from a thread and asks it, over real connections."""
 
     def __init__(self, num_outputs):
+        torch.manual_seed(1)  # other weights than those of the random initialisation
         self.application = application(Classifier(Koi(omniglot_net(num_outputs), 1e-3)))
         self.listening = listen("127.0.0.1", 0)
         self.server = uvicorn.Server(uvicorn.Config(self.application, log_level="warning"))
@@ -207,14 +208,7 @@ def test_questions_at_once_get_the_answers_that_they_get_one_by_one(client):
     alone = [client.post(question) for question in questions]
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(client.post, questions * 3))
-    for (status, answer), (_, expected) in zip(together, alone * 3, strict=True):
-        assert status == 200
-        assert answer["images"] == expected["images"]
-        # of another question, or of two mixed, they would be far apart
-        torch.testing.assert_close(answer["losses"], expected["losses"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            answer["probabilities"], expected["probabilities"], rtol=1e-3, atol=1e-4
-        )
+    assert together == alone * 3
     assert len({tuple(answer["losses"]) for _, answer in alone}) == 2
     assert len({str(answer["probabilities"]) for _, answer in alone}) == 6
 
