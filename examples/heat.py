@@ -15,7 +15,7 @@ from torch import nn
 
 from koi import Koi, tensor_task
 
-ITERATIONS, NUM_TASKS, NUM_TRIALS, STEPS = 300, 100, 20, (0, 1, 2, 4, 8, 16, 32)
+ITERATIONS, NUM_TASKS, NUM_TRIALS, STEPS = 1000, 100, 20, (0, 1, 2, 4, 8, 16, 32)
 SETTINGS = [("sgd", 0.03), ("sgd", 0.1), ("sgd", 0.3)]  # inner optimizers to choose from
 SETTINGS += [("adam", 0.001), ("adam", 0.003), ("adam", 0.01)]
 if os.environ.get("KOI_EXAMPLE_SHORT"):
@@ -97,7 +97,7 @@ def draw(models, settings):
             adapted = Koi(model, step_size, inner_optimizer=optimizer).adapt(rod, num_steps=k)
             fields[f"{k} steps"] = adapted(EVERYWHERE).detach()
         for axes, (title, field) in zip(row, fields.items(), strict=True):
-            axes.imshow(field.reshape(21, 21), interpolation="bicubic", **style)
+            axes.imshow(field.reshape(21, 21).numpy(), interpolation="bicubic", **style)
             axes.set(xticks=[], yticks=[], title=title)
         row[0].plot(SENSORS[:, 1], SENSORS[:, 0], "k.", markersize=3)
         row[0].set_ylabel(f"{name}\nplace")

@@ -99,7 +99,7 @@ def draw(models, settings, pictures):
             koi = Koi(models[name], settings[name][k][1], inner_optimizer=settings[name][k][0])
             panels[f"{k} steps"] = koi.adapt(picture, num_steps=k)(GRID).detach()
         for axes, (title, colours) in zip(row, panels.items(), strict=True):
-            axes.imshow(colours.reshape(SIZE, SIZE, 3).clamp(0, 1))
+            axes.imshow(colours.reshape(SIZE, SIZE, 3).clamp(0, 1).numpy())
             axes.set(xticks=[], yticks=[], title=title)
         row[0].set_ylabel(name)
     figure.savefig("images.png")

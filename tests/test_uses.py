@@ -45,13 +45,12 @@ class TestHeat:
         ends = torch.tensor([[0.0, 0.3], [1.0, 0.3]])
         torch.testing.assert_close(heat.temperature(ends, 0.3, amplitudes), torch.zeros(2))
 
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_the_learned_start_is_better_after_two_steps(self, monkeypatch, seed):
+    def test_the_learned_start_is_better_after_two_steps(self, monkeypatch):
         heat = load("heat", monkeypatch)
-        torch.manual_seed(seed)
+        monkeypatch.setattr(heat, "ITERATIONS", 250)
         random, learned = heat.network(), heat.network()
         heat.train(learned)
-        how = 20, 3, "sgd", 0.1
+        how = 50, 3, "sgd", 0.1
         before, after = (heat.errors(model, *how)[:, 2].mean() for model in (random, learned))
         assert after < 0.8 * before
 
