@@ -6,6 +6,7 @@ end result, which must be that of a training to which nothing happened. `test_fa
 shorter round.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -61,7 +62,8 @@ def stopped(folder: Path, stop: Callable[[int], None]) -> tuple[int | None, int]
     while seen.value < 0 and process.is_alive():
         time.sleep(0.002)
     time.sleep(_draw.uniform(0, 0.2))
-    stop(process.pid)
+    with contextlib.suppress(ProcessLookupError):  # it may have ended by itself, or by the first
+        stop(process.pid)
     process.join(60)
     return process.exitcode, seen.value
 
@@ -389,10 +391,9 @@ def main() -> None:
         began = time.monotonic()
         lost = fault.happens(fault.full)
         total += lost or 0
-        shown = "not permitted here" if lost is None else lost
-        print(
-            f"{fault.name:<42}{fault.full:>7}{shown:>7}{time.monotonic() - began:>9.0f}", flush=True
-        )
+        shown = "not permitted here" if lost is None else f"{lost:>6}"
+        seconds = time.monotonic() - began
+        print(f"{fault.name:<42}{seconds:>8.0f}{fault.full:>7}{shown}", flush=True)
     sys.exit(total > 0)
 
 
