@@ -1,4 +1,5 @@
 import random
+import resource
 import signal
 
 import numpy as np
@@ -7,6 +8,19 @@ import torch
 
 # A shell's background jobs ignore Ctrl-C, which the tests that press it would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Lift a limit on the size of files that a test has set before pytest reports on the test.
+
+    What pytest prints may go to a file, which is then too large for the limit.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        return (yield)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(autouse=True)
