@@ -33,6 +33,15 @@ def on_ranks():
     pool.close()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the ranks have: with another number of threads sums are rounded otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def assert_close(one, other, tolerance=1e-10):
     torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
