@@ -65,9 +65,16 @@ def patches_product(
     batch, _, height, width = input.shape
     rows = (height + 2 * pad_h - kernel_h) // down + 1
     columns = (width + 2 * pad_w - kernel_w) // right + 1
-    padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, pad_w, pad_w, pad_h, pad_h))
+    # one phase for each place in a stride: their gradients are joined instead of added up
+    tall, wide = rows + (kernel_h - 1) // down, columns + (kernel_w - 1) // right
+    bottom, side = down * tall - height - pad_h, right * wide - width - pad_w
+    padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, pad_w, side, pad_h, bottom))
+    grid = padded.reshape(batch, tall, down, wide, right, -1).permute(2, 4, 0, 1, 3, 5)
+    phases = grid.flatten(0, 1).unbind()
     taps = [
-        padded[:, i : i + down * (rows - 1) + 1 : down, j : j + right * (columns - 1) + 1 : right]
+        phases[i % down * right + j % right][
+            :, i // down : i // down + rows, j // right : j // right + columns
+        ]
         for i in range(kernel_h)
         for j in range(kernel_w)
     ]

@@ -44,24 +44,8 @@ class State(NamedTuple):
 Body = Callable[[State, TensorDict], tuple[State, Tensor]]
 
 
-def scanned(body: Body, start: State, steps: TensorDict) -> tuple[State, Tensor]:
-    """Return the state after all steps, and what each step gives, stacked."""
-
-    def plain(carry: tuple[Tensors, ...], tensors: TensorDict) -> tuple[Any, Tensor]:
-        state, result = body(State(*carry), tensors)
-        return fresh(state), result.clone()
-
-    carry, results = scan(plain, fresh(start), steps)
-    return State(*carry), results
-
-
-def fresh(state: State) -> tuple[Tensors, ...]:
-    """Return contiguous copies: a scan's carry keeps its strides and shares no memory."""
-    return tuple([t.clone(memory_format=torch.contiguous_format) for t in part] for part in state)
-
-
 def unrolled(body: Body, start: State, steps: TensorDict) -> tuple[State, Tensor]:
-    """Return what `scanned` returns, the steps written out one after the other."""
+    """Return the state after all steps, and what each gives, stacked; the steps written out."""
     state, results = start, []
     for step in range(next(iter(steps.values())).shape[0]):
         state, result = body(state, {name: tensor[step] for name, tensor in steps.items()})
@@ -122,7 +106,7 @@ class InnerGraph:
             result, after, losses = self._second_order(start, task, steps)
         else:
             few = next(iter(steps.values())).shape[0] * len(start.params) <= _MOST_UNROLLED
-            through = unrolled if few else scanned
+            through = unrolled if few else self._scanned
             after, losses = through(partial(self._step, task), start, steps)
             result = after.params
         if self.inner.algorithm == "fomaml":
@@ -155,14 +139,14 @@ class InnerGraph:
             state, _ = self._step(task, state, tensors)
             return state, self._loss(state, self._query, task)
 
-        _, after = scanned(body, start, steps)
+        _, after = self._scanned(body, start, steps)
         return torch.cat([before, after])
 
     def adapt(self, phi: State, task: TensorDict, steps: TensorDict) -> Tensors:
         """Return each task's parameters and buffers after the steps, in one list."""
         state = self._spread(phi)
         if next(iter(steps.values())).shape[0] > 0:
-            state, _ = scanned(partial(self._step, task), state, steps)
+            state, _ = self._scanned(partial(self._step, task), state, steps)
         return [*state.params, *state.buffers]
 
     def _second_order(
@@ -178,6 +162,39 @@ class InnerGraph:
 
         grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
         return grads, state, losses
+
+    def _scanned(self, body: Body, start: State, steps: TensorDict) -> tuple[State, Tensor]:
+        """Return what `unrolled` returns, by a graph that does not grow with the steps."""
+
+        def plain(carry: tuple[Tensors, ...], tensors: TensorDict) -> tuple[Any, Tensor]:
+            state, result = body(self._unpacked(carry), tensors)
+            return self._packed(state), result.clone()
+
+        carry, results = scan(plain, self._packed(start), steps)
+        return self._unpacked(carry), results
+
+    def _packed(self, state: State) -> tuple[Tensors, ...]:
+        """Return contiguous copies, as a scan carries them, that share no memory.
+
+        Weights of convolutions have their channels last on the CPU, as `patches_product` reads
+        them and makes their gradient.
+        """
+
+        def packed(tensor: Tensor) -> Tensor:
+            moved = tensor.movedim(-3, -1) if self._is_convolution(tensor) else tensor
+            return moved.clone(memory_format=torch.contiguous_format)
+
+        return tuple([packed(tensor) for tensor in part] for part in state)
+
+    def _unpacked(self, carry: tuple[Tensors, ...]) -> State:
+        """Return the state whose packed tensors these are."""
+        return State(
+            *[[t.movedim(-1, -3) if self._is_convolution(t) else t for t in part] for part in carry]
+        )
+
+    def _is_convolution(self, tensor: Tensor) -> bool:
+        own_dims = tensor.dim() - (self.num_tasks is not None)
+        return own_dims == 4 and self.device_type == "cpu"
 
     def _step(self, task: TensorDict, state: State, tensors: TensorDict) -> tuple[State, Tensor]:
         """Return the state after one inner step, and the loss before it."""
@@ -265,9 +282,9 @@ class InnerGraph:
 
     def _means(self, tensors: Tensors, kept: Tensor) -> Tensors:
         if self.num_tasks is None:
-            return list(tensors)
+            return [t.contiguous() for t in tensors]
         if not self.inner.skip_nonfinite:
-            return [t.mean(0) for t in tensors]
+            return [t.mean(0).contiguous() for t in tensors]
         weights = [kept.reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
         pairs = zip(tensors, weights, strict=True)
-        return [torch.where(w, t, 0).sum(0) / kept.sum() for t, w in pairs]
+        return [(torch.where(w, t, 0).sum(0) / kept.sum()).contiguous() for t, w in pairs]
