@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from koi.inner.base import (
     scalar,
 )
 from koi.inner.compiler import Graph
-from koi.inner.convolution import convolutions_as_products
-from koi.inner.functional import PureLoss, map_normalisation
+from koi.inner.functional import PureLoss
 from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
+from koi.inner.normalisation import map_normalisation
+from koi.inner.products import layers_as_products
 from koi.parameters import Modes
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
 from koi.state import Outcome, OutcomeMean, Phi
-from koi.tasks import TaskBatch, query_of, stack, tensors_of, views
+from koi.tasks import TaskBatch, field_names, query_of, stack, tensors_of, views
 
 
 class CompiledEngine:
@@ -64,9 +65,9 @@ class CompiledEngine:
         self.modes = Modes(self.model, like=model)
         self.device = inner.learned.params_of(model)[0].device
         if self.device.type == "cpu":
-            convolutions_as_products(self.model)
+            layers_as_products(self.model)
         if together:
-            map_normalisation(self.model, inner.autocast is not None)
+            map_normalisation(self.model, inner.autocast is not None, join=False)
         self.together = together
         self._mode = mode
         self._chunk_size = chunk_size if together else 1
@@ -274,8 +275,8 @@ def settings_of(task: Any) -> tuple[Any, ...]:
         EngineError: one of them cannot.
     """
     values = []
-    for field in fields(task):
-        value = getattr(task, field.name)
+    for name in field_names(type(task)):
+        value = getattr(task, name)
         if isinstance(value, Tensor):
             continue
         try:
@@ -283,7 +284,7 @@ def settings_of(task: Any) -> tuple[Any, ...]:
             hash(values[-1])
         except TypeError as error:
             raise EngineError(
-                f"the field {field.name!r} of {type(task).__name__} is neither a tensor nor can it "
+                f"the field {name!r} of {type(task).__name__} is neither a tensor nor can it "
                 "be looked up (it has no hash): make it a tensor or a tuple, or use compile=False"
             ) from error
     return tuple(values)

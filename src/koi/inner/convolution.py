@@ -7,28 +7,9 @@ product instead, its fastest form; the compiler fuses the gathering with its nei
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-
-
-def convolutions_as_products(module: nn.Module) -> None:
-    """Make the plain 2-d convolutions of ``module``, a copy to work on, matrix products.
-
-    Grouped, dilated and otherwise padded ones stay as they are.
-    """
-    for conv in module.modules():
-        if (
-            type(conv) is nn.Conv2d
-            and conv.groups == 1
-            and conv.dilation == (1, 1)
-            and conv.padding_mode == "zeros"
-            and not isinstance(conv.padding, str)
-        ):
-            product = partial(patches_product, stride=conv.stride, padding=conv.padding)
-            conv._conv_forward = product  # type: ignore[method-assign]
 
 
 def patches_product(
@@ -57,9 +38,6 @@ def patches_product(
     """
     if input.dim() == 3:
         return patches_product(input.unsqueeze(0), weight, bias, stride, padding).squeeze(0)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight = input.to(dtype), weight.to(dtype)
     (down, right), (pad_h, pad_w) = stride, padding
     num_out, _, kernel_h, kernel_w = weight.shape
     batch, _, height, width = input.shape

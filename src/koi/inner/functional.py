@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,31 +49,3 @@ class PureLoss:
     def _call(self, tensors: dict[str, Tensor], task: Any) -> Tensor:
         loss: Tensor = functional_call(self._objective, tensors, (task,))
         return loss
-
-
-def map_normalisation(module: nn.Module, autocast: bool) -> None:
-    """Make BatchNorm with running statistics in ``module``, a copy to work on, fit for vmap.
-
-    Torch 2.13 cannot map over an input in the lower precision of autocast beside statistics in
-    full precision, and in evaluation mode, when compiled, loops over the tasks.
-    """
-    for norm in module.modules():
-        if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            norm.forward = partial(_normalised, norm, norm.forward, autocast)
-
-
-def _normalised(
-    norm: Any, forward: Callable[[Tensor], Tensor], autocast: bool, input: Tensor
-) -> Tensor:
-    if norm.running_mean is None:
-        return forward(input)
-    precise = input.to(norm.running_mean.dtype) if autocast else input
-    if norm.training:
-        return forward(precise).to(input.dtype)
-    scale = (norm.running_var + norm.eps).rsqrt()
-    shift = -norm.running_mean * scale
-    if norm.affine:
-        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
-    shape = [1, -1] + [1] * (input.dim() - 2)
-    output: Tensor = precise * scale.reshape(shape) + shift.reshape(shape)
-    return output.to(input.dtype)

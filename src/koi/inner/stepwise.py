@@ -80,8 +80,8 @@ class StepwiseEngine(ABC):
         after_each()
         for step, view in enumerate(steps):
             loss = self.loss(view, step)
-            grads = self.gradients(loss, self.params)
-            self.optimizer.step(grads)
+            # unnamed, so that the gradients are gone before the next step's
+            self.optimizer.step(self.gradients(loss, self.params))
             losses.append(loss.detach())
             after_each()
         return Adapted(self.params, self.buffers, self.optimizer.moments(), self.stacked(losses))

@@ -31,7 +31,8 @@ from koi.inner.base import (
     scalar,
 )
 from koi.inner.bound import BoundOptimizer, bound_optimizer
-from koi.inner.functional import PureLoss, map_normalisation
+from koi.inner.functional import PureLoss
+from koi.inner.normalisation import map_normalisation
 from koi.inner.optimizers import check_elementwise
 from koi.inner.stepwise import Adapted, StepwiseEngine
 from koi.parameters import Modes, Tensors
@@ -50,7 +51,7 @@ class VectorizedEngine(StepwiseEngine):
         self.chunk_size = chunk_size
         self.model = parameters.copy_module(model)
         self.modes = Modes(self.model, like=model)
-        map_normalisation(self.model, inner.autocast is not None)
+        map_normalisation(self.model, inner.autocast is not None, join=True)
         self._pure = PureLoss(self.model, inner.learned)
         self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
         self._minibatches_draw = False

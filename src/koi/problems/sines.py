@@ -42,7 +42,7 @@ class Sines:
     def sample(self) -> SupervisedTask:
         """Draw one wave."""
         amplitude, phase = torch.rand(2).tolist()
-        x = self._grid[torch.randperm(self.grid_size)]
+        x = self._grid.index_select(0, torch.randperm(self.grid_size))
         y = (0.1 + 4.9 * amplitude) * torch.sin(x + 2 * math.pi * phase)
         support = slice(self.num_points)
         return self._task(x[support], y[support], x, y, torch.randint(2**62, ()))

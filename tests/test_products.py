@@ -1,4 +1,4 @@
-"""A convolution as a matrix product is that convolution."""
+"""Layers as products are those layers."""
 
 from functools import partial
 
@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
-from koi.inner.convolution import convolutions_as_products, patches_product
+from koi.inner.convolution import patches_product
+from koi.inner.products import layers_as_products, linear_product
 
 pytestmark = pytest.mark.usefixtures("float64")
 small = partial(st.integers, 1)
@@ -30,22 +31,34 @@ def convolutions(draw):
     return normal(batch, channels, *size), normal(outputs, channels, *kernel), bias, stride, padding
 
 
+def check_values_and_gradients(functions, tensors, *settings):
+    """Compare values, gradients and a gradient of these."""
+    given = [t.requires_grad_() for t in tensors if t is not None]
+    results, direction = [], torch.randn_like(functions[0](*tensors, *settings))
+    for function in functions:
+        output = function(*tensors, *settings)
+        grads = torch.autograd.grad((output.sin() * direction).sum(), given, create_graph=True)
+        total = sum(g.square().sum() for g in grads)
+        results.append([output, *grads, *torch.autograd.grad(total, given)])
+    torch.testing.assert_close(*results)
+
+
 @given(convolutions())
 @settings(max_examples=60, deadline=None)
-def test_values_and_gradients(case):
-    input, weight, bias, stride, padding = case
-    expected = F.conv2d(input, weight, bias, stride, padding)
-    actual = patches_product(input, weight, bias, stride, padding)
-    torch.testing.assert_close(actual, expected)
-    tensors = [t.requires_grad_() for t in (input, weight, bias) if t is not None]
-    direction = torch.randn_like(expected)
-    results = []
-    for function in (patches_product, F.conv2d):
-        bent = function(input, weight, bias, stride, padding).sin()
-        grads = torch.autograd.grad((bent * direction).sum(), tensors, create_graph=True)
-        total = sum(g.square().sum() for g in grads)
-        results.append([*grads, *torch.autograd.grad(total, tensors)])
-    torch.testing.assert_close(*results)
+def test_convolution(case):
+    *tensors, stride, padding = case
+    check_values_and_gradients((patches_product, F.conv2d), tensors, stride, padding)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), ()])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(3, 4), (1, 4), (4, 1), (1, 1)])
+def test_linear(sizes, bias, shape):
+    num_in, num_out = sizes
+    tensors = torch.randn(*shape, num_in), torch.randn(num_out, num_in), None
+    if bias:
+        tensors = *tensors[:2], torch.randn(num_out)
+    check_values_and_gradients((linear_product, F.linear), tensors)
 
 
 @given(convolutions())
@@ -73,17 +86,6 @@ def test_one_example_without_a_batch(case):
     torch.testing.assert_close(patches_product(input[0], *others), F.conv2d(input[0], *others))
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_autocast(with_bias):
-    input, weight = torch.randn(2, 3, 6, 5).float(), torch.randn(4, 3, 3, 3).float()
-    bias = torch.randn(4).float() if with_bias else None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = patches_product(input, weight, bias, (1, 2), (1, 0))
-        expected = F.conv2d(input, weight, bias, (1, 2), (1, 0))
-    assert actual.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
-
-
 def test_memory_format():
     output = patches_product(torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3), None, (1, 1), (1, 1))
     assert output.is_contiguous(memory_format=torch.channels_last)
@@ -106,7 +108,13 @@ KINDS = {
     "reflect": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
     "subclass": lambda: Subclass(4, 4, 3),
     "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
+    "linear": lambda: nn.Linear(8, 3),
+    "one output": lambda: nn.Linear(8, 1, bias=False),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)),
 }
+PRODUCTS = {"plain": "_conv_forward", "stride": "_conv_forward"} | dict.fromkeys(
+    ["linear", "one output"], "forward"
+)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -114,6 +122,19 @@ def test_modules(name):
     net = nn.Sequential(KINDS[name](), nn.ReLU())
     input = torch.randn(2, 4, 7, 8)
     expected = net(input)
-    convolutions_as_products(net)
+    layers_as_products(net)
     torch.testing.assert_close(net(input), expected)
-    assert ("_conv_forward" in vars(net[0])) == (name in ("plain", "stride"))
+    replaced = {"forward", "_conv_forward"} & vars(net[0]).keys()
+    assert replaced == ({PRODUCTS[name]} if name in PRODUCTS else set())
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_modules_in_autocast(name):
+    net = nn.Sequential(KINDS[name](), nn.ReLU()).float()
+    input = torch.randn(2, 4, 7, 8).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = net(input)
+        layers_as_products(net)
+        actual = net(input)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
