@@ -13,7 +13,7 @@ import torch
 
 from koi.errors import EngineError
 from koi.inner.base import advice_on, reason_of
-from koi.inner.internals import CompileError, without_lookup
+from koi.inner.internals import CompileError, has_graph, without_lookup
 
 log = logging.getLogger("koi")
 _numbers = itertools.count()
@@ -51,6 +51,7 @@ class Graph:
             self._function, fullgraph=True, options=options
         )
         self._compiled = False
+        self.threadsafe = False  # until there is a graph, which leaves the user's module alone
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph; the first time, which compiles it, with a message.
@@ -73,6 +74,7 @@ class Graph:
             ) from error
         log.info("compiled in %.0f s", time.perf_counter() - began)
         self._compiled = True
+        self.threadsafe = has_graph(self._function)
         # CUDA graphs learn from the look-up that the results of the last call are done with
         if self._device == "cpu" and not self._checked:
             self._run = without_lookup(self._function) or self._run

@@ -54,7 +54,7 @@ class Dispatch:
             "eager": lambda: EagerEngine(model, inner),
             "vectorized": lambda: VectorizedEngine(model, inner, chunk_size),
             "compiled": lambda: CompiledEngine(
-                model, inner, mode=compile, together=False, chunk_size=None
+                model, inner, mode=compile, together=False, chunk_size=chunk_size
             ),
             "vectorized+compiled": lambda: CompiledEngine(
                 model, inner, mode=compile, together=True, chunk_size=chunk_size

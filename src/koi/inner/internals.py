@@ -14,7 +14,12 @@ from torch._dynamo.exc import TorchDynamoException as CompileError
 from torch._higher_order_ops import scan
 from torch.autograd.graph import _engine_run_backward as run_backward
 
-__all__ = ["CompileError", "run_backward", "scan", "without_lookup"]
+__all__ = ["CompileError", "has_graph", "run_backward", "scan", "without_lookup"]
+
+
+def has_graph(function: types.FunctionType) -> bool:
+    """Return whether the compiler made a graph of ``function``: not where the user disabled it."""
+    return bool(_debug_get_cache_entry_list(function.__code__))
 
 
 def without_lookup(function: types.FunctionType) -> Callable[..., Any] | None:

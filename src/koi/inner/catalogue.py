@@ -1,0 +1,244 @@
+"""The graphs of a compiled engine, looked up by all that they take for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koi.errors import EngineError
+from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
+from koi.inner.compiler import Graph
+from koi.inner.functional import PureLoss
+from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
+from koi.inner.optimizers import UpdateRule
+from koi.inner.workers import Call, Workers
+from koi.parameters import Modes
+from koi.randomness import Place, capture, restore, same_host_draws, same_states
+from koi.tasks import TaskBatch, field_names, query_of, stack, tensors_of, views
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a graph.
+
+    Args:
+        purpose: "train", "evaluate" or "adapt", as the methods of `InnerGraph`.
+        chunk: the tasks that the graph is for.
+        count: how many of them count; the others fill the chunk up.
+        num_steps: inner steps.
+        place: where this is.
+        first: the number of the first task.
+    """
+
+    purpose: str
+    chunk: TaskBatch
+    count: int
+    num_steps: int
+    place: Place
+    first: int
+
+
+class Catalogue:
+    """Makes a graph for each combination of shapes, types, modes and settings, and finds it again.
+
+    Args:
+        model: the working copy of the module.
+        inner: the settings of the inner loop.
+        rule: the inner optimizer.
+        modes: the modes of the module's parts.
+        mode: the argument ``compile`` of `koi.Koi`.
+        together: whether a graph is of many tasks, stacked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: InnerLoop,
+        rule: UpdateRule,
+        modes: Modes,
+        mode: bool | str,
+        together: bool,
+    ) -> None:
+        self._params = inner.learned.params_of(model)
+        self._inner, self._rule, self._modes = inner, rule, modes
+        self._mode, self._together = mode, together
+        self._pure = PureLoss(model, inner.learned)
+        self._plans: dict[Any, Plan] = {}
+        self._graphs: dict[Any, Graph] = {}
+
+    def call(self, request: Request, start: State, workers: Workers | None) -> Call:
+        """Return a graph and what it is called with, ``start`` first."""
+        place, first, count = request.place, request.first, request.count
+        with explained(place, first, count):
+            place.set("inner", (first or None) if self._together else first)
+            plan = self._plan(request.chunk, request.num_steps)
+            shared = workers is not None and not plan.noisy
+            threads = workers.num_threads if workers and shared else torch.get_num_threads()
+            find = self._for_training if request.purpose == "train" else self._after_steps
+            graph, inputs = find(request, plan, threads)
+        return Call(place, first, count, graph, (start, *inputs), shared)
+
+    def _for_training(self, request: Request, plan: Plan, threads: int) -> tuple[Graph, Any]:
+        """Return a graph of `InnerGraph.train`, made for one number of steps."""
+        task, num_steps = self._tensors(request.chunk), request.num_steps
+        steps = self._drawn(request) if plan.draws else None
+        key = ("train", num_steps, plan.key, forms_of(task, steps or {}), threads)
+        if key not in self._graphs:
+            graph = plan.graph
+
+            def train(start: State, task: TensorDict, steps: TensorDict | None) -> TrainOutput:
+                views = graph.prepare(task, num_steps) if steps is None else steps
+                with graph.attention():
+                    return graph.train(start, task, views)
+
+            self._graphs[key] = self._graph(train, plan)
+        return self._graphs[key], (task, steps)
+
+    def _after_steps(self, request: Request, plan: Plan, threads: int) -> tuple[Graph, Any]:
+        """Return a graph of `InnerGraph.evaluate` or `InnerGraph.adapt`, for any steps."""
+        task, num_steps = self._tensors(request.chunk), request.num_steps
+        if plan.draws and num_steps > 0:
+            steps = self._drawn(request)
+        else:
+            steps = plan.graph.prepare(task, num_steps)
+        one_step = {name: tensor[:1] for name, tensor in steps.items()}
+        static = num_steps if num_steps < 2 else None
+        key = (request.purpose, static, plan.key, forms_of(task, one_step), threads)
+        if key not in self._graphs:
+            graph, method = plan.graph, getattr(plan.graph, request.purpose)
+
+            def after_steps(start: State, task: TensorDict, steps: TensorDict) -> Any:
+                with graph.attention():
+                    return method(start, task, steps)
+
+            self._graphs[key] = self._graph(after_steps, plan)
+            if static is None:
+                for tensor in steps.values():
+                    torch._dynamo.mark_dynamic(tensor, 0)
+        return self._graphs[key], (task, steps)
+
+    def _tensors(self, chunk: TaskBatch) -> TensorDict:
+        return tensors_of(chunk.stacked if self._together else chunk.tasks[0])
+
+    def _drawn(self, request: Request) -> TensorDict:
+        """Return the tensors of minibatches that are drawn at random, task by task."""
+        each = drawn_views(request.chunk, request.num_steps, request.place, request.first)
+        stacked = [stack(step) for step in zip(*each, strict=True)] if self._together else each[0]
+        rows = [tensors_of(view) for view in stacked]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _plan(self, chunk: TaskBatch, num_steps: int) -> Plan:
+        """Return how tasks of this class and settings are traced, found out on the first."""
+        example, size = chunk.example, len(chunk) if self._together else None
+        key = type(example), size, settings_of(example), self._modes.values()
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(key, chunk.tasks[0], size, num_steps)
+        return self._plans[key]
+
+    def _make_plan(self, key: Any, task: Any, size: int | None, num_steps: int) -> Plan:
+        before = capture()
+        steps = views(task, max(num_steps, 1))
+        draws = not same_states(before, capture())
+        constant = all(view is task for view in steps)
+        if len({(type(v), settings_of(v), shapes_of(v)) for v in steps}) > 1:
+            raise EngineError(
+                f"the minibatches of {type(task).__name__} differ in class, settings or shape: a "
+                "compiled inner loop needs them alike; cycle through the data instead of ending "
+                "with a smaller one, or use compile=False"
+            )
+        middle = capture()
+        copies = [p.detach().clone().requires_grad_() for p in self._params]
+        with torch.enable_grad(), self._inner.precision(copies[0].device):
+            loss = scalar(self._pure(copies, steps[0]), steps[0], 0)
+            scalar(self._pure(copies, query_of(task)), query_of(task), num_steps)
+        grads = torch.autograd.grad(depends_on_model(loss, steps[0], 0), copies, allow_unused=True)
+        after = capture()
+        if not same_host_draws(middle, after):
+            raise EngineError(
+                "the loss draws from Python's or NumPy's random generator, which a compiled inner "
+                "loop would do only once: draw from torch, or in sample(), or use compile=False"
+            )
+        restore(before)
+        graph = InnerGraph(
+            self._pure,
+            self._inner,
+            self._rule,
+            used=tuple(i for i, g in enumerate(grads) if g is not None),
+            task=task,
+            view=None if constant else steps[0],
+            num_tasks=size,
+            device_type=copies[0].device.type,
+        )
+        return Plan(key, graph, draws, noisy=not same_states(middle, after))
+
+    def _graph(self, function: Callable[..., Any], plan: Plan) -> Graph:
+        return Graph(
+            function,
+            what="all tasks at once" if self._together else "one task",
+            tasks=type(plan.graph.task).__name__,
+            device=plan.graph.device_type,
+            mode=self._mode,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How tasks of one class and settings are traced.
+
+    Args:
+        key: what it was looked up by.
+        graph: the functions that are compiled.
+        draws: whether the minibatches are drawn at random.
+        noisy: whether the loss draws at random.
+    """
+
+    key: Any
+    graph: InnerGraph
+    draws: bool
+    noisy: bool
+
+
+def forms_of(*groups: TensorDict) -> tuple[Any, ...]:
+    """Return what a graph takes for granted of tensors."""
+    tensors = [tensor for group in groups for tensor in group.values()]
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+
+
+def settings_of(task: Any) -> tuple[Any, ...]:
+    """Return the fields of a tensor task that are no tensors, so that they can be looked up.
+
+    Raises:
+        EngineError: one of them cannot.
+    """
+    values = []
+    for name in field_names(type(task)):
+        value = getattr(task, name)
+        if isinstance(value, Tensor):
+            continue
+        try:
+            values.append(hashable(value))
+            hash(values[-1])
+        except TypeError as error:
+            raise EngineError(
+                f"the field {name!r} of {type(task).__name__} is neither a tensor nor can it "
+                "be looked up (it has no hash): make it a tensor or a tuple, or use compile=False"
+            ) from error
+    return tuple(values)
+
+
+def hashable(value: Any) -> Any:
+    """Return what is equal for equal values, lists and dictionaries among them."""
+    if isinstance(value, list | tuple):
+        return type(value), tuple(hashable(item) for item in value)
+    if isinstance(value, dict):
+        return dict, tuple((key, hashable(item)) for key, item in value.items())
+    return value
+
+
+def shapes_of(task: Any) -> tuple[Any, ...]:
+    """Return the shapes and types of a tensor task's tensors."""
+    return tuple((name, t.shape, t.dtype) for name, t in tensors_of(task).items())
