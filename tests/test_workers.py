@@ -2,6 +2,7 @@
 
 import threading
 import time
+from copy import deepcopy
 
 import pytest
 import torch
@@ -131,6 +132,13 @@ def test_a_caller_that_stops_leaves_nothing_running():
     next(results)
     results.close()
     assert work.running == 0
+
+
+def test_copy_has_threads_of_its_own():
+    workers = Workers(2)
+    copied = deepcopy({"here": workers})["here"]
+    assert copied._pool is not workers._pool
+    assert [n for _, n in copied.run(calls(Work(), [0, 1, 2]))] == [0, 1, 2]
 
 
 def test_after_a_fork():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -68,16 +69,17 @@ class CompiledEngine:
         size = self._rows(len(batch))
         # a CUDA graph writes its next results over the last ones, so that they must be copied
         means = OutcomeMean(copy=size < len(batch) or self.device.type == "cuda")
-        for call, output in self._results("train", phi, batch, size, num_steps, place):
-            with explained(place, call.first, call.count):
-                *figures, distance = output.figures.tolist()
-                rows = [figures[row : -call.count : call.count] for row in range(call.count)]
-                norms, skip = figures[-call.count :], self.inner.skip_nonfinite
-                kept = finite_tasks(rows, norms, call.first, place, skip)
-                losses = [rows[row] for row in kept]
-            if losses:
-                params, buffers, moments = output.means
-                means.add(params, buffers, moments, losses)
+        with closing(self._results("train", phi, batch, size, num_steps, place)) as results:
+            for call, output in results:
+                with explained(place, call.first, call.count):
+                    *figures, distance = output.figures.tolist()
+                    rows = [figures[row : -call.count : call.count] for row in range(call.count)]
+                    norms, skip = figures[-call.count :], self.inner.skip_nonfinite
+                    kept = finite_tasks(rows, norms, call.first, place, skip)
+                    losses = [rows[row] for row in kept]
+                if losses:
+                    params, buffers, moments = output.means
+                    means.add(params, buffers, moments, losses)
         return means.outcome(len(batch), distance if size >= len(batch) else None)
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
@@ -95,18 +97,19 @@ class CompiledEngine:
     ) -> Tensor:
         """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
         size, values = self._first_rows(len(batch)), []
-        for call, tensors in self._results("adapt", phi, batch, size, num_steps, place):
-            with explained(place, call.first, call.count):
-                start = call.first - batch.first
-                for row, task in enumerate(batch.tasks[start : start + call.count]):
-                    rows = [t[row] for t in tensors] if self.together else tensors
-                    self.inner.learned.put(self.model, rows)
-                    values.append(measured(metric, self.model, task))
+        with closing(self._results("adapt", phi, batch, size, num_steps, place)) as results:
+            for call, tensors in results:
+                with explained(place, call.first, call.count):
+                    start = call.first - batch.first
+                    for row, task in enumerate(batch.tasks[start : start + call.count]):
+                        rows = [t[row] for t in tensors] if self.together else tensors
+                        self.inner.learned.put(self.model, rows)
+                        values.append(measured(metric, self.model, task))
         return torch.stack(values)
 
     def _results(
         self, purpose: str, phi: Phi, batch: TaskBatch, size: int, num_steps: int, place: Place
-    ) -> Iterator[tuple[Call, Any]]:
+    ) -> Generator[tuple[Call, Any]]:
         """Yield a call for every ``size`` tasks, in their order, and what its graph gives."""
         self.modes.match()
         moments = self.rule.initial(phi.params) if phi.moments is None else phi.moments

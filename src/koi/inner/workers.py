@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +61,11 @@ class Workers:
         self._count = count
         self._start()
 
-    def run(self, calls: Iterable[Call]) -> Iterator[tuple[Call, Any]]:
+    def __reduce__(self) -> Any:
+        """Let a copy begin threads of its own."""
+        return Workers, (self._count,)
+
+    def run(self, calls: Iterable[Call]) -> Generator[tuple[Call, Any]]:
         """Yield the calls in their order and what they give, while the next are under way.
 
         When an error or an interrupt ends this early, no call is left running.
