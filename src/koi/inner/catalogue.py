@@ -75,16 +75,19 @@ class Catalogue:
         place, first, count = request.place, request.first, request.count
         with explained(place, first, count):
             place.set("inner", (first or None) if self._together else first)
+            task = self._tensors(request.chunk)
             plan = self._plan(request.chunk, request.num_steps)
             shared = workers is not None and not plan.noisy
             threads = workers.num_threads if workers and shared else torch.get_num_threads()
             find = self._for_training if request.purpose == "train" else self._after_steps
-            graph, inputs = find(request, plan, threads)
-        return Call(place, first, count, graph, (start, *inputs), shared)
+            graph, steps = find(request, task, plan, threads)
+        return Call(place, first, count, graph, (start, task, steps), shared)
 
-    def _for_training(self, request: Request, plan: Plan, threads: int) -> tuple[Graph, Any]:
+    def _for_training(
+        self, request: Request, task: TensorDict, plan: Plan, threads: int
+    ) -> tuple[Graph, TensorDict | None]:
         """Return a graph of `InnerGraph.train`, made for one number of steps."""
-        task, num_steps = self._tensors(request.chunk), request.num_steps
+        num_steps = request.num_steps
         steps = self._drawn(request) if plan.draws else None
         key = ("train", num_steps, plan.key, forms_of(task, steps or {}), threads)
         if key not in self._graphs:
@@ -96,11 +99,13 @@ class Catalogue:
                     return graph.train(start, task, views)
 
             self._graphs[key] = self._graph(train, plan)
-        return self._graphs[key], (task, steps)
+        return self._graphs[key], steps
 
-    def _after_steps(self, request: Request, plan: Plan, threads: int) -> tuple[Graph, Any]:
+    def _after_steps(
+        self, request: Request, task: TensorDict, plan: Plan, threads: int
+    ) -> tuple[Graph, TensorDict | None]:
         """Return a graph of `InnerGraph.evaluate` or `InnerGraph.adapt`, for any steps."""
-        task, num_steps = self._tensors(request.chunk), request.num_steps
+        num_steps = request.num_steps
         if plan.draws and num_steps > 0:
             steps = self._drawn(request)
         else:
@@ -119,7 +124,7 @@ class Catalogue:
             if static is None:
                 for tensor in steps.values():
                     torch._dynamo.mark_dynamic(tensor, 0)
-        return self._graphs[key], (task, steps)
+        return self._graphs[key], steps
 
     def _tensors(self, chunk: TaskBatch) -> TensorDict:
         return tensors_of(chunk.stacked if self._together else chunk.tasks[0])

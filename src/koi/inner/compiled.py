@@ -62,7 +62,7 @@ class CompiledEngine:
         self._chunk_size = chunk_size
         self._evaluation_rows: int | None = None
         self._catalogue = Catalogue(self.model, inner, inner.rule, self.modes, mode, together)
-        self._workers: dict[tuple[int, int], Workers] = {}
+        self._workers: dict[tuple[str, int], Workers | None] = {}
 
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to every task: by one graph call, or by one for each chunk or task."""
@@ -114,7 +114,7 @@ class CompiledEngine:
         self.modes.match()
         moments = self.rule.initial(phi.params) if phi.moments is None else phi.moments
         start = State(phi.params, [*phi.buffers, *phi.constants], moments)
-        workers = self._workers_for(len(batch))
+        workers = self._workers_for(purpose, len(batch))
         calls = (
             self._catalogue.call(
                 Request(
@@ -142,12 +142,14 @@ class CompiledEngine:
             self._evaluation_rows = self._rows(num_tasks)
         return self._evaluation_rows
 
-    def _workers_for(self, num_tasks: int) -> Workers | None:
-        """Return threads that share the tasks, where there are several of both."""
+    def _workers_for(self, purpose: str, num_tasks: int) -> Workers | None:
+        """Return threads that share the tasks, where at first there were several of both.
+
+        It is left at that, so that no graph is compiled again for another number of tasks.
+        """
         total = torch.get_num_threads()
-        count = min(num_tasks, total, self._chunk_size or total)
-        if self.together or self.device.type != "cpu" or count < 2:
-            return None
-        if (count, total) not in self._workers:
-            self._workers[count, total] = Workers(count)
-        return self._workers[count, total]
+        if (purpose, total) not in self._workers:
+            count = min(num_tasks, total, self._chunk_size or total)
+            alone = self.together or self.device.type != "cpu" or count < 2
+            self._workers[purpose, total] = None if alone else Workers(count)
+        return self._workers[purpose, total]
