@@ -13,6 +13,7 @@ import mortal_run
 import rank_runs
 from engine_toys import ENGINES
 from koi import Koi
+from koi.inner.workers import threads
 from ranks import Failed, Pool
 
 # starting processes takes long where others keep the machine busy
@@ -36,10 +37,8 @@ def on_ranks():
 @pytest.fixture(autouse=True)
 def one_thread():
     """As the ranks have: with another number of threads sums are rounded otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 def assert_close(one, other, tolerance=1e-10):

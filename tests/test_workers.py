@@ -10,7 +10,7 @@ from torch import nn
 
 from engine_toys import ALGORITHMS, Fits, assert_agree, conv, everything, mlp, trained
 from koi import NonFiniteError
-from koi.inner.workers import Call, Workers
+from koi.inner.workers import Call, Workers, threads
 from koi.randomness import Place
 from test_engines_chunks import Failures
 
@@ -20,10 +20,8 @@ PLACE = Place(0, "meta-iteration", 0)
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 @pytest.fixture
