@@ -99,7 +99,7 @@ def evaluation(device: str) -> dict[str, Work]:
     return {
         ONE_BY_ONE[0]: workloads.evaluation("eager", device, 1),
         VECTORIZED: workloads.evaluation("vectorized", device, 5),
-        COMPILED: workloads.evaluation("compiled", device, 1),
+        COMPILED: workloads.evaluation("compiled", device, 2),
         BOTH: workloads.evaluation("vectorized+compiled", device, 5),
     }
 

@@ -217,6 +217,10 @@ class TaskBatch:
         return self if missing <= 0 else TaskBatch(tasks=self.tasks + self.tasks[:1] * missing)
 
     def __len__(self) -> int:
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
         if "stacked" in self.__dict__:
             return len(next(iter(tensors_of(self.stacked).values())))
         return len(self.tasks)
@@ -242,7 +246,7 @@ def draw(distribution: Any, num_tasks: int, place: Place) -> TaskBatch:
                 f"{type(stacked).__name__}: it must return one tensor task (@koi.tensor_task) "
                 "whose tensors have the tasks along their first dimension"
             )
-        given = {len(tensor) if tensor.dim() else 0 for tensor in tensors_of(stacked).values()}
+        given = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_of(stacked).values()}
         if given != {num_tasks}:
             raise TaskError(
                 f"sample_batch({num_tasks}) of {type(distribution).__name__} gave "
