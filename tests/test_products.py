@@ -8,10 +8,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from koi.inner.convolution import patches_product
 from koi.inner.products import layers_as_products, linear_product
+from koi.inner.small_products import SmallProducts
 
 pytestmark = pytest.mark.usefixtures("float64")
 small = partial(st.integers, 1)
@@ -138,3 +140,22 @@ def test_modules_in_autocast(name):
         actual = net(input)
     assert actual.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remaining"), [((5, 16, 7), 0), ((5, 17, 7), 2), ((500, 16, 9), 2), ((5, 1, 7), 0)]
+)
+def test_small_products_are_written_out(sizes, remaining):
+    rows, terms, columns = sizes
+    left, right = torch.randn(3, rows, terms), torch.randn(3, terms, columns)
+
+    def products(left, right):
+        return left @ right, left[0] @ right[0]
+
+    traced = make_fx(products, tracing_mode="fake")(left, right)
+    SmallProducts()(traced.graph)
+    traced.recompile()
+    targets = [node.target for node in traced.graph.nodes]
+    matrix_products = torch.ops.aten.mm.default, torch.ops.aten.bmm.default
+    assert sum(target in matrix_products for target in targets) == remaining
+    torch.testing.assert_close(traced(left, right), products(left, right))

@@ -18,7 +18,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 
-# Measured on the sine net: sums of up to 16 products of numbers gain, those of 25 lose.
+# Measured on the sine net: products with up to 16 terms in a sum gain, those with 25 do not.
 _MOST_TERMS = 16
 _MOST_WORK = 2**16
 
