@@ -5,6 +5,7 @@ Imported by what compiles only: the compiler takes a second to import.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,10 +45,9 @@ class SmallProducts(CustomGraphPass):
 
 def _is_small(match: Match) -> bool:
     left, right = (node.meta["val"] for node in match.args)
-    rows, terms, columns = left.shape[-2], left.shape[-1], right.shape[-1]
-    if not all(isinstance(size, int) for size in (rows, terms, columns)):
-        return False
-    return 0 < terms <= _MOST_TERMS and rows * terms * columns <= _MOST_WORK
+    sizes: list[int | torch.SymInt] = [*left.shape[-2:], right.shape[-1]]
+    known = all(isinstance(size, int) for size in sizes)
+    return known and 0 < int(sizes[1]) <= _MOST_TERMS and math.prod(sizes) <= _MOST_WORK
 
 
 @register_graph_pattern(
