@@ -40,28 +40,18 @@ def float64():
     torch.set_default_dtype(before)
 
 
-def plain_scan(body, carry, steps):
-    """Do what the compiled engines' scan does, step by step."""
-    results = []
-    for step in range(len(next(iter(steps.values())))):
-        carry, result = body(carry, {name: tensor[step] for name, tensor in steps.items()})
-        results.append(result)
-    return carry, torch.stack(results)
-
-
 @pytest.fixture
 def untraced(monkeypatch):
     """Run the compiled engines' functions as they stand, without the compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr("koi.inner.graph.scan", plain_scan)
 
 
 @pytest.fixture
 def traced(monkeypatch):
     """Trace the compiled engines' functions in earnest, and run the graph without Inductor.
 
-    Tracing takes a few seconds, Inductor's C++ a minute. Inner steps are scanned, which are traced
-    once however many there are.
+    Tracing takes a few seconds, Inductor's C++ a minute. A graph is of one inner step, which is
+    traced once however many there are.
     """
     compile = torch.compile
 
@@ -70,4 +60,4 @@ def traced(monkeypatch):
         return compile(function, fullgraph=fullgraph, backend="aot_eager", options=guards)
 
     monkeypatch.setattr(torch, "compile", without_inductor)
-    monkeypatch.setattr("koi.inner.graph._MOST_UNROLLED", 0)
+    monkeypatch.setattr("koi.inner.catalogue._MOST_WRITTEN_OUT", 0)

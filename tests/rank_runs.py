@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from conftest import plain_scan
 from engine_toys import NETS, Fits, everything, trained
 from koi import Koi, ModelError
 from toys import Regression, Regressions, small_net, snapshot
@@ -24,10 +23,7 @@ def in_engine(rank, engine, net, settings):
     make, shape = NETS[net]
     torch.set_default_dtype(torch.float64)
     try:
-        with (
-            patch("torch.compile", lambda function, **options: function),
-            patch("koi.inner.graph.scan", plain_scan),
-        ):
+        with patch("torch.compile", lambda function, **options: function):
             if rank == 0:
                 torch.manual_seed(1)  # the others begin elsewhere, and are to take this start
             return everything(trained(engine, make(), Fits(shape), **settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +14,25 @@ from koi.errors import EngineError
 from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
 from koi.inner.compiler import Graph
 from koi.inner.functional import PureLoss
-from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
+from koi.inner.graph import InnerGraph, State, TensorDict
 from koi.inner.optimizers import UpdateRule
+from koi.inner.programs import Program, Stepwise
 from koi.inner.workers import Call, Workers
 from koi.parameters import Modes
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
-from koi.tasks import TaskBatch, field_names, query_of, stack, tensors_of, views
+from koi.tasks import TaskBatch, field_names, query_of, stack, tensors_of, views, with_tensors
+
+# Inner steps times parameter tensors: up to here a graph with all steps compiles in seconds.
+_MOST_WRITTEN_OUT = 64
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a graph.
+    """What is asked of a program.
 
     Args:
-        purpose: "train", "evaluate" or "adapt", as the methods of `InnerGraph`.
-        chunk: the tasks that the graph is for.
+        purpose: "train", "evaluate" or "adapt".
+        chunk: the tasks that the program is for.
         count: how many of them count; the others fill the chunk up.
         num_steps: inner steps.
         place: where this is.
@@ -68,10 +73,11 @@ class Catalogue:
         self._mode, self._together = mode, together
         self._pure = PureLoss(model, inner.learned)
         self._plans: dict[Any, Plan] = {}
-        self._graphs: dict[Any, Graph] = {}
+        self._programs: dict[Any, Program] = {}
+        self._stepwises: dict[Any, Stepwise] = {}
 
     def call(self, request: Request, start: State, workers: Workers | None) -> Call:
-        """Return a graph and what it is called with, ``start`` first."""
+        """Return a program and what it is called with, ``start`` first."""
         place, first, count = request.place, request.first, request.count
         with explained(place, first, count):
             place.set("inner", (first or None) if self._together else first)
@@ -79,62 +85,55 @@ class Catalogue:
             plan = self._plan(request.chunk, request.num_steps)
             shared = workers is not None and not plan.noisy
             threads = workers.num_threads if workers and shared else torch.get_num_threads()
-            find = self._for_training if request.purpose == "train" else self._after_steps
-            graph, steps = find(request, task, plan, threads)
-        return Call(place, first, count, graph, (start, task, steps), shared)
+            find = self._written_out if self._is_small(request) else self._stepwise
+            program, steps = find(request, task, plan, threads)
+        return Call(place, first, count, program, (start, task, steps), shared)
 
-    def _for_training(
+    def _is_small(self, request: Request) -> bool:
+        """Return whether one graph is of all inner steps, as MAML needs it."""
+        if request.purpose != "train":
+            return False
+        size = request.num_steps * len(self._params)
+        return size <= _MOST_WRITTEN_OUT or self._inner.algorithm == "maml"
+
+    def _written_out(
         self, request: Request, task: TensorDict, plan: Plan, threads: int
-    ) -> tuple[Graph, TensorDict | None]:
+    ) -> tuple[Program, list[TensorDict] | None]:
         """Return a graph of `InnerGraph.train`, made for one number of steps."""
         num_steps = request.num_steps
         steps = self._drawn(request) if plan.draws else None
-        key = ("train", num_steps, plan.key, forms_of(task, steps or {}), threads)
-        if key not in self._graphs:
+        key = (num_steps, plan.key, forms_of(task, *(steps or [])), threads)
+        if key not in self._programs:
             graph = plan.graph
 
-            def train(start: State, task: TensorDict, steps: TensorDict | None) -> TrainOutput:
+            def train(start: State, task: TensorDict, steps: list[TensorDict] | None) -> Any:
                 views = graph.prepare(task, num_steps) if steps is None else steps
-                with graph.attention():
-                    return graph.train(start, task, views)
+                return graph.train(start, task, views)
 
-            self._graphs[key] = self._graph(train, plan)
-        return self._graphs[key], steps
+            made = self._graph(plan, train, "the inner loop")
+            self._programs[key] = Program(made, (made,))
+        return self._programs[key], steps
 
-    def _after_steps(
+    def _stepwise(
         self, request: Request, task: TensorDict, plan: Plan, threads: int
-    ) -> tuple[Graph, TensorDict | None]:
-        """Return a graph of `InnerGraph.evaluate` or `InnerGraph.adapt`, for any steps."""
-        num_steps = request.num_steps
-        if plan.draws and num_steps > 0:
-            steps = self._drawn(request)
-        else:
-            steps = plan.graph.prepare(task, num_steps)
-        one_step = {name: tensor[:1] for name, tensor in steps.items()}
-        static = num_steps if num_steps < 2 else None
-        key = (request.purpose, static, plan.key, forms_of(task, one_step), threads)
-        if key not in self._graphs:
-            graph, method = plan.graph, getattr(plan.graph, request.purpose)
-
-            def after_steps(start: State, task: TensorDict, steps: TensorDict) -> Any:
-                with graph.attention():
-                    return method(start, task, steps)
-
-            self._graphs[key] = self._graph(after_steps, plan)
-            if static is None:
-                for tensor in steps.values():
-                    torch._dynamo.mark_dynamic(tensor, 0)
-        return self._graphs[key], steps
+    ) -> tuple[Program, list[TensorDict]]:
+        """Return graphs of the parts of an inner step, for any number of them."""
+        draws = plan.draws and request.num_steps > 0
+        drawn = self._drawn(request) if draws else plan.graph.prepare(task, request.num_steps)
+        steps = [{name: t.contiguous() for name, t in tensors.items()} for tensors in drawn]
+        key = (plan.key, forms_of(task, *steps[:1]), threads)
+        if key not in self._stepwises:
+            self._stepwises[key] = Stepwise(plan.graph, partial(self._graph, plan))
+        return self._stepwises[key].program(request.purpose), steps
 
     def _tensors(self, chunk: TaskBatch) -> TensorDict:
         return tensors_of(chunk.stacked if self._together else chunk.tasks[0])
 
-    def _drawn(self, request: Request) -> TensorDict:
+    def _drawn(self, request: Request) -> list[TensorDict]:
         """Return the tensors of minibatches that are drawn at random, task by task."""
         each = drawn_views(request.chunk, request.num_steps, request.place, request.first)
-        stacked = [stack(step) for step in zip(*each, strict=True)] if self._together else each[0]
-        rows = [tensors_of(view) for view in stacked]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        steps = [stack(step) for step in zip(*each, strict=True)] if self._together else each[0]
+        return [tensors_of(view) for view in steps]
 
     def _plan(self, chunk: TaskBatch, num_steps: int) -> Plan:
         """Return how tasks of this class and settings are traced, found out on the first."""
@@ -173,17 +172,21 @@ class Catalogue:
             self._inner,
             self._rule,
             used=tuple(i for i, g in enumerate(grads) if g is not None),
-            task=task,
-            view=None if constant else steps[0],
+            task=without_data(task),
+            view=None if constant else without_data(steps[0]),
             num_tasks=size,
             device_type=copies[0].device.type,
         )
         return Plan(key, graph, draws, noisy=not same_states(middle, after))
 
-    def _graph(self, function: Callable[..., Any], plan: Plan) -> Graph:
+    def _graph(self, plan: Plan, function: Callable[..., Any], what: str) -> Graph:
+        def run(*inputs: Any) -> Any:
+            with plan.graph.attention():
+                return function(*inputs)
+
         return Graph(
-            function,
-            what="all tasks at once" if self._together else "one task",
+            run,
+            what=f"{what} of {'all tasks at once' if self._together else 'one task'}",
             tasks=type(plan.graph.task).__name__,
             device=plan.graph.device_type,
             mode=self._mode,
@@ -205,6 +208,15 @@ class Plan:
     graph: InnerGraph
     draws: bool
     noisy: bool
+
+
+def without_data(task: Any) -> Any:
+    """Return the task with empty tensors, for its class and settings.
+
+    The compiler takes a tensor that is both an input and held by the function for the latter, so
+    that a graph would see the first task for ever.
+    """
+    return with_tensors(task, {name: t.new_empty(0) for name, t in tensors_of(task).items()})
 
 
 def forms_of(*groups: TensorDict) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ class Graph:
             return self._run(*inputs) if self._compiled else self._first_run(*inputs)
 
     def _first_run(self, *inputs: Any) -> Any:
-        log.info("compiling the inner loop of %s: this takes some seconds, once", self._what)
+        log.info("compiling %s: this takes some seconds, once", self._what)
         began = time.perf_counter()
         try:
             result = self._run(*inputs)

@@ -1,17 +1,16 @@
-"""The inner loop as pure functions that the compiler can turn into one graph.
+"""The inner loop as functions of tensors that the compiler can turn into graphs.
 
-A few inner steps of a small network are written out one after the other, which lets the compiler
-join what they share. Otherwise they are a ``scan`` over the views of the task, so that the graph
-does not grow with their number, and in evaluation one graph serves any number of them. Gradients
-and optimizer are part of it, so that it needs no autograd when it runs.
+Either one graph is of all that a meta-batch takes, the inner steps written out one after the
+other, which lets the compiler join what they share; or it is of one inner step, which serves any
+number of them (`koi.inner.programs`). Gradients and optimizer are part of it, so that it needs no
+autograd when it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from torch.func import grad, grad_and_value, vmap
 
 from koi.inner.base import InnerLoop, attention_kernel
 from koi.inner.functional import PureLoss
-from koi.inner.internals import scan
 from koi.inner.optimizers import UpdateRule
 from koi.inner.stepwise import filled
 from koi.parameters import Tensors
@@ -29,9 +27,6 @@ from koi.tasks import query_of, tensors_of, views, with_tensors
 TensorDict = dict[str, Tensor]
 Target = Callable[[TensorDict], Any]
 
-# Inner steps times parameter tensors: up to here a graph with all steps compiles in seconds.
-_MOST_UNROLLED = 64
-
 
 class State(NamedTuple):
     """What an inner step changes: parameters, buffers, the optimizer's moments."""
@@ -39,18 +34,6 @@ class State(NamedTuple):
     params: Tensors
     buffers: Tensors
     moments: Tensors
-
-
-Body = Callable[[State, TensorDict], tuple[State, Tensor]]
-
-
-def unrolled(body: Body, start: State, steps: TensorDict) -> tuple[State, Tensor]:
-    """Return the state after all steps, and what each gives, stacked; the steps written out."""
-    state, results = start, []
-    for step in range(next(iter(steps.values())).shape[0]):
-        state, result = body(state, {name: tensor[step] for name, tensor in steps.items()})
-        results.append(result)
-    return state, torch.stack(results)
 
 
 class TrainOutput(NamedTuple):
@@ -88,35 +71,57 @@ class InnerGraph:
         """Return the context in which `train` and `evaluate` run."""
         return attention_kernel(self.inner, self.num_tasks is not None, self.device_type)
 
-    def prepare(self, task: TensorDict, num_steps: int) -> TensorDict:
-        """Return the tensors of the task's views, stacked along the inner steps."""
+    def prepare(self, task: TensorDict, num_steps: int) -> list[TensorDict]:
+        """Return the tensors of each inner step's view; none where that is the task."""
 
         def split(tensors: TensorDict) -> list[TensorDict]:
             return [tensors_of(v) for v in views(with_tensors(self.task, tensors), num_steps)]
 
-        if self.view is None or num_steps == 0:
-            return {"step": torch.arange(num_steps)}
-        rows = split(task) if self.num_tasks is None else vmap(split)(task)
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        if self.view is None:
+            return [{}] * num_steps
+        return split(task) if self.num_tasks is None else vmap(split)(task)
 
-    def train(self, phi: State, task: TensorDict, steps: TensorDict) -> TrainOutput:
-        """Return what a meta-batch gives: means over the tasks, losses and norms."""
+    def train(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> TrainOutput:
+        """Return what a meta-batch gives, the inner steps written out."""
         start = self._spread(phi)
         if self.inner.algorithm == "maml":
-            result, after, losses = self._second_order(start, task, steps)
-        else:
-            few = next(iter(steps.values())).shape[0] * len(start.params) <= _MOST_UNROLLED
-            through = unrolled if few else self._scanned
-            after, losses = through(partial(self._step, task), start, steps)
-            result = after.params
+            return self.outcome(phi, *self._second_order(start, task, steps))
+        after, losses = self._after(start, task, steps)
         if self.inner.algorithm == "fomaml":
-            every = tuple(range(len(after.params)))
-            grads, loss, _ = self._gradients(after, *self._outer(task, steps), every)
-            result = filled(grads, after.params)
-            losses = torch.cat([losses, loss.unsqueeze(0)])
+            grads, loss = self.outer_gradient(after, task, steps[-1])
+            return self.outcome(phi, after, grads, torch.cat([losses, loss.unsqueeze(0)]))
+        return self.outcome(phi, after, after.params, losses)
+
+    def begin(self, phi: State) -> State:
+        """Return φ as every task starts from it, in memory of its own, for `step_`."""
+        return State(*[[self._laid_out(t) for t in part] for part in self._spread(phi)])
+
+    def step_(self, state: State, task: TensorDict, tensors: TensorDict) -> Tensor:
+        """Do an inner step in place, so that there is never a second state; return the losses."""
+        after, losses = self._step(task, state, tensors)
+        for part, following in zip(state, after, strict=True):
+            for tensor, value in zip(part, following, strict=True):
+                if value is not tensor:
+                    tensor.copy_(value)
+        return losses
+
+    def query_loss(self, state: State, task: TensorDict) -> Tensor:
+        """Return the losses on the held-out data."""
+        return self._loss(state, self._query, task)
+
+    def outer_gradient(
+        self, state: State, task: TensorDict, last: TensorDict
+    ) -> tuple[Tensors, Tensor]:
+        """Return FOMAML's gradient at φ̃, and the losses there; ``last`` is the last step's view."""
+        every = tuple(range(len(state.params)))
+        grads, losses, _ = self._gradients(state, *self._outer_target(task, last), every)
+        return filled(grads, state.params), losses
+
+    def outcome(self, phi: State, after: State, result: Tensors, losses: Tensor) -> TrainOutput:
+        """Return the means over the tasks of φ̃ or the meta-gradient, and of what goes with it."""
         norms = self._norms(result)
         kept = losses.isfinite().all(0) & norms.isfinite()
-        split = self.rule.num_slots * len(start.params)
+        split = self.rule.num_slots * len(phi.params)
         moments = self._means(after.moments[:split], kept)
         means = State(
             self._means(result, kept),
@@ -128,73 +133,40 @@ class InnerGraph:
         figures = [losses.flatten(), norms.flatten(), distance.flatten()]
         return TrainOutput(means, torch.cat([f.to(losses.dtype) for f in figures]))
 
-    def evaluate(self, phi: State, task: TensorDict, steps: TensorDict) -> Tensor:
-        """Return the query losses before and after each step, shape (steps + 1[, tasks])."""
-        start = self._spread(phi)
-        before = self._loss(start, self._query, task).unsqueeze(0)
-        if next(iter(steps.values())).shape[0] == 0:
-            return before
-
-        def body(state: State, tensors: TensorDict) -> tuple[State, Tensor]:
-            state, _ = self._step(task, state, tensors)
-            return state, self._loss(state, self._query, task)
-
-        _, after = self._scanned(body, start, steps)
-        return torch.cat([before, after])
-
-    def adapt(self, phi: State, task: TensorDict, steps: TensorDict) -> Tensors:
-        """Return each task's parameters and buffers after the steps, in one list."""
-        state = self._spread(phi)
-        if next(iter(steps.values())).shape[0] > 0:
-            state, _ = self._scanned(partial(self._step, task), state, steps)
-        return [*state.params, *state.buffers]
+    def _after(
+        self, state: State, task: TensorDict, steps: Sequence[TensorDict]
+    ) -> tuple[State, Tensor]:
+        """Return the state after all steps, and the losses before each."""
+        losses = []
+        for tensors in steps:
+            state, loss = self._step(task, state, tensors)
+            losses.append(loss)
+        return state, torch.stack(losses)
 
     def _second_order(
-        self, start: State, task: TensorDict, steps: TensorDict
-    ) -> tuple[Tensors, State, Tensor]:
-        """MAML: the gradient at φ of the query loss after all steps, which are unrolled."""
+        self, start: State, task: TensorDict, steps: Sequence[TensorDict]
+    ) -> tuple[State, Tensors, Tensor]:
+        """MAML: the gradient at φ of the query loss after all steps."""
 
         def after_all(params: Tensors) -> tuple[Tensor, tuple[State, Tensor]]:
             first = State(params, start.buffers, start.moments)
-            state, losses = unrolled(partial(self._step, task), first, steps)
-            outer = self._loss(state, *self._outer(task, steps))
+            state, losses = self._after(first, task, steps)
+            outer = self._loss(state, *self._outer_target(task, steps[-1]))
             return outer.sum(), (state, torch.cat([losses, outer.unsqueeze(0)]))
 
         grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
-        return grads, state, losses
+        return state, grads, losses
 
-    def _scanned(self, body: Body, start: State, steps: TensorDict) -> tuple[State, Tensor]:
-        """Return what `unrolled` returns, by a graph that does not grow with the steps."""
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        """Return a copy: of convolutions' weights on the CPU with the channels last.
 
-        def plain(carry: tuple[Tensors, ...], tensors: TensorDict) -> tuple[Any, Tensor]:
-            state, result = body(self._unpacked(carry), tensors)
-            return self._packed(state), result.clone()
-
-        carry, results = scan(plain, self._packed(start), steps)
-        return self._unpacked(carry), results
-
-    def _packed(self, state: State) -> tuple[Tensors, ...]:
-        """Return contiguous copies, as a scan carries them, that share no memory.
-
-        Weights of convolutions have their channels last on the CPU, as `patches_product` reads
-        them and makes their gradient.
+        So `patches_product` reads them and makes their gradient.
         """
-
-        def packed(tensor: Tensor) -> Tensor:
-            moved = tensor.movedim(-3, -1) if self._is_convolution(tensor) else tensor
-            return moved.clone(memory_format=torch.contiguous_format)
-
-        return tuple([packed(tensor) for tensor in part] for part in state)
-
-    def _unpacked(self, carry: tuple[Tensors, ...]) -> State:
-        """Return the state whose packed tensors these are."""
-        return State(
-            *[[t.movedim(-1, -3) if self._is_convolution(t) else t for t in part] for part in carry]
-        )
-
-    def _is_convolution(self, tensor: Tensor) -> bool:
         own_dims = tensor.dim() - (self.num_tasks is not None)
-        return own_dims == 4 and self.device_type == "cpu"
+        if own_dims == 4 and self.device_type == "cpu":
+            moved = tensor.movedim(-3, -1)
+            return moved.clone(memory_format=torch.contiguous_format).movedim(-1, -3)
+        return tensor.clone(memory_format=torch.contiguous_format)
 
     def _step(self, task: TensorDict, state: State, tensors: TensorDict) -> tuple[State, Tensor]:
         """Return the state after one inner step, and the loss before it."""
@@ -253,13 +225,13 @@ class InnerGraph:
         """Return the task on its held-out data."""
         return query_of(with_tensors(self.task, tensors))
 
-    def _outer(self, task: TensorDict, steps: TensorDict) -> tuple[Target, TensorDict]:
+    def _outer_target(self, task: TensorDict, last: TensorDict) -> tuple[Target, TensorDict]:
         """Return what FOMAML and MAML differentiate, as `koi.tasks.outer_view` does."""
         if hasattr(self.task, "query"):
             return self._query, task
         if self.view is None:
             return self._seen, task
-        return self._seen, {name: tensor[-1] for name, tensor in steps.items()}
+        return self._seen, last
 
     def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function if self.num_tasks is None else vmap(function, randomness="different")

@@ -1,4 +1,4 @@
-"""Calls of graphs, and threads that share them."""
+"""Calls of programs, and threads that share them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from koi.inner.base import explained
-from koi.inner.compiler import Graph
+from koi.inner.programs import Program
 from koi.randomness import Place
 
 
 @dataclass(frozen=True)
 class Call:
-    """A graph and what it is to be called with.
+    """A program and what it is to be called with.
 
     Args:
         place: where this is, for errors.
         first: the number of the first task.
         count: how many tasks it is for.
-        graph: the graph.
+        program: the program.
         inputs: its arguments.
         shared: whether it may run on another thread: it was made for such a thread's share of
             torch's threads, and draws nothing at random, which threads would do in any order.
@@ -35,14 +35,14 @@ class Call:
     place: Place
     first: int
     count: int
-    graph: Graph
+    program: Program
     inputs: tuple[Any, ...]
     shared: bool
 
     def __call__(self) -> Any:
-        """Return what the graph gives."""
+        """Return what the program gives."""
         with explained(self.place, self.first, self.count):
-            return self.graph(*self.inputs)
+            return self.program.run(*self.inputs)
 
 
 class Workers:
@@ -88,7 +88,7 @@ class Workers:
             wait([future for _, future in pending])
 
     def _begin(self, call: Call) -> Future[Any]:
-        if call.shared and call.graph.threadsafe:
+        if call.shared and call.program.threadsafe:
             return self._pool.submit(call)
         # what compiles stays here, where an interrupt ends it
         with threads(self.num_threads if call.shared else torch.get_num_threads()):
