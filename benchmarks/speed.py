@@ -85,8 +85,12 @@ def sine_1(device: str) -> dict[str, Work]:
 
 
 def omniglot(device: str) -> dict[str, Work]:
+    ours: dict[str, tuple[str, torch.dtype | None]]
     ours = {name: (form, None) for name, form in zip(FLOAT32, FORMS, strict=True)}
-    ours |= {name: (form, torch.bfloat16) for name, form in zip(BFLOAT16, FORMS, strict=True)}
+    if harness.has_bfloat16(device):
+        ours |= {name: (form, torch.bfloat16) for name, form in zip(BFLOAT16, FORMS, strict=True)}
+    else:
+        print("this processor has no bfloat16: its row is left out")
     return {
         HAND[0]: workloads.images_by_hand(device),
         **{n: workloads.images_by_koi(form, device, dtype) for n, (form, dtype) in ours.items()},
@@ -325,7 +329,7 @@ def publish(found: Found, facts: Mapping[str, Any], device: str, threads: int) -
 
 def brief_facts(facts: Mapping[str, Any]) -> str:
     """What a reader of the documentation must know of a table."""
-    machine = facts.get("gpu", facts["processor"])
+    machine = facts.get("gpu", f"{facts['processor']} ({facts['instructions']})")
     return (
         f"{machine}, threads: {facts['threads']}, torch {facts['torch']}, JAX {facts['jax']}, "
         f"{facts['date']}, load average before: {facts['load average before']}. "

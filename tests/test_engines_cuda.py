@@ -4,11 +4,13 @@ import random
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from engine_toys import Fits, assert_agree, mlp, trained
 from koi import EngineError, Koi
 from koi.inner.compiled import CompiledEngine
 from koi.inner.compiler import options_for
+from koi.inner.graph import InnerGraph
 from koi.inner.scaling import LossScale
 from koi.randomness import Place, capture, restore, set_generators
 from koi.tasks import draw
@@ -30,31 +32,50 @@ class TestCudaGraphs:
         assert options_for("cpu", True)["cpp_wrapper"]
 
     @pytest.mark.usefixtures("float64", "untraced")
+    @pytest.mark.parametrize("written_out", [64, 0])
+    @pytest.mark.parametrize("algorithm", ["reptile", "fomaml"])
     @pytest.mark.parametrize("engine", ["compiled", "vectorized+compiled"])
-    def test_results_that_the_next_call_overwrites(self, engine, monkeypatch):
-        """As a CUDA graph does, which always writes to the same memory."""
+    def test_fixed_memory(self, engine, algorithm, written_out, monkeypatch):
+        """A CUDA graph always writes its results, and finds what it changes, at one address."""
+        start, tasks = mlp(), Fits()
+        settings = {"inner_optimizer": "adam", "num_iterations": 4, "algorithm": algorithm}
+        eager = trained("eager", start, tasks, **settings)
         monkeypatch.setattr("koi.inner.compiler.Graph.__call__", overwriting)
+        monkeypatch.setattr("koi.inner.catalogue._MOST_WRITTEN_OUT", written_out)
+        monkeypatch.setattr("koi.inner.catalogue.InnerGraph", on_cuda(InnerGraph))
         make = CompiledEngine.__init__
 
-        def on_cuda(self, *args, **settings):
+        def engine_on_cuda(self, *args, **settings):
             make(self, *args, **settings)
             self.device = torch.device("cuda")
 
-        start, settings = mlp(), {"inner_optimizer": "adam", "num_iterations": 4}
-        eager = trained("eager", start, Fits(), **settings)
-        monkeypatch.setattr(CompiledEngine, "__init__", on_cuda)
-        assert_agree(trained(engine, start, Fits(), **settings), eager)
+        monkeypatch.setattr(CompiledEngine, "__init__", engine_on_cuda)
+        learner = trained(engine, start, tasks, **settings)
+        assert_agree(learner, eager)
+        curves = [each.evaluate(tasks, 5, num_steps=4).losses for each in (learner, eager)]
+        torch.testing.assert_close(*curves, rtol=0, atol=1e-10)
+
+
+def on_cuda(make):
+    return lambda *args, **settings: make(*args, **settings | {"device_type": "cuda"})
 
 
 def overwriting(graph, *inputs):
-    """Return a graph's results in memory that is the same at every call."""
+    """Return a graph's results in memory that is the same at every call, as what it changes is."""
+    tensors = [t for t in tree_leaves(inputs) if t is not None]
+    versions = [t._version for t in tensors]
     with torch.no_grad():
-        results, spec = torch.utils._pytree.tree_flatten(graph._run(*inputs))
+        results, spec = tree_flatten(graph._run(*inputs))
         if not hasattr(graph, "memory"):
             graph.memory = [torch.empty_like(t) for t in results]
+            graph.changed = []
         for place, result in zip(graph.memory, results, strict=True):
             place.copy_(result)
-        return torch.utils._pytree.tree_unflatten(graph.memory, spec)
+    graph.changed.append(
+        {t.data_ptr() for t, before in zip(tensors, versions, strict=True) if t._version > before}
+    )
+    assert graph.changed[0] == graph.changed[-1]
+    return tree_unflatten(graph.memory, spec)
 
 
 class TestGenerators:

@@ -88,14 +88,14 @@ def test_number_of_threads():
 
 
 class Work:
-    """Stands in for a compiled graph."""
+    """Stands in for a program."""
 
     threadsafe = True
 
     def __init__(self):
         self.running, self.done = 0, []
 
-    def __call__(self, number):
+    def run(self, number):
         self.running += 1
         time.sleep(0.01 if number % 2 else 0.03)
         self.running -= 1

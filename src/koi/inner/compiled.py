@@ -1,4 +1,4 @@
-"""The inner loop as one compiled graph: of all tasks at once, or of one task at a time."""
+"""The inner loop compiled: of all tasks at once, or of one task at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from koi.tasks import TaskBatch
 
 
 class CompiledEngine:
-    """Runs graphs that ``torch.compile`` made of the whole inner loop.
+    """Runs graphs that ``torch.compile`` made of the inner loop, or of one step of it.
 
     On the CPU several graphs of one task run side by side (`Workers`).
     """
@@ -65,7 +65,7 @@ class CompiledEngine:
         self._workers: dict[tuple[str, int], Workers | None] = {}
 
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
-        """Adapt to every task: by one graph call, or by one for each chunk or task."""
+        """Adapt to every task: all in one call, or each chunk or task in its own."""
         size = self._rows(len(batch))
         # a CUDA graph writes its next results over the last ones, so that they must be copied
         means = OutcomeMean(copy=size < len(batch) or self.device.type == "cuda")
@@ -110,7 +110,7 @@ class CompiledEngine:
     def _results(
         self, purpose: str, phi: Phi, batch: TaskBatch, size: int, num_steps: int, place: Place
     ) -> Generator[tuple[Call, Any]]:
-        """Yield a call for every ``size`` tasks, in their order, and what its graph gives."""
+        """Yield a call for every ``size`` tasks, in their order, and what its program gives."""
         self.modes.match()
         moments = self.rule.initial(phi.params) if phi.moments is None else phi.moments
         start = State(phi.params, [*phi.buffers, *phi.constants], moments)
