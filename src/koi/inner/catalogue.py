@@ -110,7 +110,7 @@ class Catalogue:
                 views = graph.prepare(task, num_steps) if steps is None else steps
                 return graph.train(start, task, views)
 
-            made = self._graph(plan, train, "the inner loop")
+            made = self._graph(plan, train, "the inner loop", lean=False)
             self._programs[key] = Program(made, (made,))
         return self._programs[key], steps
 
@@ -123,7 +123,7 @@ class Catalogue:
         steps = [{name: t.contiguous() for name, t in tensors.items()} for tensors in drawn]
         key = (plan.key, forms_of(task, *steps[:1]), threads)
         if key not in self._stepwises:
-            self._stepwises[key] = Stepwise(plan.graph, partial(self._graph, plan))
+            self._stepwises[key] = Stepwise(plan.graph, partial(self._graph, plan, lean=True))
         return self._stepwises[key].program(request.purpose), steps
 
     def _tensors(self, chunk: TaskBatch) -> TensorDict:
@@ -179,7 +179,7 @@ class Catalogue:
         )
         return Plan(key, graph, draws, noisy=not same_states(middle, after))
 
-    def _graph(self, plan: Plan, function: Callable[..., Any], what: str) -> Graph:
+    def _graph(self, plan: Plan, function: Callable[..., Any], what: str, *, lean: bool) -> Graph:
         def run(*inputs: Any) -> Any:
             with plan.graph.attention():
                 return function(*inputs)
@@ -190,6 +190,7 @@ class Catalogue:
             tasks=type(plan.graph.task).__name__,
             device=plan.graph.device_type,
             mode=self._mode,
+            lean=lean,
         )
 
 

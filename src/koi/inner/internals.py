@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import TorchDynamoException as CompileError
 from torch.autograd.graph import _engine_run_backward as run_backward
 
-__all__ = ["CompileError", "has_graph", "run_backward", "without_lookup"]
+__all__ = ["CompileError", "has_graph", "kernels_apart", "run_backward", "without_lookup"]
 
 
 def has_graph(function: types.FunctionType) -> bool:
@@ -38,3 +39,19 @@ def without_lookup(function: types.FunctionType) -> Callable[..., Any] | None:
         function.__defaults__,
         function.__closure__,
     )
+
+
+@contextmanager
+def kernels_apart() -> Iterator[None]:
+    """Let the compiler make a function of each loop, where the CPU's are all between two products.
+
+    What a function reads and writes is held until it ends, by when it has left the cache.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling  # takes a second to import
+
+    before = CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM
+    CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = 0
+    try:
+        yield
+    finally:
+        CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = before
