@@ -8,7 +8,7 @@ from pathlib import Path
 import harness
 import memory
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import LogFormatter, NullLocator, ScalarFormatter
 from tqdm import tqdm
 from workloads import Work, sine_by_koi
 
@@ -81,6 +81,7 @@ def draw_cost(costs: Mapping[int, float], name: str) -> None:
     axes.set_xticks(list(costs), [str(size) for size in costs])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(IMAGES / name)

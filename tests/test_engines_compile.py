@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.codegen.cpp import CppScheduling
 
 import koi
 from engine_toys import (
@@ -22,6 +23,7 @@ from engine_toys import (
     trained,
 )
 from koi import Koi
+from koi.inner.internals import kernels_apart
 
 pytestmark = pytest.mark.usefixtures("float64", "traced")
 COMPILED = ["compiled", "vectorized+compiled"]
@@ -277,3 +279,11 @@ def test_message(engine, caplog):
     assert lines[0].startswith(f"compiling an inner step of {what}")
     assert lines[1].startswith("compiled in")
     assert len(lines) == 2
+
+
+def test_the_compiler_is_left_as_it_was():
+    before = CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM
+    with pytest.raises(KeyboardInterrupt), kernels_apart():
+        assert CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM == 0
+        raise KeyboardInterrupt
+    assert CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM == before > 0
