@@ -85,12 +85,12 @@ class Catalogue:
             plan = self._plan(request.chunk, request.num_steps)
             shared = workers is not None and not plan.noisy
             threads = workers.num_threads if workers and shared else torch.get_num_threads()
-            find = self._written_out if self._is_small(request) else self._stepwise
+            find = self._written_out if self._in_one_graph(request) else self._stepwise
             program, steps = find(request, task, plan, threads)
         return Call(place, first, count, program, (start, task, steps), shared)
 
-    def _is_small(self, request: Request) -> bool:
-        """Return whether one graph is of all inner steps, as MAML needs it."""
+    def _in_one_graph(self, request: Request) -> bool:
+        """Return whether one graph is of all inner steps: those of small networks, and MAML's."""
         if request.purpose != "train":
             return False
         size = request.num_steps * len(self._params)
