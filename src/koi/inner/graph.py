@@ -45,7 +45,7 @@ class TrainOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class InnerGraph:
-    """Pure functions of φ and the tensors of a task, or of many tasks stacked.
+    """Functions of φ and the tensors of a task, or of many stacked; only `step_` changes any.
 
     Args:
         pure: the loss as a function of parameters and buffers.
@@ -68,7 +68,7 @@ class InnerGraph:
     device_type: str
 
     def attention(self) -> AbstractContextManager[Any]:
-        """Return the context in which `train` and `evaluate` run."""
+        """Return the context in which all that has a loss runs."""
         return attention_kernel(self.inner, self.num_tasks is not None, self.device_type)
 
     def prepare(self, task: TensorDict, num_steps: int) -> list[TensorDict]:
@@ -89,7 +89,7 @@ class InnerGraph:
         after, losses = self._after(start, task, steps)
         if self.inner.algorithm == "fomaml":
             grads, loss = self.outer_gradient(after, task, steps[-1])
-            return self.outcome(phi, after, grads, torch.cat([losses, loss.unsqueeze(0)]))
+            return self.outcome(phi, after, grads, [*losses, loss])
         return self.outcome(phi, after, after.params, losses)
 
     def begin(self, phi: State) -> State:
@@ -117,10 +117,11 @@ class InnerGraph:
         grads, losses, _ = self._gradients(state, *self._outer_target(task, last), every)
         return filled(grads, state.params), losses
 
-    def outcome(self, phi: State, after: State, result: Tensors, losses: Tensor) -> TrainOutput:
+    def outcome(self, phi: State, after: State, result: Tensors, losses: Tensors) -> TrainOutput:
         """Return the means over the tasks of φ̃ or the meta-gradient, and of what goes with it."""
+        curves = torch.stack(losses)
         norms = self._norms(result)
-        kept = losses.isfinite().all(0) & norms.isfinite()
+        kept = curves.isfinite().all(0) & norms.isfinite()
         split = self.rule.num_slots * len(phi.params)
         moments = self._means(after.moments[:split], kept)
         means = State(
@@ -130,29 +131,29 @@ class InnerGraph:
         )
         moved = [m - p for m, p in zip(means.params, phi.params, strict=True)]
         distance = torch.stack([m.square().sum() for m in moved]).sum().sqrt()
-        figures = [losses.flatten(), norms.flatten(), distance.flatten()]
-        return TrainOutput(means, torch.cat([f.to(losses.dtype) for f in figures]))
+        figures = [curves.flatten(), norms.flatten(), distance.flatten()]
+        return TrainOutput(means, torch.cat([f.to(curves.dtype) for f in figures]))
 
     def _after(
         self, state: State, task: TensorDict, steps: Sequence[TensorDict]
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[State, Tensors]:
         """Return the state after all steps, and the losses before each."""
         losses = []
         for tensors in steps:
             state, loss = self._step(task, state, tensors)
             losses.append(loss)
-        return state, torch.stack(losses)
+        return state, losses
 
     def _second_order(
         self, start: State, task: TensorDict, steps: Sequence[TensorDict]
-    ) -> tuple[State, Tensors, Tensor]:
+    ) -> tuple[State, Tensors, Tensors]:
         """MAML: the gradient at φ of the query loss after all steps."""
 
-        def after_all(params: Tensors) -> tuple[Tensor, tuple[State, Tensor]]:
+        def after_all(params: Tensors) -> tuple[Tensor, tuple[State, Tensors]]:
             first = State(params, start.buffers, start.moments)
             state, losses = self._after(first, task, steps)
             outer = self._loss(state, *self._outer_target(task, steps[-1]))
-            return outer.sum(), (state, torch.cat([losses, outer.unsqueeze(0)]))
+            return outer.sum(), (state, [*losses, outer])
 
         grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
         return state, grads, losses

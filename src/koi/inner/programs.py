@@ -63,9 +63,9 @@ class Stepwise:
         # a CUDA graph writes its next results over the last ones
         losses = [self._step(state, task, tensors).clone() for tensors in steps]
         if self._pure.inner.algorithm == "reptile":
-            return self._pure.outcome(phi, state, state.params, torch.stack(losses))
+            return self._pure.outcome(phi, state, state.params, losses)
         grads, loss = self._outer(state, task, steps[-1])
-        return self._pure.outcome(phi, state, grads, torch.stack([*losses, loss]))
+        return self._pure.outcome(phi, state, grads, [*losses, loss])
 
     @torch.no_grad()
     def evaluate(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> Tensor:
