@@ -74,7 +74,6 @@ class Autosave:
                 checkpoint.give_state(tasks, koi._pending.mark.tasks)
         if ranks.size > 1:
             self._become_the_first(tasks)
-        ranks.seed = koi._drawn_seed if koi.seed is None else koi.seed
 
     @property
     def ruled_out(self) -> frozenset[str]:

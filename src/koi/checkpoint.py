@@ -24,7 +24,7 @@ from koi.agreement import (
     is_kind,
     tensors_of,
 )
-from koi.configuration import SETTINGS, inner_factory
+from koi.configuration import STORED, inner_factory
 from koi.errors import CheckpointError, annotate
 from koi.inner.optimizers import OptimizerFactory, make_optimizer
 from koi.inner.scaling import LossScale
@@ -76,6 +76,7 @@ class Learner(Protocol):
     history: list[Record]
     engine: str
     _moments: Tensors | None
+    _moments_of: Tensors
     _update: MetaUpdate | None
     _interrupts: Interrupts
     _tasks: Any
@@ -193,7 +194,7 @@ def saved_from(data: Data, path: Path | str) -> Saved:
         kept = {field.name: data[field.name] for field in fields(Saved) if field.name in data}
         generators = data["generators"]
         states = None if generators is None else States(*generators)
-        kept["settings"] = {name: data["settings"][name] for name in SETTINGS}
+        kept["settings"] = {name: data["settings"][name] for name in STORED}
         kept["ruled_out"] = frozenset(data["ruled_out"])
         kept["history"] = _records(data["history"])
         return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
@@ -288,6 +289,7 @@ def put(koi: Learner, saved: Saved, problems: list[str], tasks: Any = None) -> N
         parameters.copy_(buffers, list(saved.buffers.values()))
         koi.iteration, koi.engine = saved.iteration, saved.engine
         koi.history, koi._moments, koi._update = list(saved.history), moments, update
+        koi._moments_of = phi.params
         if koi._scale is not None and saved.scale is not None:
             koi._scale.put(saved.scale)
         koi._pending, koi._drawn_seed = Pending(saved.mark, saved.ruled_out), saved.mark.seed
@@ -321,7 +323,7 @@ def _optimizer_problems(koi: Learner, saved: Saved, free: tuple[str, ...]) -> It
 
 
 def _settings(koi: Learner) -> Data:
-    return {name: as_data(getattr(koi, name)) for name in SETTINGS}
+    return {name: as_data(getattr(koi, name)) for name in STORED}
 
 
 def _inner_description(koi: Learner) -> Data:

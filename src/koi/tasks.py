@@ -107,12 +107,37 @@ def tensors_of(task: Any) -> dict[str, Tensor]:
 
 
 def with_tensors(task: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return ``task`` with its tensor fields replaced, its settings kept, __init__ not called."""
+    """Return ``task`` with its tensor fields replaced, all else kept, __init__ not called."""
     other = object.__new__(type(task))
-    for name in field_names(type(task)):
-        value = tensors[name] if name in tensors else getattr(task, name)
+    for name, value in {**everything_of(task), **tensors}.items():
         object.__setattr__(other, name, value)
     return other
+
+
+def everything_of(task: Any) -> dict[str, Any]:
+    """Return a tensor task's fields and whatever else was assigned to it."""
+    fields = {name: getattr(task, name) for name in field_names(type(task))}
+    return {**fields, **getattr(task, "__dict__", {})}
+
+
+def settings_of(task: Any) -> dict[str, Any]:
+    """Return what a tensor task holds that is no field with a tensor."""
+    tensors = tensors_of(task)
+    return {name: value for name, value in everything_of(task).items() if name not in tensors}
+
+
+def check_fields(task: Any, before: dict[str, Any]) -> None:
+    """Check that a loss has not assigned to its task, of which many run as one.
+
+    Raises:
+        EngineError: it has, which the next step would not see.
+    """
+    for name, value in everything_of(task).items():
+        if name not in before or before[name] is not value:
+            raise EngineError(
+                f"the loss of {type(task).__name__} assigns to its field {name!r}, which tasks "
+                "that run as one, or compiled, do not keep: use vectorize=False, compile=False"
+            )
 
 
 def stack(tasks: Sequence[Any]) -> Any:
@@ -130,14 +155,15 @@ def stack(tasks: Sequence[Any]) -> Any:
                 f"one meta-batch holds {type(first).__name__} and {type(task).__name__}: "
                 "tasks that run at once must be of one class"
             )
-    for field in dataclasses.fields(first):
-        if field.name not in names and not all(
-            _same(getattr(task, field.name), getattr(first, field.name)) for task in tasks
-        ):
-            raise EngineError(
-                f"the field {field.name!r} of {type(first).__name__} is no tensor and differs "
-                "between tasks: make it a tensor, or equal in all tasks"
-            )
+    settings = settings_of(first)
+    for task in tasks[1:]:
+        others = settings_of(task)
+        for name in {**settings, **others}:
+            if not (name in settings and name in others and _same(settings[name], others[name])):
+                raise EngineError(
+                    f"the field {name!r} of {type(first).__name__} is no tensor and differs "
+                    "between tasks: make it a tensor, or equal in all tasks"
+                )
     stacked = {}
     for name in names:
         try:
@@ -151,8 +177,9 @@ def stack(tasks: Sequence[Any]) -> Any:
 
 
 def _same(left: Any, right: Any) -> bool:
+    """Return whether two settings are equal; 1, 1.0 and True are three."""
     try:
-        return left is right or bool(left == right)
+        return left is right or (type(left) is type(right) and bool(left == right))
     except (ValueError, RuntimeError):  # arrays compare element by element
         return False
 
@@ -271,21 +298,29 @@ def draw(distribution: Any, num_tasks: int, place: Place) -> TaskBatch:
     return TaskBatch(tasks=tasks)
 
 
-def views(task: Any, num_steps: int) -> list[Any]:
+def views(task: Any, num_steps: int) -> Iterable[Any]:
     """Return the task as each inner step sees it: its minibatches, or itself every time.
+
+    A generator of minibatches is read as they are used, so that one is in memory at a time.
 
     Raises:
         TaskError: ``task.minibatches(num_steps)`` gave fewer than num_steps.
     """
     if not hasattr(task, "minibatches"):
         return [task] * num_steps
-    minibatches = list(islice(task.minibatches(num_steps), num_steps))
-    if len(minibatches) < num_steps:
+    return _enough(task, num_steps)
+
+
+def _enough(task: Any, num_steps: int) -> Iterator[Any]:
+    given = 0
+    for view in islice(task.minibatches(num_steps), num_steps):
+        given += 1
+        yield view
+    if given < num_steps:
         raise TaskError(
-            f"minibatches({num_steps}) of {type(task).__name__} gave {len(minibatches)}: it must "
+            f"minibatches({num_steps}) of {type(task).__name__} gave {given}: it must "
             "give one for each inner step, going through the data again where they run out"
         )
-    return minibatches
 
 
 def query_of(task: Any) -> Any:
@@ -293,9 +328,9 @@ def query_of(task: Any) -> Any:
     return getattr(task, "query", task)
 
 
-def outer_view(task: Any, steps: Sequence[Any]) -> Any:
+def outer_view(task: Any, last: Any) -> Any:
     """Return what FOMAML and MAML differentiate: the query set, else the last step's view."""
-    return task.query if hasattr(task, "query") else steps[-1]
+    return getattr(task, "query", last)
 
 
 def cycled_order(key: Tensor, size: int, batch_size: int, num_steps: int) -> Tensor:

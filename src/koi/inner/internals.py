@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.exc import TorchDynamoException as CompileError
-from torch.autograd.graph import _engine_run_backward as run_backward
 
-__all__ = ["CompileError", "has_graph", "kernels_apart", "run_backward", "without_lookup"]
+__all__ = ["has_graph", "kernels_apart", "without_lookup"]
 
 
 def has_graph(function: types.FunctionType) -> bool:
