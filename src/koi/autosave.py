@@ -199,7 +199,7 @@ class Autosave:
                 if koi.seed is None and koi._drawn_seed is None:
                     koi._drawn_seed = int(torch.randint(2**62, ()))
                 state = checkpoint.contents(koi, checkpoint.mark(koi))
-                content = b"".join(storage.pack({**state, "frozen": frozen}))
+                content = storage.pack({**state, "frozen": frozen})
         content = ranks.from_first(content)
         with ranks.agreed():
             if not ranks.first:
