@@ -49,10 +49,14 @@ ALLOWED: dict[str, set[str]] = {
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
     | {"interrupts", "logs", "progress", "records", "watch"},
     "autosave": BASE
-    | {"checkpoint", "configuration", "distributed", "interrupts", "storage", "watch"},
+    | {"checkpoint", "configuration", "distributed", "interrupts", "stateful", "storage"}
+    | {"watch"},
     "checkpoint": BASE
-    | {"agreement", "configuration", "inner", "interrupts", "meta", "records", "storage"},
+    | {"agreement", "configuration", "frozen", "inner", "interrupts", "meta", "records"}
+    | {"stateful", "storage"},
     "agreement": BASE | {"meta"},
+    "frozen": BASE | {"memory"},
+    "stateful": BASE,
     "storage": BASE | {"memory"},
     "memory": BASE,
     "interrupts": BASE,
