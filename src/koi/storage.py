@@ -62,7 +62,7 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
     The file takes its name only when its content has reached the disk, so that a process that is
     killed or a machine that loses power at any moment leaves the earlier file of that name.
-    Tensors go there in pieces; none is held twice in memory.
+    Tensors go there in pieces, and each is gone through once.
 
     Args:
         path: the file; its folder must exist.
