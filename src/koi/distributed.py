@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from koi import errors, storage
+from koi import errors, memory
 from koi.errors import ConfigurationError, KoiError, RankError, annotate
 from koi.exchange import Buffer, Form, share
 from koi.interrupts import Interrupts
@@ -224,8 +224,14 @@ class Ranks:
         self._hear()
 
     def from_first(self, content: bytes) -> bytes:
-        """Return what rank 0 gave here."""
-        box = [content]
+        """Return what rank 0 gave here, sent in pieces, so that only pieces are copied."""
+        size, parts = self._from_first(len(content)), []
+        for start in range(0, size, memory.PIECE):
+            parts.append(self._from_first(content[start : start + memory.PIECE]))
+        return content if self.first else b"".join(parts)
+
+    def _from_first(self, value: Result) -> Result:
+        box = [value]
         self._together(lambda: dist.broadcast_object_list(box, src=0))
         return box[0]
 
@@ -335,7 +341,8 @@ def digest_of(phi: Phi) -> tuple[int, ...]:
     """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
     digest = hashlib.blake2b(digest_size=6)
     for tensor in (*phi.params, *phi.buffers, *(phi.moments or [])):
-        digest.update(storage.bytes_of(tensor))
+        for piece in memory.pieces_of(tensor):
+            digest.update(piece)
     return tuple(int.from_bytes(digest.digest()[i : i + 2], "big") for i in (0, 2, 4))
 
 

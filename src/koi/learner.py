@@ -120,6 +120,7 @@ class Koi(Configured):
         self._update: MetaUpdate | None = None
         self._interrupts = Interrupts()
         self._tasks: Any = None  # of the last training, for their state
+        self._callbacks: tuple[Any, ...] = ()  # likewise, those that have a state
         self._pending: Pending | None = None
         self._drawn_seed: int | None = None  # of several ranks that were given none
         self.engine = "none yet"
@@ -146,7 +147,8 @@ class Koi(Configured):
             tasks: a task distribution, anything with ``sample() -> task``; a task is anything
                 with ``loss(model) -> scalar tensor``.
             progress: whether to show a progress bar; None: where there is a terminal.
-            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration.
+            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. Those
+                with ``state_dict`` and ``load_state_dict`` go on from a checkpoint as they were.
             checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
                 is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
@@ -167,14 +169,15 @@ class Koi(Configured):
         device = self._phi(ready.inner.learned).params[0].device
         carry = self.inner_state == "carry"
         ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
-        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks)
+        callbacks = tuple(callbacks)
+        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks, callbacks)
         ready.engines.refused |= autosave.ruled_out
         update = self._meta_update(ready)
         watch = Watch(self.algorithm, self.num_steps, silent=not ranks.first)
-        callbacks = tuple(callbacks)
         bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
         with ranks.agreed():
-            log = Log(log_dir if ranks.first else None, self.history, self.num_iterations, resume)
+            folder = log_dir if ranks.first else None
+            log = Log(folder, self.history, self.num_iterations, resume, autosave.begun)
         with bar, self._interrupts, ranks.training(update.phi), autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
@@ -252,8 +255,9 @@ class Koi(Configured):
         """Write everything that training needs to go on into one file.
 
         It holds φ and the buffers, the optimizers' states, settings, history, the state of the
-        task distribution of the last training (if it has ``state_dict``) and, without a seed, of
-        the global generators. Frozen parameters and settings that are code are not in it.
+        task distribution and callbacks of the last training (where they have ``state_dict``) and,
+        without a seed, of the global generators. Settings that are code are not in it, nor are
+        frozen parameters, of which it has a digest.
 
         Args:
             path: the file; it appears under this name whole or not at all.
