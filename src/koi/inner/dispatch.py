@@ -173,6 +173,8 @@ class Dispatch:
         if not self._check or key in self._checked or self._inner.scale is not None:
             return
         rows = 1
+        if request.form == self._together:
+            request.batch.stacked  # noqa: B018 (says why where it cannot be done)
         if request.form == "vectorized+compiled":  # a graph is for one number of tasks
             rows = self._chunk_size or len(request.batch)
         SelfCheck(self._model, self._inner, engine, request, rows).run()

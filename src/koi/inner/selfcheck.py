@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from koi.errors import EngineError
+from koi.errors import EngineError, ModelError
 from koi.inner.base import Engine, InnerLoop
 from koi.inner.plain import Plain
 from koi.parameters import Tensors, difference, norm
@@ -98,7 +98,12 @@ class SelfCheck:
 
     def _look(self, tasks: list[Any], states: States) -> None:
         start = self._request.phi.params
-        expected, loss = self._plainly(start, tasks, states)
+        try:
+            expected, loss = self._plainly(start, tasks, states)
+        except ModelError:
+            raise
+        except Exception:  # the engine meets it too, and says where
+            return
         if self._plain.noisy and self._together:  # a single task's draws can be repeated
             tasks, self._rows = tasks[:1], 1
             expected, loss = self._plainly(start, tasks, states)
