@@ -9,7 +9,8 @@ from koi import ConfigurationError, Koi
 from koi.inner import optimizers
 from koi.inner.base import InnerLoop
 from koi.inner.bound import bound_optimizer
-from koi.inner.optimizers import make_optimizer, update_rule
+from koi.inner.optimizers import make_optimizer
+from koi.inner.recognition import update_rule
 from koi.parameters import Learned
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -64,12 +65,13 @@ def torch_steps(factory, start, grads):
 
 
 def rule_of(factory, start, **options):
-    return update_rule(factory([p.clone().requires_grad_() for p in start], 0.1), **options)
+    params = [p.clone().requires_grad_() for p in start]
+    return update_rule(factory(params, 0.1), params, **options)
 
 
 def bind(factory, params):
     """Return the optimizer as an engine binds it to the tensors that it steps."""
-    rule = update_rule(factory(params, 0.1))
+    rule = update_rule(factory(params, 0.1), params)
     return bound_optimizer(InnerLoop(Learned((), (), ()), "reptile", factory, 0.1, rule), params)
 
 

@@ -31,9 +31,9 @@ from koi.inner.base import (
     scalar,
 )
 from koi.inner.bound import BoundOptimizer, bound_optimizer
+from koi.inner.elementwise import check_elementwise
 from koi.inner.functional import PureLoss
 from koi.inner.normalisation import map_normalisation
-from koi.inner.optimizers import check_elementwise
 from koi.inner.stepwise import Adapted, StepwiseEngine
 from koi.parameters import Modes, Tensors
 from koi.randomness import Place, capture, same_host_draws
@@ -46,7 +46,7 @@ class VectorizedEngine(StepwiseEngine):
 
     def __init__(self, model: nn.Module, inner: InnerLoop, chunk_size: int | None = None) -> None:
         if inner.rule is None:
-            check_elementwise(inner.factory, inner.step_size)
+            check_elementwise(inner, inner.learned.params_of(model))
         self.inner = inner
         self.chunk_size = chunk_size
         self.model = parameters.copy_module(model)
