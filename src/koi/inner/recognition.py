@@ -58,7 +58,9 @@ def why_no_rule(optimizer: torch.optim.Optimizer) -> str | None:
     attributes, entries = _by_default(kind)
     added = (vars(optimizer).keys() - attributes) | (groups[0].keys() ^ entries)
     if added:
-        return f"{', '.join(sorted(added))} is not as {kind.__name__} comes"
+        return (
+            f"{', '.join(sorted(added))} is set or missing, unlike in {kind.__name__} as it comes"
+        )
     for name, value in groups[0].items():
         values = value if isinstance(value, tuple) else (value,)
         if any(isinstance(part, Tensor) for part in values):

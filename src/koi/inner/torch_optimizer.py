@@ -2,8 +2,9 @@
 
 For every task the user's factory makes a new one, as one would write it by hand, so that nothing
 that the optimizer or what hangs on it (hooks, schedulers) has changed reaches the next task, except
-the moments. These are what it keeps of each parameter, and what it changes in its parameter groups
-(such as Prodigy's estimate d), apart from what schedulers set there.
+the moments. These are what it keeps of each parameter, what it changes in its parameter groups
+(such as Prodigy's estimate d), apart from what schedulers set there, and what it keeps in its state
+under a name (such as MADGRAD's k).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from koi.randomness import capture, restore
 # Set by schedulers as a task goes on: each task begins with what the factory gives.
 _SCHEDULED = ("params", "lr", "momentum", "betas")
 
-# A parameter, by its place, or a parameter group, these after all parameters; and a name.
+# A parameter, by its place, or after all of them a parameter group, or after these the optimizer's
+# whole state; and a name there.
 Key = tuple[int, str]
 
 
@@ -144,7 +146,7 @@ class TorchOptimizer:
         if owner < len(self.params):
             self._optimizer.state[self.params[owner]][name] = value
         else:
-            self._optimizer.param_groups[owner - len(self.params)][name] = value
+            _shared_by_all(self._optimizer)[owner - len(self.params)][name] = value
 
     def _refuse_unknown(self, found: dict[Key, Any]) -> None:
         for key, value in found.items():
@@ -227,15 +229,20 @@ def contents(optimizer: torch.optim.Optimizer, params: Tensors) -> dict[Key, Any
                 raise cannot_carry(optimizer, name, _kind(value))
             found[owner, name] = value
     own = {id(param) for param in params}
-    strange = next((key for key in optimizer.state if id(key) not in own), None)
-    if strange is not None:
-        name = strange if isinstance(strange, str) else _kind(strange)
-        raise cannot_carry(optimizer, name, "a state that belongs to no parameter")
-    for owner, group in enumerate(optimizer.param_groups, start=len(params)):
-        for name, value in sorted(group.items()):
-            if name not in _SCHEDULED and _is_number(value):
+    for key, value in optimizer.state.items():
+        if id(key) not in own and not (isinstance(key, str) and _is_number(value)):
+            name = key if isinstance(key, str) else _kind(key)
+            raise cannot_carry(optimizer, name, f"{_kind(value)} of no parameter")
+    for owner, entries in enumerate(_shared_by_all(optimizer), start=len(params)):
+        for name, value in entries.items():
+            if isinstance(name, str) and name not in _SCHEDULED and _is_number(value):
                 found[owner, name] = value
     return found
+
+
+def _shared_by_all(optimizer: torch.optim.Optimizer) -> list[dict[Any, Any]]:
+    """Return where an optimizer keeps what is of no single parameter."""
+    return [*optimizer.param_groups, optimizer.state]
 
 
 def other_entries(optimizer: torch.optim.Optimizer) -> dict[Key, str]:
