@@ -228,7 +228,8 @@ def test_hooks_are_called_at_each_inner_step_of_each_task(name, algorithm, reque
         ]:
             handle = register(lambda *_, what=what: calls.append(what))
             request.addfinalizer(handle.remove)
-    learner = Koi(mlp(), **SETTINGS, inner_optimizer=factory, algorithm=algorithm)
+    settings = SETTINGS | {"algorithm": algorithm, "check": False}  # the check steps, too
+    learner = Koi(mlp(), **settings, inner_optimizer=factory)
     learner.train(tasks())
     num_steps = SETTINGS["num_iterations"] * SETTINGS["meta_batch_size"] * SETTINGS["num_steps"]
     assert calls == ["before", "after"] * num_steps
@@ -323,7 +324,7 @@ def test_sparse_gradients(options):
 
 
 def test_adam_refuses_sparse_gradients():
-    koi = Koi(Words(), **SETTINGS, inner_optimizer="adam", vectorize=False)
+    koi = Koi(Words(), **SETTINGS, inner_optimizer="adam", vectorize=False, check=False)
     with pytest.raises(ConfigurationError, match=r"Adam, which takes no sparse gradients.*'sgd'"):
         koi.train(sentences())
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from koi.errors import CheckpointError, ConfigurationError, DataError
 from koi.fewshot.data import labelled
-from koi.tasks import SupervisedTask, TaskBatch
+from koi.supervised import SupervisedTask
+from koi.tasks import TaskBatch
 
 _SHOWN = 3
 

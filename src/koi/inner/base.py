@@ -201,15 +201,23 @@ def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> l
     each = []
     for number, task in enumerate(batch.tasks, start=first):
         place.set("inner", number)
-        each.append(views(task, num_steps))
+        each.append(list(views(task, num_steps)))
     place.set("inner loss", first or None)
     return each
 
 
 def reason_of(error: Exception) -> str:
-    """Return in one line why torch could not map or compile a loss."""
+    r"""Return in one line why torch could not map or compile a loss.
+
+    >>> reason_of(RuntimeError("backend='inductor' raised:\nNotImplementedError: as_strided"))
+    'NotImplementedError: as_strided'
+    """
     explained = re.search(r"Explanation: (.*)", str(error))
-    return explained[1] if explained else str(error).strip().split("\n")[0]
+    if explained:
+        return explained[1]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    named = [line for line in lines if not line.endswith("raised:")]
+    return named[0] if named else type(error).__name__
 
 
 def advice_on(error: Exception, otherwise: str) -> str:

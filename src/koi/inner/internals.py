@@ -12,19 +12,9 @@ from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.exc import TorchDynamoException as CompileError
-from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = [
-    "CompileError",
-    "has_graph",
-    "hooks_set_aside",
-    "kernels_apart",
-    "run_backward",
-    "step_hooks",
-    "without_lookup",
-]
+__all__ = ["has_graph", "hooks_set_aside", "kernels_apart", "step_hooks", "without_lookup"]
 
 
 def has_graph(function: types.FunctionType) -> bool:
