@@ -15,13 +15,8 @@ from torch import nn
 from koi.errors import ConfigurationError, did_you_mean
 from koi.inner.base import InnerLoop
 from koi.inner.granted import frozen
-from koi.inner.optimizers import (
-    FACTORIES,
-    OptimizerFactory,
-    UpdateRule,
-    make_optimizer,
-    update_rule,
-)
+from koi.inner.optimizers import FACTORIES, OptimizerFactory, layout_of, make_optimizer
+from koi.inner.recognition import update_rule, why_no_rule
 from koi.inner.scaling import LossScale
 from koi.meta import MetaOptimizerFactory, Schedule
 from koi.parameters import Learned, Tensors
@@ -180,14 +175,17 @@ class Configured:
         super().__setattr__(name, value)
 
 
-def check_rule(algorithm: str, rule: UpdateRule | None) -> None:
-    """Check that MAML has an optimizer that it can differentiate through."""
-    if algorithm == "maml" and rule is None:
+def check_differentiable(optimizer: torch.optim.Optimizer) -> None:
+    """Check that MAML can differentiate through an inner optimizer."""
+    reason = why_no_rule(optimizer)
+    if reason is not None:
         raise ConfigurationError(
             [
                 "algorithm='maml' differentiates through the inner optimizer, which works for "
-                "torch.optim's SGD (no dampening), Adam and AdamW (no amsgrad), each with one "
-                "parameter group and without maximize: choose one of these, or 'fomaml'"
+                "torch.optim's SGD, Adam and AdamW as they come (one parameter group, settings "
+                "that are numbers, no dampening, amsgrad, maximize or capturable, no step hooks, "
+                f"no wrapped step, real parameters with Adam), and here {reason}: change that, or "
+                "choose 'fomaml'"
             ]
         )
 
@@ -225,18 +223,21 @@ def inner_loop(koi: Any, scale: LossScale | None) -> InnerLoop:
     """
     learned = Learned.of(koi.model)
     factory = inner_factory(koi.inner_optimizer)
-    optimizer = make_optimizer(factory, learned.params_of(koi.model), koi.step_size)
-    rule = update_rule(optimizer, differentiable=koi.algorithm == "maml")
-    check_rule(koi.algorithm, rule)
+    params = learned.params_of(koi.model)
+    optimizer = make_optimizer(factory, params, koi.step_size)
+    second_order = koi.algorithm == "maml"
+    if second_order:
+        check_differentiable(optimizer)
     return InnerLoop(
         learned,
         koi.algorithm,
         factory,
         koi.step_size,
-        rule,
+        update_rule(optimizer, params, differentiable=second_order),
         autocast=koi.autocast,
         scale=scale,
         skip_nonfinite=koi.on_nonfinite == "skip",
+        layout=layout_of(optimizer, params),
     )
 
 

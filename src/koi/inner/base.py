@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from koi.errors import NonFiniteError, TaskError, annotate
-from koi.inner.optimizers import OptimizerFactory, UpdateRule
+from koi.inner.optimizers import Layout, OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
 from koi.parameters import Learned
 from koi.randomness import Place
@@ -50,6 +50,7 @@ class InnerLoop:
         autocast: the lower precision of the forward pass; None: the parameters' own.
         skip_nonfinite: leave out a task whose loss or result is not finite, instead of an error.
         scale: the loss scale of float16; None: losses are differentiated as they are.
+        layout: how the optimizer groups the parameters; None: as it likes.
     """
 
     learned: Learned
@@ -60,6 +61,7 @@ class InnerLoop:
     autocast: torch.dtype | None = None
     skip_nonfinite: bool = False
     scale: LossScale | None = None
+    layout: Layout | None = None
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which losses are computed."""

@@ -14,6 +14,7 @@ from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, measured
 from koi.inner.catalogue import Catalogue, Request
 from koi.inner.compiler import AsItStands, Graph
 from koi.inner.graph import State
+from koi.inner.moments import check_moments
 from koi.inner.normalisation import map_normalisation, map_weight_norm
 from koi.inner.products import layers_as_products
 from koi.inner.workers import Call, Workers
@@ -121,7 +122,11 @@ class CompiledEngine:
         self, purpose: str, phi: Phi, batch: TaskBatch, size: int, num_steps: int, place: Place
     ) -> Generator[tuple[Call, Any]]:
         """Yield a call for every ``size`` tasks, in their order, and what its program gives."""
-        moments = self.rule.initial(phi.params) if phi.moments is None else phi.moments
+        if phi.moments is None:
+            moments = self.rule.initial(phi.params)
+        else:
+            moments = phi.moments
+            check_moments(moments, self.rule.shapes(phi.params))
         start = State(phi.params, [*phi.buffers, *phi.constants], moments)
         workers = self._workers_for(purpose, len(batch))
         calls = (

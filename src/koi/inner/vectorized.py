@@ -31,10 +31,10 @@ from koi.inner.base import (
     scalar,
 )
 from koi.inner.bound import BoundOptimizer, bound_optimizer
+from koi.inner.elementwise import check_elementwise
 from koi.inner.embedding import EmbeddingPadding
 from koi.inner.functional import PureLoss
 from koi.inner.normalisation import map_normalisation, map_weight_norm
-from koi.inner.optimizers import check_elementwise
 from koi.inner.stepwise import Adapted, StepwiseEngine
 from koi.inner.working import WorkingCopy
 from koi.parameters import Tensors
@@ -57,7 +57,7 @@ class VectorizedEngine(StepwiseEngine):
 
     def __init__(self, model: nn.Module, inner: InnerLoop, chunk_size: int | None = None) -> None:
         if inner.rule is None:
-            check_elementwise(inner.factory, inner.step_size)
+            check_elementwise(inner, inner.learned.params_of(model))
         if inner.scale is not None:
             raise EngineError(
                 "float16 has a loss scale that follows each task's gradients, which tasks that run "
