@@ -41,6 +41,15 @@ def float64():
 
 
 @pytest.fixture
+def one_thread():
+    """Compute on one thread: what is small waits longer for a second one than it takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def untraced(monkeypatch):
     """Run the compiled engines' functions as they stand, without the compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

@@ -22,10 +22,14 @@ def meta_train(
     inner_state="carry",
     meta_optimizer=None,
     algorithm="reptile",
+    state=None,
 ):
-    """Meta-train ``model`` in place; the arguments mean what they mean in `koi.Koi`."""
+    """Meta-train ``model`` in place; the arguments mean what they mean in `koi.Koi`.
+
+    Returns the inner optimizer's moments, shared by all tasks, for a training that goes on as
+    ``state``; None where every task starts afresh.
+    """
     outer = meta_optimizer(learned(model)) if meta_optimizer else None
-    state = None  # the inner optimizer's moments, shared by all tasks
     for iteration in range(num_iterations):
         epsilon = meta_step_size
         if callable(meta_step_size):
@@ -33,19 +37,16 @@ def meta_train(
 
         gradients, adapted_models, states = [], [], []
         for task in [tasks.sample() for _ in range(meta_batch_size)]:
-            steps = [task] * num_steps
-            if hasattr(task, "minibatches"):
-                steps = list(task.minibatches(num_steps))
+            steps = views(task, num_steps)
             query = task.query if hasattr(task, "query") else steps[-1]
-
+            if algorithm == "maml":  # first, since a loss may change what is the task's own
+                gradient = maml_gradient(model, steps, query, inner_optimizer, step_size, state)
             adapted, final_state = adapt(model, steps, inner_optimizer, step_size, state)
             if algorithm == "reptile":
                 pairs = zip(learned(model), learned(adapted), strict=True)
                 gradient = [(p - q).detach() for p, q in pairs]
             elif algorithm == "fomaml":
                 gradient = gradient_of(query, adapted)
-            elif algorithm == "maml":
-                gradient = maml_gradient(model, steps, query, inner_optimizer, step_size, state)
             gradients.append(gradient)
             adapted_models.append(adapted)
             states.append(final_state)
@@ -59,24 +60,54 @@ def meta_train(
                 for param in learned(model):
                     param -= epsilon * param.grad
         model.zero_grad()
-        for mine, *theirs in zip(buffers(model), *map(buffers, adapted_models), strict=True):
-            mine += epsilon * (sum(theirs) / meta_batch_size - mine)
+        move_buffers(model, adapted_models, epsilon)
         if inner_state == "carry":
             state = mean_state(states)
+    return state
 
 
-def adapt(model, steps, inner_optimizer, step_size, state=None):
+def evaluate(
+    model, tasks, num_tasks, num_steps, *, step_size, inner_optimizer=torch.optim.SGD, state=None
+):
+    """Return each task's query loss before and after each step, shape (num_tasks, steps + 1)."""
+    rows = []
+    for task in [tasks.sample() for _ in range(num_tasks)]:
+        steps, row = views(task, num_steps), []
+        query = task.query if hasattr(task, "query") else task
+
+        def measure(adapted, row=row, query=query):
+            row.append(query.loss(deepcopy(adapted)).item())
+
+        adapt(model, steps, inner_optimizer, step_size, state, after_each=measure)
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def views(task, num_steps):
+    """Return the task as each inner step sees it."""
+    if hasattr(task, "minibatches"):
+        return list(task.minibatches(num_steps))
+    return [task] * num_steps
+
+
+def adapt(model, steps, inner_optimizer, step_size, state=None, after_each=lambda model: None):
     """Return a copy of ``model`` after one optimizer step on each of ``steps``, and the moments."""
     model = deepcopy(model)
     optimizer = inner_optimizer(learned(model), step_size)
+    fresh = optimizer.state_dict()["param_groups"]
     if state is not None:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": deepcopy(state)})
+        groups = [group | numbers for group, numbers in zip(fresh, state["groups"], strict=True)]
+        optimizer.load_state_dict({"state": deepcopy(state["state"]), "param_groups": groups})
+    after_each(model)
     for step in steps:
         optimizer.zero_grad()
         step.loss(model).backward()
         optimizer.step()
+        after_each(model)
     model.zero_grad()
-    return model, optimizer.state_dict()["state"]
+    after = optimizer.state_dict()
+    moved = [moved_numbers(*pair) for pair in zip(fresh, after["param_groups"], strict=True)]
+    return model, {"state": after["state"], "groups": moved}
 
 
 def gradient_of(task, model):
@@ -90,33 +121,75 @@ def maml_gradient(model, steps, query, inner_optimizer, step_size, state, h=1e-5
     """Return d query loss(φ̃(φ)) / dφ, one coordinate of φ after the other."""
 
     def loss_after_adapting():
-        return query.loss(adapt(model, steps, inner_optimizer, step_size, state)[0]).item()
+        mine, held_out = deepcopy((steps, query))
+        return held_out.loss(adapt(model, mine, inner_optimizer, step_size, state)[0]).item()
 
     gradient = []
     for param in learned(model):
         gradient.append(torch.zeros_like(param))
-        for i in range(param.numel()):
-            value = param.data.view(-1)[i].item()
-            param.data.view(-1)[i] = value + h
+        values, slopes = coordinates(param.data), coordinates(gradient[-1])
+        for i in range(len(values)):
+            value = values[i].item()
+            values[i] = value + h
             above = loss_after_adapting()
-            param.data.view(-1)[i] = value - h
+            values[i] = value - h
             below = loss_after_adapting()
-            param.data.view(-1)[i] = value
-            gradient[-1].view(-1)[i] = (above - below) / (2 * h)
+            values[i] = value
+            slopes[i] = (above - below) / (2 * h)
     return gradient
 
 
-def mean_state(states):
-    """Return the mean over tasks of optimizer states {parameter: {name: value}}."""
+def coordinates(tensor):
+    """Return a view of all real numbers in ``tensor``."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1)
+
+
+@torch.no_grad()
+def move_buffers(model, adapted_models, epsilon):
+    """φ_b ← φ_b + ε · mean(φ̃_b − φ_b); what no task changed stays, and what is infinite with it.
+
+    Integers and flags, which have no mean, become what the last task left.
+    """
+    for mine, *theirs in zip(model.buffers(), *(m.buffers() for m in adapted_models), strict=True):
+        if mine.is_floating_point() or mine.is_complex():
+            moves = [torch.where(its == mine, 0, its - mine) for its in theirs]
+            mine += epsilon * sum(moves) / len(moves)
+        elif epsilon > 0:
+            mine.copy_(theirs[-1])
+
+
+def moved_numbers(fresh, after):
+    """Return the numbers of an optimizer's parameter group that its steps have changed."""
     return {
-        index: {name: sum(s[index][name] for s in states) / len(states) for name in slots}
-        for index, slots in states[0].items()
+        name: value
+        for name, value in after.items()
+        if isinstance(value, int | float | torch.Tensor) and bool(value != fresh[name])
     }
 
 
+def mean_state(states):
+    """Return the mean over tasks of what their optimizers keep, zero where one keeps nothing.
+
+    That is {parameter: {name: value}}, and {name: value} for every parameter group.
+    """
+    kept = [s["state"] for s in states]
+    slots = {(index, name) for one in kept for index in one for name in one[index]}
+    mean = {index: {} for index, _ in sorted(slots)}
+    for index, name in slots:
+        mean[index][name] = sum(s.get(index, {}).get(name, 0) for s in kept) / len(states)
+    groups = []
+    for each in zip(*(s["groups"] for s in states), strict=True):
+        names = set().union(*each)
+        groups.append({name: mean_number([group[name] for group in each]) for name in names})
+    return {"state": mean, "groups": groups}
+
+
+def mean_number(values):
+    """Return the mean; a number that all tasks agree on, such as a count, stays what it is."""
+    same = all(bool(value == values[0]) for value in values)
+    return values[0] if same else sum(values) / len(values)
+
+
 def learned(model):
+    """Return the parameters that learn, those that the inner optimizer is made of."""
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def buffers(model):
-    return [b for b in model.buffers() if b.is_floating_point()]

@@ -1,0 +1,388 @@
+"""One table of cases: every engine gives what `naive` gives, or refuses in these words.
+
+A case is a model, a task, an inner optimizer, settings and an algorithm. A row of MODELS, TASKS,
+OPTIMIZERS or SETTINGS is all that a new one takes: it is combined with the base of the others, in
+every algorithm and every engine, and `test_properties` draws it too.
+"""
+
+import functools
+import itertools
+import zlib
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import case_models as models
+import case_optimizers as optimizers
+import case_tasks as tasks
+import koi
+import naive
+from engine_toys import ALGORITHMS, ENGINES, FAST
+from koi import Koi
+
+EVERY, MAML = tuple(ENGINES), ("maml",)
+TOGETHER = ("vectorized", "vectorized+compiled")
+COMPILED = ("compiled", "vectorized+compiled")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Where something is refused, and words that the error, or the line in the log, has in it.
+
+    With ``traced`` it is the compiler that refuses, and what it would have compiled is right.
+    """
+
+    words: str
+    engines: Any = EVERY
+    algorithms: Any = tuple(ALGORITHMS)
+    traced: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a model is made, and its inputs drawn.
+
+    Central differences see what a gradient does not: what is detached, such as a moving average
+    that the loss depends on, or the row of padding in an embedding. With ``differences`` false
+    MAML is held to the eager engine alone.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Any = tasks.numbers(3)
+    refusals: tuple[Refusal, ...] = ()
+    differences: bool = True
+    slow: bool = False
+    needs: str = "torch"
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task is made of a `tasks.Stream`, and the model that it is tried on."""
+
+    make: Callable[[Any], Any]
+    refusals: tuple[Refusal, ...] = ()
+    model: str = "mlp"
+    differences: bool = True
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How an inner optimizer is made."""
+
+    make: Any
+    refusals: tuple[Refusal, ...] = ()
+    differences: bool = True
+
+
+SEQUENCES, IMAGES, WORDS = tasks.numbers(3, 2), tasks.numbers(1, 4, 4), tasks.sentences
+
+# An attribute that forward leaves changed is one task's own only one by one.
+STATEFUL = Refusal("is changed in forward or in the loss", FAST)
+BRANCH = (
+    Refusal("data-dependent", TOGETHER),
+    Refusal("log_scale", ("compiled",)),
+    Refusal("data-dependent", ("compiled",), traced=True),
+)
+CHECKPOINT = (Refusal("checkpoint", FAST), Refusal("checkpoint", EVERY, MAML))
+BY_REFERENCE = (Refusal("inward.weight", FAST), Refusal("inward.weight", EVERY, MAML))
+
+MODELS = {
+    "mlp": Model(models.mlp),
+    "conv": Model(models.conv, IMAGES),
+    "conv in evaluation mode": Model(lambda: models.conv().eval(), IMAGES),
+    "encoder": Model(models.Encoder, tasks.numbers(2, 3)),
+    # differences would take long for the first two
+    "lstm": Model(partial(models.lstm, num_layers=2), SEQUENCES, differences=False),
+    "lstm both ways": Model(
+        partial(models.lstm, bidirectional=True), SEQUENCES, differences=False
+    ),
+    "lstm with a projection": Model(partial(models.lstm, proj_size=1), SEQUENCES),
+    "gru": Model(models.gru, SEQUENCES),
+    "rnn": Model(models.rnn, SEQUENCES),
+    "embedding": Model(models.embedding, WORDS, differences=False),
+    "embedding bag": Model(
+        models.bag, WORDS, (Refusal("_embedding_bag_backward", EVERY, MAML),)
+    ),
+    "tied": Model(models.Tied),
+    "frozen": Model(models.frozen),
+    "unused": Model(models.Unused),
+    "kept in a tuple": Model(models.HeldInTuple, refusals=BY_REFERENCE),
+    "closure": Model(models.Closing, refusals=(Refusal("module that Koi was given"),)),
+    "weight norm": Model(models.with_weight_norm),
+    "spectral norm": Model(models.with_spectral_norm, differences=False),
+    "orthogonal": Model(models.with_orthogonal),
+    "layer norm": Model(lambda: models.around(nn.LayerNorm(4))),
+    "group norm": Model(lambda: models.wide(nn.GroupNorm(1, 2))),
+    "instance norm": Model(models.instance_norm),
+    "prelu": Model(lambda: models.around(nn.PReLU(4))),
+    "bilinear": Model(models.Bilinear),
+    "dropout of nothing": Model(lambda: models.around(nn.Dropout(0.0))),
+    "average assigned": Model(partial(models.Average, assigned=True)),
+    "average in place": Model(partial(models.Average, assigned=False)),
+    "complex buffer": Model(models.Spectrum),
+    "complex parameter": Model(models.Complex),
+    "counter": Model(models.Counter),
+    "flag": Model(
+        lambda: nn.Sequential(models.ActNorm(), nn.Linear(3, 2)), refusals=BRANCH, differences=False
+    ),
+    "infinite mask": Model(models.Masked, SEQUENCES),
+    "hidden state": Model(models.Hidden, refusals=(STATEFUL,), differences=False),
+    "calls": Model(models.Calls, refusals=(STATEFUL,)),
+    "checkpoint": Model(partial(models.Checkpointed, reentrant=False), refusals=CHECKPOINT),
+    "reentrant checkpoint": Model(
+        partial(models.Checkpointed, reentrant=True), refusals=(Refusal("reentrant"),)
+    ),
+    "scripted part": Model(models.scripted, refusals=(Refusal("script"),)),
+    "bert": Model(models.Bert, WORDS, differences=False, slow=True, needs="transformers"),
+    "llama": Model(models.Llama, WORDS, differences=False, slow=True, needs="transformers"),
+    "lora": Model(models.lora, slow=True, needs="peft"),
+}
+
+NO_TENSORS = Refusal("is not a tensor task", FAST)
+
+TASKS = {
+    "split": Task(tasks.split),
+    "fit": Task(tasks.of(tasks.Fit)),
+    "plain": Task(tasks.of(tasks.Plain), (NO_TENSORS,)),
+    "supervised, in minibatches": Task(tasks.supervised(4)),
+    "supervised, all at once": Task(tasks.supervised(10)),
+    "assigns a field": Task(
+        tasks.of(tasks.Walk), (Refusal("field 'x'", FAST),), differences=False
+    ),
+    "attribute that is no field": Task(tasks.shadowing, (Refusal("factor", FAST),)),
+    "sets a mode": Task(tasks.of(tasks.Unlearning), (STATEFUL,), "conv"),
+    "sets a mode in the query": Task(tasks.of(tasks.UnlearningQuery), (STATEFUL,), "conv"),
+    "reads a global": Task(tasks.of(tasks.ReadsGlobal)),
+    "reads its class": Task(tasks.of(tasks.ReadsClass)),
+    "derivative by inputs": Task(
+        tasks.of(tasks.InputDerivative), (Refusal("requires_grad_", FAST),)
+    ),
+    "jacobian by inputs": Task(tasks.of(tasks.InputJacobian)),
+    "gradient penalty": Task(
+        tasks.of(tasks.GradientPenalty), (Refusal("cannot be empty", FAST),)
+    ),
+    "penalty on what learns": Task(tasks.of(tasks.Decayed), model="frozen"),
+    "setting 1": Task(tasks.of(tasks.Typed, 1)),
+    "setting 1.0": Task(tasks.of(tasks.Typed, 1.0)),
+    "setting True": Task(tasks.of(tasks.Typed, True)),
+    "settings of three types": Task(
+        tasks.in_turn, (Refusal("differs between tasks", TOGETHER),)
+    ),
+}
+
+OUTSIDE = Refusal("has the optimizer inside the graph", COMPILED, ("reptile", "fomaml"))
+NO_RULE = (Refusal("differentiates through the inner optimizer", EVERY, MAML), OUTSIDE)
+
+OPTIMIZERS = {
+    "sgd": Optimizer("sgd"),
+    "momentum": Optimizer(partial(torch.optim.SGD, momentum=0.9)),
+    "nesterov": Optimizer(partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+    "weight decay": Optimizer(partial(torch.optim.SGD, weight_decay=0.1)),
+    "adam": Optimizer("adam", differences=False),  # whose slope where a gradient is 0 is 1 / eps
+    "adam with a large eps": Optimizer(partial(torch.optim.Adam, eps=0.1)),
+    "adamw": Optimizer(partial(torch.optim.AdamW, weight_decay=0.1, eps=0.1)),
+    "rmsprop": Optimizer(torch.optim.RMSprop, NO_RULE),
+    "sgd on a part": Optimizer(optimizers.last_two(torch.optim.SGD), NO_RULE),
+    "adam on a part": Optimizer(optimizers.last_two(torch.optim.Adam), NO_RULE),
+    "two groups": Optimizer(optimizers.two_groups, NO_RULE),
+    "maximize": Optimizer(partial(torch.optim.SGD, maximize=True), NO_RULE),
+    "no foreach": Optimizer(partial(torch.optim.Adam, foreach=False, eps=0.1)),
+    "rate that is a tensor": Optimizer(optimizers.tensor_rate, NO_RULE),
+    "subclass": Optimizer(optimizers.Clipped, NO_RULE),
+    "hook": Optimizer(optimizers.hooked, NO_RULE),
+    "state in the group": Optimizer(optimizers.Decaying, NO_RULE),
+}
+
+BASE = {
+    "step_size": 0.1,
+    "num_steps": 2,
+    "num_iterations": 2,
+    "meta_step_size": 0.5,
+    "meta_batch_size": 2,
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "one task": {"meta_batch_size": 1},
+    "one step": {"num_steps": 1},
+    "three steps": {"num_steps": 3},
+    "chunks": {"chunk_size": 2, "meta_batch_size": 3},
+    "reset": {"inner_state": "reset"},
+    "no update": {"meta_step_size": 0.0},
+    "whole update": {"meta_step_size": 1.0},
+    "schedule": {"meta_step_size": koi.linear(1.0, 0.0)},
+    "meta-optimizer": {"meta_optimizer": partial(torch.optim.Adam, lr=0.01)},
+}
+
+# Beside every row with the base of the others: model, task, optimizer, settings.
+PAIRS = [
+    ("conv", "supervised, in minibatches", "momentum", "chunks"),
+    ("conv", "fit", "adamw", "meta-optimizer"),
+    ("embedding", "fit", "adam", "as they are"),
+    ("embedding", "split", "momentum", "chunks"),
+    ("tied", "fit", "adam", "as they are"),
+    ("tied", "split", "state in the group", "as they are"),
+    ("frozen", "split", "weight decay", "as they are"),
+    ("frozen", "fit", "rmsprop", "chunks"),
+    ("unused", "fit", "adam", "as they are"),
+    ("unused", "split", "weight decay", "as they are"),
+    ("unused", "fit", "rmsprop", "as they are"),
+    ("complex parameter", "fit", "adam", "as they are"),
+    ("complex parameter", "split", "rmsprop", "as they are"),
+    ("complex buffer", "plain", "sgd", "as they are"),
+    ("gru", "supervised, in minibatches", "adam", "chunks"),
+    ("average assigned", "plain", "sgd", "meta-optimizer"),
+    ("average assigned", "fit", "adam", "chunks"),
+    ("average in place", "fit", "sgd", "no update"),
+    ("counter", "plain", "sgd", "as they are"),
+    ("counter", "fit", "sgd", "no update"),
+    ("counter", "fit", "sgd", "chunks"),
+    ("flag", "plain", "sgd", "whole update"),
+    ("hidden state", "plain", "momentum", "as they are"),
+    ("infinite mask", "fit", "sgd", "whole update"),
+    ("mlp", "split", "adam", "reset"),
+    ("mlp", "split", "rmsprop", "reset"),
+    ("mlp", "supervised, in minibatches", "adam on a part", "chunks"),
+    ("mlp", "plain", "sgd on a part", "meta-optimizer"),
+]
+
+
+# In what engines every case runs each time.
+SHORT = {
+    "reptile": EVERY,
+    "fomaml": ("eager", "vectorized+compiled"),
+    "maml": ("eager", "vectorized+compiled"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Names of a row of each table, and the algorithm."""
+
+    model: str = "mlp"
+    task: str = "split"
+    optimizer: str = "sgd"
+    settings: str = "as they are"
+    algorithm: str = "reptile"
+
+    def __str__(self) -> str:
+        return ", ".join([self.model, self.task, self.optimizer, self.settings, self.algorithm])
+
+    @property
+    def rows(self) -> tuple[Any, Any, Any]:
+        return MODELS[self.model], TASKS[self.task], OPTIMIZERS[self.optimizer]
+
+    def slow(self, engine: str) -> bool:
+        """Return whether `make test-slow` alone runs it; what is alike is sampled otherwise."""
+        names = self.model, self.task, self.optimizer, self.settings
+        pair = names in PAIRS and self.algorithm != "reptile"
+        return pair or MODELS[self.model].slow or engine not in SHORT[self.algorithm]
+
+    @property
+    def differences(self) -> bool:
+        """Whether the twin can say what MAML gives."""
+        return all(row.differences for row in self.rows)
+
+    def refusals(self, engine: str, traced: bool = False) -> list[str]:
+        """Return the words of which a refusal has some; none: the engine gives what it should."""
+        return [
+            refusal.words
+            for row in self.rows
+            for refusal in row.refusals
+            if engine in refusal.engines and self.algorithm in refusal.algorithms
+            if traced or not refusal.traced
+        ]
+
+    def start(self) -> nn.Module:
+        """Return a new model, always the same."""
+        torch.manual_seed(zlib.crc32(self.model.encode()))
+        return MODELS[self.model].make()
+
+    def stream(self, seed: int) -> tasks.Stream:
+        """Return a distribution of new tasks, always the same."""
+        return tasks.Stream(TASKS[self.task].make, MODELS[self.model].inputs, seed)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `koi.Koi`, but for the engine's."""
+        given = BASE | SETTINGS[self.settings] | {"algorithm": self.algorithm}
+        if self.algorithm == "maml":  # of which the twin takes every derivative by two trainings
+            given["num_iterations"] = 1
+        return given | {"inner_optimizer": OPTIMIZERS[self.optimizer].make}
+
+
+def table() -> list[Case]:
+    """Return all cases: every row with the base of the others, and the pairs."""
+    rows = [Case(model=name) for name in MODELS]
+    rows += [Case(task=name, model=row.model) for name, row in TASKS.items()]
+    rows += [Case(optimizer=name) for name in OPTIMIZERS]
+    rows += [Case(settings=name) for name in SETTINGS]
+    rows += [Case(*names) for names in PAIRS]
+    each = itertools.product(dict.fromkeys(rows), ALGORITHMS)
+    return [Case(r.model, r.task, r.optimizer, r.settings, algorithm) for r, algorithm in each]
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of all parameters and buffers, those that are not saved among them."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+@functools.lru_cache(maxsize=8)
+def twin(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return what `naive` makes of the case: the trained model, and the curves of two tasks."""
+    model, given = case.start(), case.arguments()
+    given.pop("chunk_size", None)
+    by_name = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    given["inner_optimizer"] = by_name.get(given["inner_optimizer"], given["inner_optimizer"])
+    state = naive.meta_train(model, case.stream(0), **given)
+    inner = {name: given[name] for name in ("step_size", "inner_optimizer")}
+    curves = naive.evaluate(model, case.stream(1), 2, given["num_steps"], state=state, **inner)
+    return tensors(model), curves
+
+
+def learner(case: Case, vectorize: bool | str, compile: bool) -> Koi:
+    """Return a learner of the case, not trained yet."""
+    return Koi(case.start(), vectorize=vectorize, compile=compile, seed=1, **case.arguments())
+
+
+def result(koi: Koi, case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Train and evaluate the learner; return what `twin` returns."""
+    koi.train(case.stream(0))
+    return tensors(koi.model), koi.evaluate(case.stream(1), num_tasks=2).losses
+
+
+@functools.lru_cache(maxsize=8)
+def eager(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return what the eager engine makes of the case."""
+    return result(learner(case, False, False), case)
+
+
+def assert_right(found: Any, case: Case, engine: str) -> None:
+    """Assert that an engine gives what the twin gives: to 1e-10, or as differences allow."""
+    if case.algorithm != "maml":
+        return assert_close(found, twin(case), 1e-10)
+    if case.differences:
+        assert_close(found, twin(case), 1e-6)
+    if engine != "eager" and not case.refusals("eager"):
+        assert_close(found, eager(case), 1e-10)
+
+
+def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def moved(found: Any, case: Case) -> bool:
+    """Return whether training has changed any parameter."""
+    start = case.start()
+    return any(not torch.equal(found[0][name], p) for name, p in start.named_parameters())
+
+
+def unchanged(koi: Koi, case: Case) -> bool:
+    """Return whether φ is what it was before the training, bit for bit."""
+    mine, before = tensors(koi.model), tensors(deepcopy(case.start()))
+    return all(torch.equal(mine[name], value) for name, value in before.items())
