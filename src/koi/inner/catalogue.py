@@ -69,6 +69,8 @@ class Catalogue:
         together: bool,
     ) -> None:
         self._params = inner.learned.params_of(model)
+        # each step through time is written out, in every inner step
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in model.modules())
         self._inner, self._rule, self._modes = inner, rule, modes
         self._mode, self._together = mode, together
         self._pure = PureLoss(model, inner.learned)
@@ -94,7 +96,8 @@ class Catalogue:
         if request.purpose != "train":
             return False
         size = request.num_steps * len(self._params)
-        return size <= _MOST_WRITTEN_OUT or self._inner.algorithm == "maml"
+        small = size <= _MOST_WRITTEN_OUT and not self._recurrent
+        return small or self._inner.algorithm == "maml"
 
     def _written_out(
         self, request: Request, task: TensorDict, plan: Plan, threads: int

@@ -16,6 +16,7 @@ from koi.inner.catalogue import Catalogue, Request
 from koi.inner.graph import State
 from koi.inner.normalisation import map_normalisation
 from koi.inner.products import layers_as_products
+from koi.inner.recurrence import map_recurrence
 from koi.inner.workers import Call, Workers
 from koi.parameters import Modes
 from koi.randomness import Place
@@ -58,6 +59,7 @@ class CompiledEngine:
             layers_as_products(self.model)
         if together:
             map_normalisation(self.model, inner.autocast is not None, join=False)
+        map_recurrence(self.model)
         self.together = together
         self._chunk_size = chunk_size
         self._evaluation_rows: int | None = None

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import TorchDynamoException as CompileError
 from torch.autograd.graph import _engine_run_backward as run_backward
 
-__all__ = ["CompileError", "has_graph", "kernels_apart", "run_backward", "without_lookup"]
+__all__ = [
+    "CompileError",
+    "has_graph",
+    "kernels_apart",
+    "recurrence_traced",
+    "run_backward",
+    "without_lookup",
+]
 
 
 def has_graph(function: types.FunctionType) -> bool:
@@ -55,3 +63,13 @@ def kernels_apart() -> Iterator[None]:
         yield
     finally:
         CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = before
+
+
+def recurrence_traced() -> AbstractContextManager[None]:
+    """Let the compiler trace LSTM, GRU and RNN, which it refuses by their class.
+
+    In those of Koi's copy there is nothing but plain operations (`koi.inner.recurrence`); the
+    derivative of torch's own kernels, in a subclass, fails to be traced.
+    """
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(allow_rnn=True)
+    return patched

@@ -34,6 +34,7 @@ from koi.inner.bound import BoundOptimizer, bound_optimizer
 from koi.inner.functional import PureLoss
 from koi.inner.normalisation import map_normalisation
 from koi.inner.optimizers import check_elementwise
+from koi.inner.recurrence import map_recurrence
 from koi.inner.stepwise import Adapted, StepwiseEngine
 from koi.parameters import Modes, Tensors
 from koi.randomness import Place, capture, same_host_draws
@@ -52,6 +53,7 @@ class VectorizedEngine(StepwiseEngine):
         self.model = parameters.copy_module(model)
         self.modes = Modes(self.model, like=model)
         map_normalisation(self.model, inner.autocast is not None, join=True)
+        map_recurrence(self.model)
         self._pure = PureLoss(self.model, inner.learned)
         self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
         self._minibatches_draw = False
