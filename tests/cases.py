@@ -98,16 +98,12 @@ MODELS = {
     "encoder": Model(models.Encoder, tasks.numbers(2, 3)),
     # differences would take long for the first two
     "lstm": Model(partial(models.lstm, num_layers=2), SEQUENCES, differences=False),
-    "lstm both ways": Model(
-        partial(models.lstm, bidirectional=True), SEQUENCES, differences=False
-    ),
+    "lstm both ways": Model(partial(models.lstm, bidirectional=True), SEQUENCES, differences=False),
     "lstm with a projection": Model(partial(models.lstm, proj_size=1), SEQUENCES),
     "gru": Model(models.gru, SEQUENCES),
     "rnn": Model(models.rnn, SEQUENCES),
     "embedding": Model(models.embedding, WORDS, differences=False),
-    "embedding bag": Model(
-        models.bag, WORDS, (Refusal("_embedding_bag_backward", EVERY, MAML),)
-    ),
+    "embedding bag": Model(models.bag, WORDS, (Refusal("_embedding_bag_backward", EVERY, MAML),)),
     "tied": Model(models.Tied),
     "frozen": Model(models.frozen),
     "unused": Model(models.Unused),
@@ -151,9 +147,7 @@ TASKS = {
     "plain": Task(tasks.of(tasks.Plain), (NO_TENSORS,)),
     "supervised, in minibatches": Task(tasks.supervised(4)),
     "supervised, all at once": Task(tasks.supervised(10)),
-    "assigns a field": Task(
-        tasks.of(tasks.Walk), (Refusal("field 'x'", FAST),), differences=False
-    ),
+    "assigns a field": Task(tasks.of(tasks.Walk), (Refusal("field 'x'", FAST),), differences=False),
     "attribute that is no field": Task(tasks.shadowing, (Refusal("factor", FAST),)),
     "sets a mode": Task(tasks.of(tasks.Unlearning), (STATEFUL,), "conv"),
     "sets a mode in the query": Task(tasks.of(tasks.UnlearningQuery), (STATEFUL,), "conv"),
@@ -163,16 +157,12 @@ TASKS = {
         tasks.of(tasks.InputDerivative), (Refusal("requires_grad_", FAST),)
     ),
     "jacobian by inputs": Task(tasks.of(tasks.InputJacobian)),
-    "gradient penalty": Task(
-        tasks.of(tasks.GradientPenalty), (Refusal("cannot be empty", FAST),)
-    ),
+    "gradient penalty": Task(tasks.of(tasks.GradientPenalty), (Refusal("cannot be empty", FAST),)),
     "penalty on what learns": Task(tasks.of(tasks.Decayed), model="frozen"),
     "setting 1": Task(tasks.of(tasks.Typed, 1)),
     "setting 1.0": Task(tasks.of(tasks.Typed, 1.0)),
     "setting True": Task(tasks.of(tasks.Typed, True)),
-    "settings of three types": Task(
-        tasks.in_turn, (Refusal("differs between tasks", TOGETHER),)
-    ),
+    "settings of three types": Task(tasks.in_turn, (Refusal("differs between tasks", TOGETHER),)),
 }
 
 OUTSIDE = Refusal("has the optimizer inside the graph", COMPILED, ("reptile", "fomaml"))

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from koi.errors import EngineError
 from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
@@ -83,6 +84,8 @@ class Catalogue:
         self._inner, self._rule = inner, rule
         self._mode, self._together, self._make = mode, together, make
         self._pure = PureLoss(copy.module, inner.learned)
+        # each step through time is written out, in every inner step
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in copy.module.modules())
         self._plans: dict[Any, Plan] = {}
         self._programs: dict[Any, Program] = {}
         self._stepwises: dict[Any, Stepwise] = {}
@@ -105,7 +108,8 @@ class Catalogue:
         if request.purpose != "train":
             return False
         size = request.num_steps * len(self._params)
-        return size <= _MOST_WRITTEN_OUT or self._inner.algorithm == "maml"
+        small = size <= _MOST_WRITTEN_OUT and not self._recurrent
+        return small or self._inner.algorithm == "maml"
 
     def _written_out(
         self, request: Request, task: TensorDict, plan: Plan, threads: int

@@ -17,6 +17,7 @@ from koi.inner.graph import State
 from koi.inner.moments import check_moments
 from koi.inner.normalisation import map_normalisation, map_weight_norm
 from koi.inner.products import layers_as_products
+from koi.inner.recurrence import map_recurrence
 from koi.inner.workers import Call, Workers
 from koi.inner.working import WorkingCopy
 from koi.randomness import Place
@@ -151,6 +152,7 @@ class CompiledEngine:
             layers_as_products(module)
         if self.together:
             map_normalisation(module, self.inner.autocast is not None, join=False)
+        map_recurrence(module)
         if self.inner.algorithm == "maml":
             map_weight_norm(module)
 

@@ -16,7 +16,12 @@ import torch
 
 from koi.errors import EngineError, KoiError
 from koi.inner.base import advice_on, reason_of
-from koi.inner.internals import has_graph, kernels_apart, without_lookup
+from koi.inner.internals import (
+    has_graph,
+    kernels_apart,
+    recurrence_traced,
+    without_lookup,
+)
 
 log = logging.getLogger("koi")
 _numbers = itertools.count()
@@ -72,7 +77,7 @@ class Graph:
         log.info("compiling %s: this takes some seconds, once", self._what)
         began = time.perf_counter()
         try:
-            with kernels_apart() if self._lean else nullcontext():
+            with kernels_apart() if self._lean else nullcontext(), recurrence_traced():
                 result = self._run(*inputs)
         except KoiError:
             raise

@@ -99,6 +99,8 @@ def frozen(value: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> An
         return kind, value
     if kind is float:
         return kind, value.hex()  # tells −0.0 from 0.0, and NaN is NaN
+    if isinstance(value, nn.Parameter):  # whose values Koi sets
+        return Same(value), form(value)
     if isinstance(value, Tensor):
         return Content(value)
     if depth > _DEEPEST or id(value) in seen:

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["has_graph", "hooks_set_aside", "kernels_apart", "step_hooks", "without_lookup"]
+__all__ = [
+    "has_graph",
+    "hooks_set_aside",
+    "kernels_apart",
+    "recurrence_traced",
+    "step_hooks",
+    "without_lookup",
+]
 
 
 def has_graph(function: types.FunctionType) -> bool:
@@ -76,3 +83,13 @@ def hooks_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for each, kept in zip(hooks, before, strict=True):
             each.update(kept)
+
+
+def recurrence_traced() -> AbstractContextManager[None]:
+    """Let the compiler trace LSTM, GRU and RNN, which it refuses by their class.
+
+    In those of Koi's copy there is nothing but plain operations (`koi.inner.recurrence`); the
+    derivative of torch's own kernels, in a subclass, fails to be traced.
+    """
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(allow_rnn=True)
+    return patched

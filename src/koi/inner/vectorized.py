@@ -35,6 +35,7 @@ from koi.inner.elementwise import check_elementwise
 from koi.inner.embedding import EmbeddingPadding
 from koi.inner.functional import PureLoss
 from koi.inner.normalisation import map_normalisation, map_weight_norm
+from koi.inner.recurrence import map_recurrence
 from koi.inner.stepwise import Adapted, StepwiseEngine
 from koi.inner.working import WorkingCopy
 from koi.parameters import Tensors
@@ -226,6 +227,7 @@ class VectorizedEngine(StepwiseEngine):
 
     def _prepare(self, module: nn.Module) -> None:
         map_normalisation(module, self.inner.autocast is not None, join=True)
+        map_recurrence(module)
         if self.inner.algorithm == "maml":
             map_weight_norm(module)
 
