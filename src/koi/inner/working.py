@@ -52,7 +52,7 @@ class WorkingCopy:
         frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         self._frozen = frozen if share else {}
         self._versions: list[int] = []
-        self.module = parameters.copy_module(model, {id(p): p for p in self._frozen.values()})
+        self.module = self._copy({id(p): p for p in self._frozen.values()})
         self.params = learned.params_of(self.module)
         self.values = [p.detach() for p in self.params]  # the same memory, without autograd
         self._own = [*self.params, *learned.buffers_of(self.module)]
@@ -65,7 +65,7 @@ class WorkingCopy:
             theirs = self.learned.tensors_of(self._model)
             shared: dict[int, Tensor] = {id(p): p for p in self._frozen.values()}
             shared |= {id(t): own for t, own in zip(theirs, self._own, strict=True)}
-            self.module = parameters.copy_module(self._model, shared)
+            self.module = self._copy(shared)
             self._made()
         for slot in self._buffers:
             slot.place[slot.key] = slot.tensor  # where forward has assigned another
@@ -163,13 +163,19 @@ class WorkingCopy:
                 "which Koi cannot undo before the next inner step: let it assign a new value"
             )
 
+    def _copy(self, shared: dict[int, Tensor]) -> nn.Module:
+        """Return a fresh copy of the module, with ``shared`` in the place of tensors by their id."""
+        module = parameters.copy_module(self._model, shared)
+        for kind in ("_parameters", "_buffers"):  # where a __deepcopy__ did not hand the memo on
+            for part, theirs in zip(module.modules(), self._model.modules(), strict=True):
+                for key, tensor in getattr(theirs, kind).items():
+                    if id(tensor) in shared:
+                        getattr(part, kind)[key] = shared[id(tensor)]
+        return module
+
     def _made(self) -> None:
         """Remember where the tensors are and what else the copy holds."""
         module, learned = self.module, self.learned
-        if not parameters.same_tensors(self._own, learned.tensors_of(module)):
-            raise ModelError(
-                "the model cannot be copied twice alike: its __deepcopy__ must hand the memo on"
-            )
         if self._prepare is not None:
             self._prepare(module)
         self._params = [_slot(module, name, "_parameters") for name in learned.params]
