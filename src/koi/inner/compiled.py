@@ -59,7 +59,7 @@ class CompiledEngine:
             layers_as_products(self.model)
         if together:
             map_normalisation(self.model, inner.autocast is not None, join=False)
-        map_recurrence(self.model)
+        map_recurrence(self.model, kernel=False)
         self.together = together
         self._chunk_size = chunk_size
         self._evaluation_rows: int | None = None

@@ -53,7 +53,7 @@ class VectorizedEngine(StepwiseEngine):
         self.model = parameters.copy_module(model)
         self.modes = Modes(self.model, like=model)
         map_normalisation(self.model, inner.autocast is not None, join=True)
-        map_recurrence(self.model)
+        map_recurrence(self.model, kernel=inner.algorithm != "maml")
         self._pure = PureLoss(self.model, inner.learned)
         self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
         self._minibatches_draw = False
