@@ -1,4 +1,4 @@
-"""LSTM, GRU, RNN and their cells in plain operations are torch's own, in every engine."""
+"""LSTM, GRU, RNN and their cells are torch's own in every engine."""
 
 import logging
 from copy import deepcopy
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine_toys import ALGORITHMS, FAST, SETTINGS, Fit, Fits, assert_agree, moved, trained
 from koi import EngineError, Koi
-from koi.inner.recurrence import map_recurrence
+from koi.inner.recurrence import LSTMKernel, map_recurrence
 from koi.randomness import capture, same_states
 
 STEPS, BATCH, INPUTS, HIDDEN, TASKS = 3, 2, 3, 5, 3
@@ -32,10 +32,10 @@ CELLS = {
 LSTM = nn.LSTM, nn.LSTMCell
 
 
-def mapped(module):
+def mapped(module, kernel=False):
     """Return a copy that can be mapped over tasks."""
     copied = deepcopy(module)
-    map_recurrence(copied)
+    map_recurrence(copied, kernel=kernel)
     return copied
 
 
@@ -106,17 +106,9 @@ def test_cell(kind, bias, batched):
     check_values_and_derivatives(cell, input)
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
-def test_weights_of_each_task(kind):
-    """Values and gradients under vmap, taken inside of it and outside, as engines do."""
-    if kind in LAYERS:
-        module = LAYERS[kind](INPUTS, HIDDEN, 2, bidirectional=True)
-        input = layer_inputs(module)[0]
-    else:
-        module = CELLS[kind](INPUTS, HIDDEN)
-        input = cell_inputs(module)[0]
-    copied, inputs = mapped(module), torch.randn(TASKS, *input.shape)
+def assert_maps(module, copied, input, tolerance):
+    """Compare each task's loss and gradients, taken inside of vmap and outside, as engines do."""
+    inputs = torch.randn(TASKS, *input.shape)
     params = {
         name: torch.rand(TASKS, *p.shape).sub_(0.5).requires_grad_()
         for name, p in module.named_parameters()
@@ -138,7 +130,65 @@ def test_weights_of_each_task(kind):
     inside = vmap(grad(loss))(params, inputs)
     expected = losses, list(grads), list(grads)
     actual = together, list(outside), list(inside.values())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_weights_of_each_task(kind):
+    if kind in LAYERS:
+        module = LAYERS[kind](INPUTS, HIDDEN, 2, bidirectional=True)
+        input, _ = layer_inputs(module)
+    else:
+        module = CELLS[kind](INPUTS, HIDDEN)
+        input, _ = cell_inputs(module)
+    assert_maps(module, mapped(module), input, 1e-10)
+
+
+class TestKernel:
+    """An LSTM in float32 on the CPU is torch's own, for one task after the other."""
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("batched", [True, False])
+    def test_weights_of_each_task(self, batched, batch_first, bias):
+        options = {"bias": bias, "batch_first": batch_first, "bidirectional": True}
+        layer = nn.LSTM(INPUTS, HIDDEN, 2, **options)
+        input, state = layer_inputs(layer, batched)
+        copied = mapped(layer, kernel=True)
+        torch.testing.assert_close(copied(input, state), layer(input, state))
+        assert_maps(layer, copied, input, 1e-5)
+
+    def test_where_it_runs(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(LSTMKernel, "apply", lambda *inputs: calls.append(inputs) or inputs[1:])
+        layer = nn.LSTM(INPUTS, HIDDEN, 2, dropout=0.5)
+        input, _ = layer_inputs(layer)
+        with torch.autocast("cpu", torch.bfloat16):
+            mapped(layer.eval(), kernel=True)(input)
+        mapped(layer.eval(), kernel=False)(input)
+        mapped(layer.train(), kernel=True)(input)  # draws
+        mapped(layer.eval().double(), kernel=True)(input.double())
+        mapped(nn.GRU(INPUTS, HIDDEN), kernel=True)(input)
+        mapped(nn.LSTM(INPUTS, HIDDEN, proj_size=2), kernel=True)(input)
+        assert not calls
+        mapped(nn.LSTM(INPUTS, HIDDEN), kernel=True)(input)
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_in_training(self, algorithm, monkeypatch):
+        """MAML, for which it is slow, does without."""
+        calls, forward = [], LSTMKernel.forward
+        monkeypatch.setattr(
+            LSTMKernel, "forward", lambda *inputs: calls.append(inputs) or forward(*inputs)
+        )
+        net = Recurrent("lstm", num_layers=2, bidirectional=True)
+        one_by_one, together = (
+            trained(engine, net, SEQUENCES, algorithm=algorithm)
+            for engine in ("eager", "vectorized")
+        )
+        assert_agree(together, one_by_one, tolerance=1e-5)
+        assert bool(calls) == (algorithm != "maml")
 
 
 class TestDropout:
@@ -232,7 +282,7 @@ def test_what_is_not_plain_stays_as_it_is():
     own.forward = lambda input: input
     net = nn.ModuleList([Doubled(INPUTS, HIDDEN), own, nn.Linear(INPUTS, HIDDEN)])
     before = [dict(vars(part)) for part in net]
-    map_recurrence(net)
+    map_recurrence(net, kernel=True)
     assert [vars(part) for part in net] == before
 
 

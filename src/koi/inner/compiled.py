@@ -152,7 +152,7 @@ class CompiledEngine:
             layers_as_products(module)
         if self.together:
             map_normalisation(module, self.inner.autocast is not None, join=False)
-        map_recurrence(module)
+        map_recurrence(module, kernel=False)
         if self.inner.algorithm == "maml":
             map_weight_norm(module)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from koi.errors import EngineError, KoiError, NonFiniteError
 from koi.inner.base import Engine, InnerLoop, Metric, advice_on, reason_of
 from koi.inner.eager import EagerEngine
+from koi.inner.recurrence import faster_alone
 from koi.inner.selfcheck import DisagreementError, Request, SelfCheck
 from koi.inner.vectorized import VectorizedEngine
 from koi.randomness import Place, capture, restore
@@ -32,7 +33,7 @@ class Dispatch:
     With vectorize="auto" all tasks run at once where they can. Without a seed the forms that are
     possible take turns over the first meta-iterations, and the fastest is kept; every form does
     the same update, so that no work is lost. With a seed nothing may depend on a clock: all at
-    once wherever possible.
+    once wherever possible, but for networks known to be faster one by one.
 
     Args:
         model: the user's module.
@@ -60,6 +61,7 @@ class Dispatch:
         self._compile = compile
         self._chunk_size = chunk_size
         self._seeded = seeded
+        self._alone = not compile and inner.algorithm != "maml" and faster_alone(model)
         self._check = check
         self._checked: set[tuple[str, bool, type]] = set()
         self._engines: dict[str, Engine] = {}
@@ -98,6 +100,8 @@ class Dispatch:
         if self._vectorize is True:
             return [self._together]
         together = self._vectorize == "auto" and len(batch) > 1 and is_tensor_task(batch.example)
+        if self._seeded and self._alone:
+            together = False
         forms = [self._together, self._one_by_one] if together else [self._one_by_one]
         return [form for form in forms if form not in self.refused] or [self._one_by_one]
 

@@ -6,7 +6,7 @@ backward: what a user would write after reading the paper, and nothing that is c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Plain:
         algorithm: what is asked for: φ̃ ("reptile"), or the query loss and its gradient at φ̃.
         num_steps: inner steps.
         place: where this is, for the draws.
+        together: whether losses draw as those of tasks that run at once do.
         noisy: whether a loss has drawn at random.
     """
 
@@ -39,18 +40,17 @@ class Plain:
     algorithm: str
     num_steps: int
     place: Place
+    together: bool
     noisy: bool = False
 
     @torch.enable_grad()
-    def __call__(
-        self, start: Sequence[Tensor], task: Any, number: int | None
-    ) -> tuple[Tensors, float]:
+    def __call__(self, start: Sequence[Tensor], task: Any, number: int) -> tuple[Tensors, float]:
         """Return φ̃ or the gradient at φ̃, and the last loss, from ``start``.
 
         Args:
             start: the parameters.
             task: the task.
-            number: its number in the meta-batch; None: it is drawn for as all tasks at once are.
+            number: its number in the meta-batch.
 
         Raises:
             ModelError: the loss reaches the user's module in the place of the copy it is given.
@@ -62,9 +62,8 @@ class Plain:
             for param, value in zip(params, start, strict=True):
                 param.copy_(value)
         optimizer = make_optimizer(self.inner.factory, params, self.inner.step_size)
-        self.place.set("inner", number)
         view, loss = task, torch.zeros(())
-        for step, view in enumerate(views(task, self.num_steps)):
+        for step, view in enumerate(self._views(task, number)):
             loss = self._loss(view, model, step)
             if step == 0:
                 self._check_reach(loss)
@@ -79,6 +78,16 @@ class Plain:
             return [], loss.item()
         pairs = zip(params, _gradients(loss, params), strict=True)
         return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in pairs], loss.item()
+
+    def _views(self, task: Any, number: int) -> Iterable[Any]:
+        """Return what each step sees, the generators set as the engine's are."""
+        self.place.set("inner", number)
+        if not self.together:
+            return views(task, self.num_steps)
+        before = capture()
+        steps = list(views(task, self.num_steps))
+        self.place.set("inner" if same_states(before, capture()) else "inner loss", None)
+        return steps
 
     def _loss(self, view: Any, model: nn.Module, step: int) -> Tensor:
         before = capture()

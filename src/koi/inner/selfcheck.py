@@ -78,8 +78,10 @@ class SelfCheck:
         self._model, self._inner, self._engine = model, inner, engine
         self._request, self._rows = request, rows
         self._algorithm = inner.algorithm if request.training else "reptile"
-        self._plain = Plain(model, inner, self._algorithm, request.num_steps, request.place)
         self._together = request.form.startswith("vectorized")
+        self._plain = Plain(
+            *(model, inner, self._algorithm, request.num_steps, request.place, self._together)
+        )
 
     def run(self) -> None:
         """Compare.
@@ -148,8 +150,7 @@ class SelfCheck:
         weights = [repeated] + [1] * (len(tasks) - 1)
         total = sum(weights)
         results = [
-            self._plain(start, task, None if self._together else number)
-            for number, task in enumerate(self._copies(tasks))
+            self._plain(start, task, number) for number, task in enumerate(self._copies(tasks))
         ]
         means = [
             sum((w / total) * t for w, t in zip(weights, tensors, strict=True))
@@ -179,7 +180,7 @@ class SelfCheck:
                 allowed[i] = max(allowed[i], _AMPLIFIED * largest(a - b))
         if self._plain.noisy:
             torch.manual_seed(0)  # put back by `run`
-            other = self._plain(start, self._copies(tasks)[0], None)[0]
+            other = self._plain(start, self._copies(tasks)[0], 1)[0]
             for i, (a, b) in enumerate(zip(other, expected, strict=True)):
                 allowed[i] = max(allowed[i], _NOISE * largest(a - b))
         return [i for i in range(len(away)) if not away[i] <= allowed[i]]

@@ -227,7 +227,7 @@ class VectorizedEngine(StepwiseEngine):
 
     def _prepare(self, module: nn.Module) -> None:
         map_normalisation(module, self.inner.autocast is not None, join=True)
-        map_recurrence(module)
+        map_recurrence(module, kernel=self.inner.algorithm != "maml")
         if self.inner.algorithm == "maml":
             map_weight_norm(module)
 

@@ -164,7 +164,7 @@ class WorkingCopy:
             )
 
     def _copy(self, shared: dict[int, Tensor]) -> nn.Module:
-        """Return a fresh copy of the module, with ``shared`` in the place of tensors by their id."""
+        """Return a fresh copy of the module, with ``shared`` in the place of tensors, by id."""
         module = parameters.copy_module(self._model, shared)
         for kind in ("_parameters", "_buffers"):  # where a __deepcopy__ did not hand the memo on
             for part, theirs in zip(module.modules(), self._model.modules(), strict=True):
