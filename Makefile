@@ -24,10 +24,10 @@ PINS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-slow faults check format docs bench clean
+.PHONY: help run test test-slow test-shard faults check format docs bench clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: .venv/.run ## Run the main job: meta-learn the paper's sine waves, then adapt to new ones
 	@$(BIN)/koi sine $(ARGS)
@@ -37,6 +37,12 @@ test: .venv/.dev ## Run all tests: unit tests, doctests, documentation and examp
 
 test-slow: .venv/.dev ## Run the tests that take minutes each: every engine in full, compiled
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+# By how many commits came before, so that as many commits as there are shards run all of it.
+SHARD ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
+
+test-shard: .venv/.dev ## Run a share of the slow tests, the next one with every commit
+	@$(BIN)/python -m pytest -m slow --shard $(SHARD) $(ARGS)
 
 faults: .venv/.dev ## Kill, cut and break trainings some thousand times, and print what was lost
 	@PYTHONPATH=tests $(BIN)/python tests/faults.py

@@ -30,6 +30,10 @@ TOGETHER = ("vectorized", "vectorized+compiled")
 COMPILED = ("compiled", "vectorized+compiled")
 
 
+VECTORS, SEQUENCES = tasks.numbers(3), tasks.numbers(3, 2)
+IMAGES, WORDS = tasks.numbers(1, 4, 4), tasks.sentences
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Where something is refused, and words that the error, or the line in the log, has in it.
@@ -53,7 +57,7 @@ class Model:
     """
 
     make: Callable[[], nn.Module]
-    inputs: Any = tasks.numbers(3)
+    inputs: Any = VECTORS
     refusals: tuple[Refusal, ...] = ()
     differences: bool = True
     slow: bool = False
@@ -62,12 +66,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """How a task is made of a `tasks.Stream`, and the model that it is tried on."""
+    """How a task is made of a `tasks.Stream`, and the model that it is tried on.
+
+    It is drawn with any other too, unless it asks something of the model (``anywhere``).
+    """
 
     make: Callable[[Any], Any]
     refusals: tuple[Refusal, ...] = ()
     model: str = "mlp"
     differences: bool = True
+    anywhere: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,6 @@ class Optimizer:
     refusals: tuple[Refusal, ...] = ()
     differences: bool = True
 
-
-SEQUENCES, IMAGES, WORDS = tasks.numbers(3, 2), tasks.numbers(1, 4, 4), tasks.sentences
 
 # An attribute that forward leaves changed is one task's own only one by one.
 STATEFUL = Refusal("is changed in forward or in the loss", FAST)
@@ -154,9 +160,9 @@ TASKS = {
     "reads a global": Task(tasks.of(tasks.ReadsGlobal)),
     "reads its class": Task(tasks.of(tasks.ReadsClass)),
     "derivative by inputs": Task(
-        tasks.of(tasks.InputDerivative), (Refusal("requires_grad_", FAST),)
+        tasks.of(tasks.InputDerivative), (Refusal("requires_grad_", FAST),), anywhere=False
     ),
-    "jacobian by inputs": Task(tasks.of(tasks.InputJacobian)),
+    "jacobian by inputs": Task(tasks.of(tasks.InputJacobian), anywhere=False),
     "gradient penalty": Task(tasks.of(tasks.GradientPenalty), (Refusal("cannot be empty", FAST),)),
     "penalty on what learns": Task(tasks.of(tasks.Decayed), model="frozen"),
     "setting 1": Task(tasks.of(tasks.Typed, 1)),

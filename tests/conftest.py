@@ -10,6 +10,36 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The slow tests in shares of a few minutes, of which the check of every commit runs the next one.
+NUM_SHARDS = 40
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shard",
+        type=int,
+        metavar="N",
+        help=f"run one of {NUM_SHARDS} shares of the selected tests: that of N modulo {NUM_SHARDS}",
+    )
+
+
+def pytest_report_header(config):
+    number = config.getoption("--shard")
+    if number is not None:
+        return f"shard: {number % NUM_SHARDS} of 0 to {NUM_SHARDS - 1} (of the number {number})"
+    return None
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    """Keep every so-many-th test: neighbours, which take alike, go to different shards."""
+    number = config.getoption("--shard")
+    if number is not None:
+        kept = items[number % NUM_SHARDS :: NUM_SHARDS]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Lift a limit on the size of files that a test has set before pytest reports on the test.

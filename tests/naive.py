@@ -80,7 +80,7 @@ def evaluate(
 
         adapt(model, steps, inner_optimizer, step_size, state, after_each=measure)
         rows.append(row)
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def views(task, num_steps):

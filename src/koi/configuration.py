@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from koi.errors import ConfigurationError, did_you_mean
 from koi.inner.base import InnerLoop
@@ -111,11 +111,13 @@ def optimizer_now(koi: Any) -> Any:
         return ()
     params = Learned.of(koi.model).params_of(koi.model)
     optimizer = make_optimizer(factory, params, koi.step_size)
-    groups = [
-        {name: value for name, value in group.items() if name != "params"}
+    numbers = [
+        value.tolist()
         for group in optimizer.param_groups
+        for name, value in group.items()
+        if name != "params" and isinstance(value, Tensor)
     ]
-    return type(optimizer), frozen(groups)
+    return type(optimizer), layout_of(optimizer, params), numbers
 
 
 _OF_ENGINES = (

@@ -19,14 +19,14 @@ from koi.configuration import Configured, check_count, check_tasks
 from koi.distributed import Ranks
 from koi.engines import Engines, Ready
 from koi.evaluation import Evaluation, blocks
-from koi.inner.base import Metric
+from koi.inner.base import InnerLoop, Metric
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.logs import Log
 from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
-from koi.parameters import Learned, Tensors, same_tensors
+from koi.parameters import Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
 from koi.records import Record, mean_ends
@@ -166,7 +166,7 @@ class Koi(Configured):
         """
         check_tasks(tasks)
         ready = self._ready()
-        device = self._phi(ready.inner.learned).params[0].device
+        device = self._phi(ready.inner).params[0].device
         carry = self.inner_state == "carry"
         ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
         callbacks = tuple(callbacks)
@@ -206,7 +206,7 @@ class Koi(Configured):
         self.engine = "eager"
         place = Place(self.seed, "adaptation", 0)
         with preserved_generators(self.seed):
-            return engine.adapt(self._phi(inner.learned), task, num_steps, place)
+            return engine.adapt(self._phi(inner), task, num_steps, place)
 
     def evaluate(
         self, tasks: Any, num_tasks: int = 100, num_steps: int | None = None
@@ -329,7 +329,7 @@ class Koi(Configured):
         check_count("num_tasks", num_tasks)
         num_steps = self._steps(num_steps)
         ready = self._ready()
-        engine, phi = ready.engines, self._phi(ready.inner.learned)
+        engine, phi = ready.engines, self._phi(ready.inner)
         with preserved_generators(self.seed):
             rows = [
                 getattr(engine, what)(phi, batch, num_steps, place, *more)
@@ -354,11 +354,16 @@ class Koi(Configured):
             self._scale = LossScale()
         return self._engines.ready(self, self._scale, self._seed is not None, before)
 
-    def _phi(self, learned: Learned) -> Phi:
+    def _phi(self, inner: InnerLoop) -> Phi:
+        learned, rule = inner.learned, inner.rule
         params = learned.params_of(self.model)
         if self._moments is not None and not same_tensors(params, self._moments_of):
-            log.warning("what learns has changed: the inner optimizer's moments start afresh")
-            self._moments = None
+            old, self._moments = self._moments, None
+            if rule is not None:
+                self._moments = rule.carried(old, self._moments_of, params)
+            afresh = "of what is new" if rule else "of all parameters"
+            log.warning("what learns has changed: inner moments %s start afresh", afresh)
+            self._moments_of = params
         return Phi(
             params,
             learned.buffers_of(self.model),
@@ -369,7 +374,7 @@ class Koi(Configured):
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:
         """Return the meta-update, the same as before where φ and meta_optimizer are the same."""
-        phi, update = self._phi(ready.inner.learned), self._update
+        phi, update = self._phi(ready.inner), self._update
         if (
             update is None
             or update.make_optimizer is not self.meta_optimizer

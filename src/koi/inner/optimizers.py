@@ -61,6 +61,23 @@ class UpdateRule(ABC):
         without_data = [torch.empty_like(p, device="meta") for p in params]
         return [moment.shape for moment in self.initial(without_data)]
 
+    def carried(
+        self, moments: Tensors, before: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> Tensors:
+        """Return the moments of ``params``: those they had ``before``, fresh where they are new."""
+        fresh = self.initial(params)
+        places = {id(param): place for place, param in enumerate(before)}
+        counts = slice(self.num_slots * len(params), None), slice(-1, None)
+        for i, param in enumerate(params):
+            place = places.get(id(param))
+            if place is None:
+                continue
+            for slot in range(self.num_slots):
+                fresh[slot * len(params) + i] = moments[slot * len(before) + place]
+            for count, old in zip(fresh[counts[0]], moments[counts[1]], strict=False):
+                count[i] = old[place]
+        return fresh
+
     def dense(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the gradients, those that are sparse (of ``Embedding(sparse=True)``) as dense."""
         return [g.to_dense() if g.is_sparse else g for g in grads]
@@ -197,6 +214,29 @@ class Adam(UpdateRule):
         dtype = torch.float32 if params[0].device.type == "mps" else torch.float64
         counts = torch.zeros(len(params), dtype=dtype, device=params[0].device)
         return [torch.zeros_like(p) for _ in range(self.num_slots) for p in params] + [counts]
+
+    def carried(
+        self, moments: Tensors, places: Sequence[int | None], params: Sequence[Tensor]
+    ) -> Tensors:
+        """Return the moments for ``params`` where others than before learn.
+
+        Args:
+            moments: as they were.
+            places: of each parameter, its place among those before; None: it begins to learn.
+            params: the parameters that learn now.
+        """
+        fresh, size = self.initial(params), len(params)
+        before = next((len(m) for m in moments[-1:] if m.dim()), 0)
+        if self.num_slots:
+            before = before if len(moments) % self.num_slots else len(moments) // self.num_slots
+        for i, place in enumerate(places):
+            if place is None:
+                continue
+            for slot in range(self.num_slots):
+                fresh[slot * size + i] = moments[slot * before + place]
+            for count, old in zip(fresh[self.num_slots * size :], moments[-1:], strict=False):
+                count[i] = old[place]
+        return fresh
 
     def dense(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the gradients; torch.optim's Adam takes no sparse ones either.
