@@ -215,29 +215,6 @@ class Adam(UpdateRule):
         counts = torch.zeros(len(params), dtype=dtype, device=params[0].device)
         return [torch.zeros_like(p) for _ in range(self.num_slots) for p in params] + [counts]
 
-    def carried(
-        self, moments: Tensors, places: Sequence[int | None], params: Sequence[Tensor]
-    ) -> Tensors:
-        """Return the moments for ``params`` where others than before learn.
-
-        Args:
-            moments: as they were.
-            places: of each parameter, its place among those before; None: it begins to learn.
-            params: the parameters that learn now.
-        """
-        fresh, size = self.initial(params), len(params)
-        before = next((len(m) for m in moments[-1:] if m.dim()), 0)
-        if self.num_slots:
-            before = before if len(moments) % self.num_slots else len(moments) // self.num_slots
-        for i, place in enumerate(places):
-            if place is None:
-                continue
-            for slot in range(self.num_slots):
-                fresh[slot * size + i] = moments[slot * before + place]
-            for count, old in zip(fresh[self.num_slots * size :], moments[-1:], strict=False):
-                count[i] = old[place]
-        return fresh
-
     def dense(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the gradients; torch.optim's Adam takes no sparse ones either.
 
