@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
-    | {"interrupts", "logs", "progress", "records", "watch"},
+    | {"interrupts", "logs", "progress", "records", "sampling", "watch"},
     "autosave": BASE
     | {"checkpoint", "configuration", "distributed", "interrupts", "storage", "watch"},
     "checkpoint": BASE
@@ -60,7 +60,8 @@ ALLOWED: dict[str, set[str]] = {
     "watch": BASE,
     "distributed": BASE | {"exchange", "interrupts", "storage"},
     "exchange": BASE,
-    "evaluation": BASE,
+    "evaluation": BASE | {"sampling"},
+    "sampling": BASE,
     "inner": BASE,
     "meta": BASE,
     "progress": BASE | {"records"},

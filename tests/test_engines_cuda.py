@@ -13,7 +13,7 @@ from koi.inner.compiler import options_for
 from koi.inner.graph import InnerGraph
 from koi.inner.scaling import LossScale
 from koi.randomness import Place, capture, restore, set_generators
-from koi.tasks import draw
+from koi.sampling import draw
 
 
 class TestCudaGraphs:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from koi.randomness import Place
-from koi.tasks import TaskBatch, draw
+from koi.sampling import draw
+from koi.tasks import TaskBatch
 
 # Tasks of an evaluation are drawn and, where they can be, adapted to so many at a time.
 _BLOCK = 100

@@ -29,8 +29,8 @@ from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
 from koi.records import Record, mean_ends
+from koi.sampling import draw
 from koi.state import Outcome, Phi
-from koi.tasks import draw
 from koi.watch import Watch
 
 Callback = Callable[["Koi", Record], None]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from koi.errors import NonFiniteError, TaskError, annotate
+from koi.errors import NonFiniteError, TaskError, annotate, is_end
 from koi.inner.optimizers import OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
 from koi.parameters import Learned
@@ -180,18 +180,35 @@ def finite_tasks(
     return kept
 
 
-@contextmanager
-def explained(place: Place, first: int, count: int) -> Iterator[None]:
-    """Say of an error in the block where it happened."""
-    try:
-        yield
-    except NonFiniteError:
-        raise
-    except BaseException as error:
-        last = first + count - 1
-        tasks = f"task {first}" if count == 1 else f"tasks {first} to {last}, run at once"
-        annotate(error, f"at {place}, {tasks}; φ is as it was before")
-        raise
+class explained:  # noqa: N801 (reads as a function)
+    """A context that says of an error in its block where it happened.
+
+    It is no ``@contextmanager``: that would take a `TaskError`, which is a RuntimeError, for a
+    generator's own way to pass a StopIteration on, and raise the latter.
+
+    Raises:
+        TaskError: in the place of a StopIteration, which would end a loop somewhere as if all
+            was well.
+    """
+
+    def __init__(self, place: Place, first: int, count: int) -> None:
+        self._place, self._first, self._last = place, first, first + count - 1
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or isinstance(error, NonFiniteError):
+            return
+        first, last = self._first, self._last
+        tasks = f"task {first}" if first == last else f"tasks {first} to {last}, run at once"
+        where = f"at {self._place}, {tasks}; φ is as it was before"
+        if is_end(error):
+            raise TaskError(
+                "the loss or the minibatches of a task raised StopIteration: an iterator that "
+                f"they read has come to its end, so begin it again there ({where})"
+            ) from error
+        annotate(error, where)
 
 
 def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> list[list[Any]]:
