@@ -24,7 +24,7 @@ from koi.inner.optimizers import OptimizerFactory
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.logs import Log
-from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
+from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, schedule_of, value_at
 from koi.parameters import Learned, Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
@@ -51,15 +51,15 @@ class Koi:
         step_size: learning rate of the inner optimizer.
         num_steps: inner steps on each task.
         num_iterations: meta-iterations.
-        meta_step_size: ε, a number or a schedule of the fraction done in [0, 1], such as
-            ``koi.linear(1.0, 0.0)``; None: step_size.
+        meta_step_size: ε, a number or a schedule of the fraction done in [0, 1]; None:
+            ``koi.linear(1.0, 0.0)`` for Reptile, step_size for FOMAML and MAML.
         meta_batch_size: tasks in each meta-iteration.
         inner_optimizer: "sgd", "adam" (both as torch.optim's defaults have them), or a callable
             (params, lr) that returns a ``torch.optim.Optimizer``.
         inner_state: whether momentum and adaptive moments live on from task to task ("carry", as
             in the paper's code; over a meta-batch they are averaged) or start afresh ("reset").
         meta_optimizer: None, or a callable (params) that returns a ``torch.optim.Optimizer``; it
-            is fed the gradient φ − mean(φ̃) and replaces ε (for the parameters).
+            is fed the gradient φ − mean(φ̃) and replaces ε (for the parameters; buffers follow ε).
         algorithm: "reptile"; "fomaml" and "maml" move φ against the gradient of the query loss at
             φ̃, taken with respect to φ̃ or, through all inner steps, to φ.
         seed: makes runs repeatable, bit for bit on one machine, and independent of the global
@@ -111,7 +111,7 @@ class Koi:
         self.step_size = float(step_size)  # NumPy's numbers become Python's own
         self.num_steps = int(num_steps)
         self.num_iterations = int(num_iterations)
-        self.meta_step_size = step_size if meta_step_size is None else meta_step_size
+        self.meta_step_size = meta_step_size
         self.meta_batch_size = int(meta_batch_size)
         self.inner_optimizer = inner_optimizer
         self.inner_state = inner_state
@@ -307,7 +307,8 @@ class Koi:
     ) -> Record:
         began = time.perf_counter()
         place = Place(ranks.seed, "meta-iteration", self.iteration)
-        epsilon = value_at(self.meta_step_size, self.iteration / self.num_iterations)
+        schedule = schedule_of(self.meta_step_size, self.algorithm, self.step_size)
+        epsilon = value_at(schedule, self.iteration / self.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draw(tasks, self.meta_batch_size, place).part(start, end)
