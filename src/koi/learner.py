@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from koi.autosave import Autosave
 from koi.checkpoint import Pending
 from koi.configuration import check_count, check_tasks
 from koi.distributed import Ranks
-from koi.evaluation import Evaluation, blocks
-from koi.inner.base import InnerLoop, Metric
+from koi.evaluation import Evaluation, blocks, stacked
+from koi.inner.base import InnerLoop, Metric, finite_rows
 from koi.inner.dispatch import Dispatch
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory
@@ -207,10 +208,10 @@ class Koi:
             num_steps: inner steps; None: as in training.
 
         Raises:
-            TaskError, NonFiniteError: as in `train`.
+            TaskError, NonFiniteError: as in `train`, also with ``on_nonfinite="skip"``.
         """
         num_steps = self._steps(num_steps)
-        inner = self._inner_loop()
+        inner = replace(self._inner_loop(), skip_nonfinite=False)
         engine = EagerEngine(self.model, inner)
         place = Place(self.seed, "adaptation", 0)
         with preserved_generators(self.seed):
@@ -228,8 +229,14 @@ class Koi:
             tasks: a task distribution.
             num_tasks: how many tasks to sample.
             num_steps: inner steps on each; None: as in training.
+
+        Raises:
+            TaskError: as in `train`.
+            NonFiniteError: a query loss is NaN or infinite; with ``on_nonfinite="skip"`` the task
+                is left out and counted, and it is an error only if all are.
         """
-        return Evaluation(self._over_tasks("evaluate", tasks, num_tasks, num_steps))
+        rows = self._over_tasks("evaluate", tasks, num_tasks, num_steps)
+        return Evaluation(rows, num_tasks - len(rows))
 
     def measure(
         self, tasks: Any, metric: Metric, num_tasks: int = 100, num_steps: int | None = None
@@ -248,7 +255,11 @@ class Koi:
             num_steps: inner steps on each; None: as in training.
 
         Returns:
-            The metrics, shape (num_tasks, …).
+            The metrics, shape (kept, …), one for each task that is kept: all, but for those that
+            ``on_nonfinite="skip"`` leaves out, an adapted parameter being NaN or infinite.
+
+        Raises:
+            TaskError, NonFiniteError: as in `evaluate`, or the metric returned no tensor.
 
         >>> from koi.problems import Lines
         >>> koi = Koi(torch.nn.Linear(1, 1), step_size=0.02)
@@ -332,18 +343,18 @@ class Koi:
     def _over_tasks(
         self, what: str, tasks: Any, num_tasks: int, num_steps: int | None, *more: Any
     ) -> Tensor:
-        """Draw tasks block by block and return what the engine makes of them, a row for each."""
+        """Draw tasks block by block; return what the engine makes of them, a row for each kept."""
         check_tasks(tasks)
         check_count("num_tasks", num_tasks)
         num_steps = self._steps(num_steps)
         inner = self._inner_loop()
         engine, phi = self._engines(inner), self._phi(inner.learned)
+        kept: Tensors = []
         with preserved_generators(self.seed):
-            rows = [
-                getattr(engine, what)(phi, batch, num_steps, place, *more)
-                for place, batch in blocks(tasks, num_tasks, self.seed)
-            ]
-        return torch.cat(rows)
+            for place, batch in blocks(tasks, num_tasks, self.seed):
+                rows = getattr(engine, what)(phi, batch, num_steps, place, *more)
+                kept += finite_rows(rows, place, inner) if what == "evaluate" else rows
+        return stacked(kept, num_tasks)
 
     def _inner_loop(self) -> InnerLoop:
         return configuration.inner_loop(self, self._scale)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from koi import parameters
 from koi.errors import NonFiniteError, TaskError, annotate, is_end
 from koi.inner.optimizers import OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
-from koi.parameters import Learned
+from koi.parameters import Learned, Tensors
 from koi.randomness import Place
 from koi.state import Outcome, Phi
 from koi.tasks import TaskBatch, views
@@ -92,16 +93,30 @@ class Engine(Protocol):
 
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
-    ) -> Tensor:
-        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
+    ) -> Tensors:
+        """Return ``metric(adapted module, task)`` of each task that is not skipped."""
 
 
-def measured(metric: Metric, model: nn.Module, task: Any) -> Tensor:
-    """Return what the user's metric gives, which must be a tensor.
+def metrics_of(
+    metric: Metric, model: nn.Module, task: Any, inner: InnerLoop, number: int, place: Place
+) -> Tensors:
+    """Return what the user's metric gives, in a list that is empty if the task is skipped.
+
+    Args:
+        metric: what is called.
+        model: the module adapted to the task.
+        task: the task.
+        inner: the settings, which say whether a task of which nothing finite came is skipped.
+        number: the number of the task.
+        place: where this is, for the error.
 
     Raises:
-        TaskError: it is none.
+        NonFiniteError: an adapted parameter is not finite.
+        TaskError: the metric returned no tensor.
     """
+    size = parameters.norm([p.detach() for p in inner.learned.params_of(model)]).item()
+    if not finite_tasks([[]], [size], number, place, inner.skip_nonfinite):
+        return []
     with torch.no_grad():
         value = metric(model, task)
     if not isinstance(value, Tensor):
@@ -109,7 +124,7 @@ def measured(metric: Metric, model: nn.Module, task: Any) -> Tensor:
             f"the metric returned {type(value).__name__}: metric(model, task) must return a "
             "tensor, of the same shape for every task"
         )
-    return value
+    return [value]
 
 
 def scalar(loss: Any, task: Any, step: int) -> Tensor:
@@ -153,7 +168,7 @@ def finite_tasks(
     """Return which tasks have finite losses at every step and a finite result.
 
     Args:
-        losses: of each task, in the order of its steps.
+        losses: of each task, in the order of its steps; none where they are not known.
         norms: of each task, a norm of what came of it.
         first: the number of the first task.
         place: where this is, for the error.
@@ -173,11 +188,28 @@ def finite_tasks(
             what = "what came of the last step is not finite" if bad is None else "the loss is "
             value = "" if bad is None else values[bad]
             step = len(values) - 1 if bad is None else bad
+            where = f"{place}, task {first + row}" + (f", inner step {step}" if values else "")
             raise NonFiniteError(
-                f"{what}{value} at {place}, task {first + row}, inner step {step}: φ is as it was "
-                "before; try a smaller step_size, or on_nonfinite='skip' to leave such tasks out"
+                f"{what}{value} at {where}: φ is as it was before; try a smaller step_size, or "
+                "on_nonfinite='skip' to leave such tasks out"
             )
     return kept
+
+
+def finite_rows(curves: Tensor, place: Place, inner: InnerLoop) -> Tensors:
+    """Return those rows of an evaluation, one for each task, that are finite.
+
+    Args:
+        curves: shape (tasks, steps + 1).
+        place: where this is, for the error.
+        inner: the settings, which say whether the other tasks are skipped.
+
+    Raises:
+        NonFiniteError: naming the place, the task and the inner step.
+    """
+    zeros = [0.0] * len(curves)
+    kept = finite_tasks(curves.tolist(), zeros, 0, place, inner.skip_nonfinite)
+    return [curves[row] for row in kept]
 
 
 class explained:  # noqa: N801 (reads as a function)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from koi import parameters
 from koi.errors import EngineError
-from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, measured
+from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, metrics_of
 from koi.inner.catalogue import Catalogue, Request
 from koi.inner.graph import State
 from koi.inner.normalisation import map_normalisation
 from koi.inner.products import layers_as_products
 from koi.inner.workers import Call, Workers
-from koi.parameters import Modes
+from koi.parameters import Modes, Tensors
 from koi.randomness import Place
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch
@@ -94,9 +94,10 @@ class CompiledEngine:
 
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
-    ) -> Tensor:
-        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
-        size, values = self._first_rows(len(batch)), []
+    ) -> Tensors:
+        """Return ``metric(adapted module, task)`` of each task that is not skipped."""
+        size = self._first_rows(len(batch))
+        values: Tensors = []
         with closing(self._results("adapt", phi, batch, size, num_steps, place)) as results:
             for call, tensors in results:
                 with explained(place, call.first, call.count):
@@ -104,8 +105,9 @@ class CompiledEngine:
                     for row, task in enumerate(batch.tasks[start : start + call.count]):
                         rows = [t[row] for t in tensors] if self.together else tensors
                         self.inner.learned.put(self.model, rows)
-                        values.append(measured(metric, self.model, task))
-        return torch.stack(values)
+                        number = call.first + row
+                        values += metrics_of(metric, self.model, task, self.inner, number, place)
+        return values
 
     def _results(
         self, purpose: str, phi: Phi, batch: TaskBatch, size: int, num_steps: int, place: Place

@@ -15,6 +15,7 @@ from koi.inner.base import Engine, InnerLoop, Metric, advice_on, reason_of
 from koi.inner.compiled import CompiledEngine
 from koi.inner.eager import EagerEngine
 from koi.inner.vectorized import VectorizedEngine
+from koi.parameters import Tensors
 from koi.randomness import Place, capture, restore
 from koi.state import Outcome, Phi
 from koi.tasks import TaskBatch, is_tensor_task
@@ -82,8 +83,8 @@ class Dispatch:
 
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
-    ) -> Tensor:
-        """Return ``metric(adapted module, task)`` of each task."""
+    ) -> Tensors:
+        """Return ``metric(adapted module, task)`` of each task that is not skipped."""
         form = self._forms(batch)[0]
         return self._run(form, batch, lambda e: e.measure(phi, batch, num_steps, place, metric))[1]
 

@@ -110,4 +110,5 @@ def _results(run: Run) -> Any:
                 "metric": "accuracy",
                 "value": mean,
                 "interval": interval,
+                "num_skipped": result.get("num_skipped", 0),
             }
