@@ -84,6 +84,54 @@ def check(
 SETTINGS = tuple(name for name in inspect.signature(check).parameters if name != "model")
 
 
+def check_surroundings(model: nn.Module) -> None:
+    """Check that no mode of torch that is on around the call would act on a part of it.
+
+    Raises:
+        ConfigurationError: torch.inference_mode or torch.autocast is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ConfigurationError(
+            [
+                "torch.inference_mode() is on, in which there are no gradients to adapt by: leave "
+                "it for this call, or take torch.no_grad(), in which Koi works"
+            ]
+        )
+    for device_type in {param.device.type for param in model.parameters()}:
+        available = torch.amp.is_autocast_available(device_type)
+        if available and torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            raise ConfigurationError(
+                [
+                    "torch.autocast is on, and would act on more than the losses, in some engines "
+                    f"only: leave it for this call, and give autocast={dtype} to Koi"
+                ]
+            )
+
+
+def check_sparse(model: nn.Module, algorithm: str, optimizer: torch.optim.Optimizer) -> None:
+    """Check that nothing which torch has for dense gradients alone meets sparse ones.
+
+    Raises:
+        ConfigurationError: MAML, or Adam inside, and an embedding with sparse=True.
+    """
+    if algorithm == "maml":
+        what, other = "algorithm='maml'", "algorithm='fomaml'"
+    elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        what, other = f"{type(optimizer).__name__} inside", "inner_optimizer='sgd'"
+    else:
+        return
+    for name, part in model.named_modules():
+        sparse = isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        if sparse and part.weight.requires_grad:
+            raise ConfigurationError(
+                [
+                    f"{what} does not work with the sparse gradients of the {type(part).__name__} "
+                    f"{name!r}: make it with sparse=False, or take {other}"
+                ]
+            )
+
+
 def check_rule(algorithm: str, rule: UpdateRule | None) -> None:
     """Check that MAML has an optimizer that it can differentiate through."""
     if algorithm == "maml" and rule is None:
@@ -132,6 +180,7 @@ def inner_loop(koi: Any, scale: LossScale | None) -> InnerLoop:
     optimizer = make_optimizer(factory, learned.params_of(koi.model), koi.step_size)
     rule = update_rule(optimizer, differentiable=koi.algorithm == "maml")
     check_rule(koi.algorithm, rule)
+    check_sparse(koi.model, koi.algorithm, optimizer)
     return InnerLoop(
         learned,
         koi.algorithm,

@@ -138,7 +138,7 @@ class Koi:
         self._ruled_out: set[str] = set()
         self._dispatch: Dispatch | None = None
         self._dispatch_key: Any = None
-        self._inner_loop()  # so that a mistake shows here, not after the first sampling
+        configuration.inner_loop(self, self._scale)  # a mistake shows here, not after sampling
 
     def train(
         self,
@@ -357,6 +357,7 @@ class Koi:
         return stacked(kept, num_tasks)
 
     def _inner_loop(self) -> InnerLoop:
+        configuration.check_surroundings(self.model)
         return configuration.inner_loop(self, self._scale)
 
     def _engines(self, inner: InnerLoop) -> Dispatch:

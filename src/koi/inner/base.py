@@ -241,6 +241,12 @@ class explained:  # noqa: N801 (reads as a function)
                 f"they read has come to its end, so begin it again there ({where})"
             ) from error
         annotate(error, where)
+        if "inference tensor" in str(error).lower():
+            annotate(
+                error,
+                "the task holds tensors that were made under torch.inference_mode(), in which "
+                "autograd cannot save them: make tasks under torch.no_grad(), or clone the tensors",
+            )
 
 
 def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> list[list[Any]]:

@@ -150,5 +150,8 @@ class StepwiseEngine(ABC):
 
 
 def filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensors:
-    """Return the gradients, zero where the loss did not use a parameter."""
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+    """Return the gradients, zero where the loss did not use a parameter, dense where sparse."""
+    return [
+        torch.zeros_like(p) if g is None else g if g.layout is torch.strided else g.to_dense()
+        for g, p in zip(grads, params, strict=True)
+    ]
