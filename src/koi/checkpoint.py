@@ -24,7 +24,7 @@ from koi.agreement import (
     is_kind,
     tensors_of,
 )
-from koi.configuration import STORED, inner_factory
+from koi.configuration import inner_factory
 from koi.errors import CheckpointError, annotate
 from koi.inner.optimizers import OptimizerFactory, make_optimizer
 from koi.inner.scaling import LossScale
@@ -33,6 +33,7 @@ from koi.meta import MetaOptimizerFactory, MetaUpdate
 from koi.parameters import Learned, Tensors
 from koi.randomness import States
 from koi.records import Record
+from koi.settings import STORED
 from koi.state import Phi
 
 Data = dict[str, Any]

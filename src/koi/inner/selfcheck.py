@@ -142,7 +142,7 @@ class SelfCheck:
         where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
         if request.training:
             return self._engine.meta_batch(fresh, *where).params
-        values = self._engine.measure(fresh, *where, self._parameters)
+        values = torch.stack(self._engine.measure(fresh, *where, self._parameters))
         parts = values.mean(0).split([p.numel() for p in phi.params])
         return [part.view_as(p).to(p.dtype) for part, p in zip(parts, phi.params, strict=True)]
 
