@@ -174,6 +174,17 @@ def test_masks_of_different_tasks(engine):
     assert len(set((losses[:, 1] - losses[:, 0]).tolist())) > 8
 
 
+def test_the_engine_is_that_of_the_last_call():
+    learner = Koi(mlp(), seed=0)
+    for call, engine in (
+        (lambda: learner.evaluate(Fits(), 3), "vectorized"),
+        (lambda: learner.adapt(Fits().sample()), "eager"),
+        (lambda: learner.measure(Fits(), lambda model, task: torch.ones(()), 3), "vectorized"),
+    ):
+        call()
+        assert learner.engine == engine
+
+
 class Watching(nn.Module):
     """Says in which precision its product is."""
 
