@@ -1,183 +1,200 @@
-"""What cannot be right is refused with a sentence that says what to do."""
+"""What cannot work is refused by name: modules, modes of torch around a call, sparse gradients."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from engine_toys import SETTINGS, Fit, Fits, mlp, trained
-from koi import ConfigurationError, EngineError, Koi, ModelError, NonFiniteError
+import koi
+from koi import ConfigurationError, Koi, ModelError
+from toys import InTurn, Regressions, assert_close, assert_same, small_net, snapshot
 
-pytestmark = pytest.mark.usefixtures("float64")
+SETTINGS = {"step_size": 0.05, "num_steps": 3, "num_iterations": 3, "seed": 0}
 
 
-class Saving(nn.Module):
-    """Computes its middle again in the backward pass."""
+def loss(model, task):
+    return task.loss(model)
 
-    def __init__(self, use_reentrant):
+
+CALLS = {
+    "train": lambda koi: koi.train(Regressions()),
+    "adapt": lambda koi: koi.adapt(Regressions().sample()),
+    "evaluate": lambda koi: koi.evaluate(Regressions(), num_tasks=2),
+    "measure": lambda koi: koi.measure(Regressions(), loss, num_tasks=2),
+}
+
+
+class Around(nn.Module):
+    """A module around another."""
+
+    def __init__(self, part):
         super().__init__()
-        self.first, self.middle, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-        self.use_reentrant = use_reentrant
+        self.encoder = part
+        self.head = nn.Linear(2, 2)
 
     def forward(self, x):
-        hidden = torch.tanh(self.first(x))
-        hidden = checkpoint(self.middle, hidden, use_reentrant=self.use_reentrant)
-        return self.last(torch.tanh(hidden))
+        return self.head(self.encoder(x))
 
 
-@pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
-@pytest.mark.parametrize("compile", [False, True])
-def test_reentrant_checkpoint(algorithm, compile):
-    koi = Koi(*(Saving(True),), vectorize=False, compile=compile, algorithm=algorithm, **SETTINGS)
-    with pytest.raises(ModelError, match="use use_reentrant=False"):
-        koi.train(Fits(kind=Fit))
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+class TestScripted:
+    @pytest.mark.parametrize(
+        "make", [torch.jit.script, partial(torch.jit.trace, example_inputs=torch.ones(1, 3))]
+    )
+    def test_whole_or_in_part(self, make):
+        scripted = make(small_net())
+        with pytest.raises(ModelError, match=r"as it is a torch\.jit\.ScriptModule.*plain module"):
+            Koi(scripted)
+        with pytest.raises(ModelError, match=r"its part 'encoder' is a torch\.jit\.ScriptModule"):
+            Koi(Around(scripted))
+        assert Koi(Around(small_net()), **SETTINGS).train(Regressions())
 
 
-def test_checkpoint_in_maml():
-    with pytest.raises(ModelError, match=r"gradient_checkpointing_disable.*algorithm='fomaml'"):
-        trained("eager", Saving(False), Fits(kind=Fit), algorithm="maml")
-    trained("eager", Saving(False), Fits(kind=Fit), algorithm="fomaml")
+class TestHooks:
+    """A copy of a parameter has none of its hooks."""
+
+    @pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
+    def test_refused_until_they_are_removed(self, method):
+        model = small_net()
+        hook = getattr(model[2].weight, method)(lambda tensor: None)
+        with pytest.raises(ModelError, match=r"hooks on its parameters \(2\.weight\).*mask"):
+            Koi(model)
+        hook.remove()
+        Koi(model, **SETTINGS).train(Regressions())
+
+    def test_of_frozen_parameters_do_nothing(self):
+        model = small_net()
+        model[0].weight.register_hook(lambda grad: 0 * grad)
+        model[0].weight.requires_grad_(False)
+        Koi(model, **SETTINGS).train(Regressions())
+
+    def test_registered_after_the_learner_was_made(self):
+        koi = Koi(small_net(), **SETTINGS)
+        koi.model[0].weight.register_hook(lambda grad: 0 * grad)
+        with pytest.raises(ModelError, match="hooks on its parameters"):
+            koi.train(Regressions())
 
 
-class Far(nn.Linear):
-    """How far the outputs are from two places; torch cannot differentiate that twice."""
+class TestInferenceMode:
+    @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+    def test_around_a_call(self, call):
+        koi = Koi(small_net(), **SETTINGS)
+        before = snapshot(koi.model)
+        with (
+            torch.inference_mode(),
+            pytest.raises(ConfigurationError, match=r"inference_mode\(\) is on.*torch\.no_grad"),
+        ):
+            call(koi)
+        assert_same(koi.model, before)
+        with torch.no_grad():
+            call(koi)
 
-    def forward(self, x):
-        return torch.cdist(super().forward(x), torch.eye(2, dtype=x.dtype), p=1.5)
+    def test_around_predictions(self):
+        koi = Koi(small_net())
+        with torch.inference_mode():
+            assert koi(torch.ones(1, 3)).shape == (1, 2)
 
+    @pytest.mark.parametrize("make", [small_net, lambda: nn.BatchNorm1d(3)])
+    def test_where_the_model_was_made(self, make):
+        with torch.inference_mode():
+            model = make()
+        with pytest.raises(ModelError, match=r"made under torch\.inference_mode\(\) \(.*weight"):
+            Koi(model)
 
-@pytest.mark.parametrize("vectorize", [False, "auto"])
-def test_function_without_a_second_derivative(vectorize):
-    koi = Koi(Far(3, 2), vectorize=vectorize, algorithm="maml", **SETTINGS)
-    with pytest.raises(ModelError, match="algorithm='fomaml' or 'reptile'"):
-        koi.train(Fits(kind=Fit))
+    def test_where_a_buffer_was_made(self):
+        model = small_net()
+        with torch.inference_mode():
+            model.register_buffer("scale", torch.ones(2))
+        with pytest.raises(ModelError, match=r"inference_mode\(\) \(scale\)"):
+            Koi(model)
 
-
-class Growing(nn.Module):
-    """An observer whose buffer takes on the inputs' form."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-        self.register_buffer("largest", torch.zeros(0))
-
-    def forward(self, x):
-        self.largest = x.detach().abs().amax(0)
-        return self.layer(x)
-
-
-@pytest.mark.parametrize("vectorize", [False, "auto"])
-def test_buffer_that_grows(vectorize):
-    with pytest.raises(ModelError, match=r"'largest' of shape \(0,\), .*run one batch through"):
-        Koi(Growing(), vectorize=vectorize, **SETTINGS).train(Fits(kind=Fit))
-
-
-def test_buffer_that_is_no_longer_infinite():
-    """An observer that begins at ∞, where nothing lies between before and after."""
-    model = Growing()
-    model.largest = torch.full((3,), -torch.inf)
-    with pytest.raises(NonFiniteError, match="buffer 'largest', whose values were not all finite"):
-        trained("eager", model, Fits(kind=Fit))
-    assert bool((model.largest == -torch.inf).all())
-
-
-class Replacing(nn.Linear):
-    """Puts another parameter in the place of its own."""
-
-    def forward(self, x):
-        result = super().forward(x)
-        self.weight = nn.Parameter(0.9 * self.weight.detach())
-        return result
+    def test_where_a_task_was_made(self):
+        with torch.inference_mode():
+            task = Regressions().sample()
+        koi = Koi(small_net(), **SETTINGS)
+        for call in (koi.adapt, lambda task: koi.train(InTurn(task))):
+            with pytest.raises(RuntimeError, match="nference tensor") as caught:
+                call(task)
+            assert any("task holds tensors that were made" in n for n in caught.value.__notes__)
 
 
-class Clamping(nn.Sequential):
-    """Keeps a frozen layer small, in place."""
+class TestAutocast:
+    @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+    def test_around_a_call(self, call):
+        koi = Koi(small_net(), **SETTINGS)
+        before = snapshot(koi.model)
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.raises(ConfigurationError, match=r"give autocast=torch\.bfloat16 to Koi"),
+        ):
+            call(koi)
+        assert_same(koi.model, before)
 
-    def __init__(self):
-        super().__init__(nn.Linear(3, 4), nn.Linear(4, 2))
-        self[0].requires_grad_(False)
+    def test_that_is_off_or_of_another_device(self):
+        with torch.autocast("cpu", enabled=False):
+            Koi(small_net(), **SETTINGS).train(Regressions())
 
-    def forward(self, x):
-        self[0].weight.clamp_(-0.1, 0.1)
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("vectorize", [False, "auto"])
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Replacing(3, 2), "'weight' is replaced in forward .*change it in place"),
-        (Clamping, "frozen parameter '0.weight' in place, .*make it a buffer"),
-    ],
-)
-def test_parameters_that_a_task_may_not_change(make, message, vectorize):
-    with pytest.raises(ModelError, match=message):
-        Koi(make(), vectorize=vectorize, **SETTINGS).train(Fits(kind=Fit))
+    def test_of_the_learner(self):
+        koi = Koi(small_net(), autocast=torch.bfloat16, **SETTINGS)
+        for call in CALLS.values():
+            call(koi)
 
 
-def test_another_model():
-    koi = Koi(mlp())
-    koi.model = koi.model.eval()
-    with pytest.raises(ConfigurationError, match="make a new Koi for a new model"):
-        koi.model = mlp()
+@koi.tensor_task
+@dataclass
+class Words:
+    """Embedded words, each of which should have its target."""
+
+    words: Tensor
+    targets: Tensor
+
+    def loss(self, model):
+        return F.mse_loss(model(self.words), self.targets)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("step_size", -1.0), ("num_steps", 1.5), ("algorithm", "mamel"), ("autocast", torch.int8)],
-)
-def test_settings_are_checked_whenever_they_are_set(name, value):
-    koi = Koi(mlp())
-    before = getattr(koi, name)
-    with pytest.raises(ConfigurationError, match=name):
-        setattr(koi, name, value)
-    assert getattr(koi, name) == before
+class Texts:
+    def sample(self):
+        return Words(torch.randint(0, 7, (5,)), torch.randn(5, 2))
 
 
-def test_query_loss_that_changes_the_model_from_inside():
-    class Listing(nn.Linear):
-        def __init__(self):
-            super().__init__(3, 2)
-            self.seen = []
-
-        def forward(self, x):
-            self.seen.append(len(x))
-            return super().forward(x)
-
-    koi = Koi(Listing(), vectorize=False, **SETTINGS)
-    with pytest.raises(ModelError, match=r"'seen' from inside, .*assign a new value"):
-        koi.evaluate(Fits(), 2)
+def embedder(sparse):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(8, 3, sparse=sparse), nn.Linear(3, 2))
 
 
-def test_sparse_adjacency_says_why_it_cannot_be_compiled():
-    graph = torch.eye(6).to_sparse()
+class TestSparseGradients:
+    @pytest.mark.usefixtures("float64")
+    @pytest.mark.parametrize("optimizer", ["sgd", partial(torch.optim.SGD, momentum=0.9)])
+    @pytest.mark.parametrize("meta_optimizer", [None, torch.optim.Adam])
+    def test_fomaml_is_that_of_the_dense_twin(self, meta_optimizer, optimizer):
+        settings = {"algorithm": "fomaml", "inner_optimizer": optimizer, "meta_batch_size": 2}
+        settings |= {"meta_optimizer": meta_optimizer, "vectorize": False, **SETTINGS}
+        models = [embedder(sparse) for sparse in (True, False)]
+        start = deepcopy(models[0])
+        for model in models:
+            Koi(model, **settings).train(Texts())
+        assert_close(*models)
+        assert not torch.equal(models[0][0].weight, start[0].weight)
 
-    class Neighbours(nn.Linear):
-        def forward(self, x):
-            return super().forward(torch.sparse.mm(graph, x))
-
-    koi = Koi(Neighbours(3, 2), vectorize=False, compile=True, **SETTINGS)
-    with pytest.raises(EngineError, match=r"cannot be compiled \((?!.*raised:\))"):
-        koi.train(Fits(kind=Fit))
-
-
-class Head(nn.Module):
-    """A table of words that are looked up with padding, by the function and not the module."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(5, 3))
-        self.layer = nn.Linear(3, 2)
-
-    def forward(self, x):
-        words = (x[:, 0].detach().abs() * 2).long().clamp(max=4)
-        return self.layer(F.embedding(words, self.table, padding_idx=0))
-
-
-def test_padding_by_the_function_is_found_out(caplog):
-    model = Head()
-    koi = Koi(model, **SETTINGS)
-    koi.train(Fits(kind=Fit))
-    assert koi.engine == "eager"
-    assert "table" in caplog.text
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            (
+                {"algorithm": "maml"},
+                r"algorithm='maml' does not .* Embedding '0'.*algorithm='fomaml'",
+            ),
+            ({"inner_optimizer": "adam"}, r"Adam inside does not .* Embedding '0'.*sparse=False"),
+            ({"inner_optimizer": torch.optim.AdamW}, "AdamW inside does not .* Embedding '0'"),
+        ],
+    )
+    def test_refused_where_torch_has_no_rule_for_them(self, settings, words):
+        with pytest.raises(ConfigurationError, match=words):
+            Koi(embedder(sparse=True), **settings)
+        Koi(embedder(sparse=False), **settings)
+        frozen = embedder(sparse=True)
+        frozen[0].requires_grad_(False)
+        Koi(frozen, **settings, num_iterations=1).train(Texts())
