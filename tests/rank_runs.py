@@ -92,6 +92,29 @@ def one_by_one(rank, kind, settings, **options):
     return {name: t.double() for name, t in snapshot(koi.model).items()}, len(koi.history)
 
 
+class Count:
+    """A callback that keeps a state."""
+
+    count = 0
+
+    def __call__(self, koi, record):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def counting(rank, ranks, num_iterations, folder):
+    """Train with a callback on some of the ranks; return what it has counted in the end."""
+    callbacks = [Count()] if rank in ranks else []
+    koi = learner(seed=0, num_iterations=num_iterations)
+    koi.train(Regressions(), callbacks=callbacks, checkpoint_dir=folder, resume=True)
+    return [callback.count for callback in callbacks]
+
+
 def fail():
     raise ValueError("no luck")
 

@@ -18,7 +18,7 @@ SRC = ROOT / "src"
 PACKAGE = SRC / "koi"
 
 # What every module may use: a set of sentences for errors, arithmetic, draws, and what a task is.
-BASE = {"errors", "parameters", "randomness", "state", "tasks"}
+BASE = {"errors", "parameters", "randomness", "state", "supervised", "tasks"}
 
 # Module or package of koi -> the modules and packages that it may import. Inside a package, files
 # import each other freely. "koi" is koi/__init__.py, the door; a module that imports names from
@@ -46,19 +46,27 @@ ALLOWED: dict[str, set[str]] = {
     "fewshot": BASE | {"evaluation"},
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
-    | {"autosave", "checkpoint", "configuration", "distributed", "evaluation", "inner", "meta"}
+    | {"autosave", "checkpoint", "configuration", "distributed", "engines", "evaluation"}
+    | {"inner", "meta"}
     | {"interrupts", "logs", "progress", "records", "watch"},
+    # The engines that fit the settings and the model as they are now.
+    "engines": BASE | {"configuration", "inner"},
     "autosave": BASE
-    | {"checkpoint", "configuration", "distributed", "interrupts", "storage", "watch"},
+    | {"checkpoint", "configuration", "distributed", "interrupts", "stateful", "storage"}
+    | {"watch"},
     "checkpoint": BASE
-    | {"agreement", "configuration", "inner", "interrupts", "meta", "records", "storage"},
+    | {"agreement", "configuration", "frozen", "inner", "interrupts", "meta", "records"}
+    | {"stateful", "storage"},
     "agreement": BASE | {"meta"},
-    "storage": BASE,
+    "frozen": BASE | {"memory"},
+    "stateful": BASE,
+    "storage": BASE | {"memory"},
+    "memory": BASE,
     "interrupts": BASE,
     "logs": BASE | {"records", "storage", "watch"},
     "configuration": BASE | {"inner", "meta"},
     "watch": BASE,
-    "distributed": BASE | {"exchange", "interrupts", "storage"},
+    "distributed": BASE | {"exchange", "interrupts", "memory"},
     "exchange": BASE,
     "evaluation": BASE,
     "inner": BASE,
@@ -66,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": BASE | {"records"},
     "records": BASE,
     # The base; among themselves in this order.
+    "supervised": {"tasks"},
     "tasks": {"errors", "parameters", "randomness"},
     "parameters": {"errors"},
     "randomness": {"errors"},

@@ -95,6 +95,13 @@ def test_resumed_on_ranks(kind, seed, on_ranks, tmp_path):
             assert length == 6
 
 
+@pytest.mark.parametrize("ranks", [(0, 1), (0,)], ids=["on all", "on rank 0"])
+def test_callbacks_with_a_state_go_on_where_they_are(ranks, on_ranks, tmp_path):
+    on_ranks(2, rank_runs.counting, ranks, 3, tmp_path)
+    counted = on_ranks(2, rank_runs.counting, ranks, 5, tmp_path)
+    assert counted == [[5] if rank in ranks else [] for rank in range(2)]
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_rank_whose_tasks_are_all_skipped(at, on_ranks):
     torch.manual_seed(100)

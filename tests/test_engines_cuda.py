@@ -11,7 +11,6 @@ from koi import EngineError, Koi
 from koi.inner.compiled import CompiledEngine
 from koi.inner.compiler import options_for
 from koi.inner.graph import InnerGraph
-from koi.inner.scaling import LossScale
 from koi.randomness import Place, capture, restore, set_generators
 from koi.tasks import draw
 
@@ -121,37 +120,6 @@ class TestGenerators:
 
 class TestLossScale:
     """float16, whose gradients vanish or overflow unless the loss is scaled."""
-
-    def test_gradients_come_out_as_they_are(self):
-        scale = LossScale()
-        grads = [torch.randn(3, 2), None, torch.randn(4)]
-        scaled = [None if g is None else g * scale.factor for g in grads]
-        for given, back in zip(grads, scale.unscaled(scaled, None), strict=True):
-            assert given is back is None or torch.equal(given, back)
-        assert scale.factor == 2.0**16
-
-    def test_a_step_that_overflows_is_left_out_and_the_factor_halved(self):
-        scale = LossScale()
-        grads = [torch.ones(2), torch.tensor([1.0, torch.inf])]
-        assert scale.unscaled(grads, None) == (None, None)
-        assert scale.factor == 2.0**15
-
-    def test_of_many_tasks_only_the_one_that_overflowed_is_left_out(self):
-        scale = LossScale()
-        grads = [torch.full((3, 2), scale.factor), None]
-        grads[0][1, 0] = torch.nan
-        found, unused = scale.unscaled(grads, 3)
-        assert unused is None
-        assert torch.equal(found, torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
-        assert scale.factor == 2.0**15
-
-    def test_grows_after_2000_good_steps(self):
-        scale = LossScale()
-        for _ in range(1999):
-            scale.unscaled([torch.ones(1)], None)
-        assert scale.factor == 2.0**16
-        scale.unscaled([torch.ones(1)], None)
-        assert scale.factor == 2.0**17
 
     @pytest.mark.usefixtures("float64")
     @pytest.mark.parametrize("engine", ["eager", "vectorized"])

@@ -18,6 +18,7 @@ SETTINGS = {
     "meta_step_size": 0.4,
     "meta_batch_size": 2,
     "seed": 0,
+    "check": False,  # which computes some losses more
 }
 # The loss calls are numbered through; this is the one in meta-iteration 2, task 1, inner step 2.
 CALL = 2 * (2 * 3) + 1 * 3 + 2

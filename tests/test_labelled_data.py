@@ -412,6 +412,29 @@ class TestFolder:
         with pytest.raises(DataError, match="lies beside the class folders"):
             labelled(tmp_path)
 
+    def test_links_are_followed(self, tmp_path):
+        draw_images(tmp_path / "pool", ["a", "b", "c"])
+        (tmp_path / "chosen").mkdir()
+        for name in "ac":
+            (tmp_path / "chosen" / name).symlink_to(tmp_path / "pool" / name)
+        assert labelled(tmp_path / "chosen").classes == ("a", "c")
+
+    @pytest.mark.parametrize("to", [".", "b", "b/deep"])
+    def test_links_in_a_circle(self, to, tmp_path):
+        draw_images(tmp_path, ["a", "b/deep"])
+        (tmp_path / "b" / "deep" / "again").symlink_to(tmp_path / to)
+        match = rf"b/deep/again is the folder {tmp_path / to} once more, by a link: remove the link"
+        with pytest.raises(DataError, match=match):
+            labelled(tmp_path)
+
+    @pytest.mark.parametrize("link", ["0", "z"])
+    def test_two_classes_of_the_same_images(self, link, tmp_path):
+        """Whichever is met first."""
+        draw_images(tmp_path, ["a", "b"])
+        (tmp_path / link).symlink_to(tmp_path / "b")
+        with pytest.raises(DataError, match="once more, by a link"):
+            labelled(tmp_path)
+
     def test_one_class(self, tmp_path):
         draw_images(tmp_path, ["only"])
         with pytest.raises(DataError, match="of one class, 'only'"):

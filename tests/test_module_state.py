@@ -59,7 +59,7 @@ def test_running_statistics_move_by_epsilon(epsilon, algorithm):
     Koi(model, meta_step_size=epsilon, **settings).train(InTurn(task))
     expected = epsilon * (1 - 0.5**3) * inputs.mean(0)
     torch.testing.assert_close(model[0].running_mean, expected)
-    assert model[0].num_batches_tracked == 0
+    assert model[0].num_batches_tracked == (3 if epsilon > 0 else 0)
 
 
 def test_modes_are_read_at_every_meta_iteration():
@@ -74,7 +74,7 @@ def test_modes_are_read_at_every_meta_iteration():
     def switch(koi, record):
         koi.model.train(record.iteration == 1)
 
-    koi = Koi(small_net(), **SETTINGS)
+    koi = Koi(small_net(), check=False, **SETTINGS)
     task = Watching(torch.randn(6, 3), torch.randn(6, 2))
     koi.train(InTurn(task), callbacks=[switch])
     assert seen == [True] * 3 + [False] * 3 + [True] * 3

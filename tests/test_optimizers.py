@@ -1,6 +1,6 @@
 """The inner optimizers written out as pure rules do what torch.optim does."""
 
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from koi import ConfigurationError, Koi
 from koi.inner import optimizers
 from koi.inner.base import InnerLoop
 from koi.inner.bound import bound_optimizer
-from koi.inner.optimizers import make_optimizer, update_rule
+from koi.inner.optimizers import make_optimizer
+from koi.inner.recognition import update_rule, why_no_rule
 from koi.parameters import Learned
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -64,12 +65,13 @@ def torch_steps(factory, start, grads):
 
 
 def rule_of(factory, start, **options):
-    return update_rule(factory([p.clone().requires_grad_() for p in start], 0.1), **options)
+    params = [p.clone().requires_grad_() for p in start]
+    return update_rule(factory(params, 0.1), params, **options)
 
 
 def bind(factory, params):
     """Return the optimizer as an engine binds it to the tensors that it steps."""
-    rule = update_rule(factory(params, 0.1))
+    rule = update_rule(factory(params, 0.1), params)
     return bound_optimizer(InnerLoop(Learned((), (), ()), "reptile", factory, 0.1, rule), params)
 
 
@@ -147,6 +149,101 @@ def test_which_optimizers_have_a_rule():
         assert rule_of(factory, start) is None, name
 
 
+def scheduled(params, lr):
+    optimizer = SGD(params, lr)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return optimizer
+
+
+def with_hook(params, lr):
+    optimizer = Adam(params, lr)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def with_attribute(params, lr):
+    optimizer = SGD(params, lr)
+    optimizer.grad_scale = torch.tensor(2.0)  # its step looks for this
+    return optimizer
+
+
+REASONS = {
+    "capturable=True": partial(Adam, capturable=True),
+    "dampening=0.5": partial(SGD, momentum=0.9, dampening=0.5),
+    "step is wrapped": scheduled,
+    "step hooks": with_hook,
+    "grad_scale is set or missing, unlike in SGD": with_attribute,
+    "tag is set or missing, unlike in SGD": lambda params, lr: SGD(
+        [{"params": params, "tag": 1}], lr
+    ),
+    "its weight_decay is a tensor": partial(SGD, weight_decay=torch.tensor(0.1)),
+    "its betas is a tensor": partial(Adam, betas=(torch.tensor(0.9), torch.tensor(0.9))),
+    "2 parameter groups": WITHOUT_RULE["two groups"],
+    "it is MySGD": WITHOUT_RULE["a user's own subclass"],
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_an_optimizer_has_no_rule(reason):
+    params = [p.requires_grad_() for p in start_params()]
+    optimizer = REASONS[reason](params, 0.1)
+    assert reason in why_no_rule(optimizer)
+    assert update_rule(optimizer, params) is None
+
+
+def test_a_step_put_in_the_place_of_torchs_for_all(monkeypatch):
+    params = [p.requires_grad_() for p in start_params()]
+    optimizer, step = SGD(params, 0.1), SGD.step
+    assert why_no_rule(optimizer) is None
+
+    @wraps(step)
+    def counted(self, closure=None):
+        return step(self, closure)
+
+    monkeypatch.setattr(SGD, "step", counted)
+    assert "step is wrapped or replaced" in why_no_rule(optimizer)
+
+
+def test_complex_parameters_have_a_rule_of_sgd_alone():
+    params = [torch.zeros(2, dtype=torch.complex128, requires_grad=True)]
+    assert update_rule(partial(SGD, momentum=0.9)(params, 0.1), params) is not None
+    assert "complex" in why_no_rule(Adam(params, 0.1))
+    # those that it is not given do not matter
+    params.append(torch.zeros(2, requires_grad=True))
+    assert update_rule(Adam(params[1:], 0.1), params) == optimizers.Adam(0.1, only=frozenset({1}))
+
+
+@pytest.mark.parametrize("name", ["foreach", "fused", "differentiable"])
+def test_how_torch_does_the_same_arithmetic_does_not_matter(name):
+    for value in (True, False):
+        for kind in (SGD, Adam, AdamW):
+            assert rule_of(partial(kind, **{name: value}), start_params()) is not None
+
+
+@pytest.mark.parametrize("name", WITH_RULE)
+def test_rule_over_part_of_the_parameters(name):
+    """Those in any order; the others keep value and moments, whatever gradient they have."""
+
+    def factory(params, lr):
+        return WITH_RULE[name](params[:0:-1], lr)
+
+    start, grads = start_params(), gradients(4, unused=[(1, 2)])
+    rule = rule_of(factory, start)
+    assert rule.only == frozenset({1, 2})
+    expected = torch_steps(factory, start, grads)
+    params, moments, pure = start, rule.initial(start), []
+    stepped, kept, in_place = [p.clone() for p in start], rule.initial(start), []
+    for row in grads:
+        params, moments = rule.step(row, params, moments)
+        pure.append(params)
+        kept = rule.step_(row, stepped, kept)
+        in_place.append([p.clone() for p in stepped])
+    assert_equal(pure, expected)
+    assert_equal(in_place, expected)
+    assert torch.equal(params[0], start[0])
+    assert not any(m.any() for m in moments[: rule.num_slots * 3 : 3])
+
+
 def test_differentiable_adam_at_zero_gradient():
     """√v has an infinite slope at 0; a dead unit must not turn the meta-gradient into NaN."""
     rule = optimizers.Adam(0.1, differentiable=True)
@@ -205,6 +302,27 @@ def test_factory_that_gives_no_optimizer():
         Koi(torch.nn.Linear(1, 1), inner_optimizer=lambda params, lr: None)
 
 
+@pytest.mark.parametrize("kind", [SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize(
+    ("choose", "what"),
+    [
+        (lambda params: params[2:], "none of its params, of which there are 2"),
+        (lambda params: [{"params": []}], "with none of its params"),
+        (lambda params: [torch.zeros(2, requires_grad=True)], "with other tensors than its params"),
+    ],
+)
+def test_factory_that_gives_an_optimizer_of_other_parameters(kind, choose, what):
+    with pytest.raises(ConfigurationError, match=rf"inner_optimizer .*{what}.*all or some of"):
+        Koi(torch.nn.Linear(1, 1), inner_optimizer=lambda params, lr: kind(choose(params), lr))
+
+
 def test_optimizer_that_calls_the_loss_itself():
     with pytest.raises(ConfigurationError, match=r"LBFGS.*closure"):
         Koi(torch.nn.Linear(1, 1), inner_optimizer=torch.optim.LBFGS)
+
+
+def test_a_parameter_given_twice_steps_twice_as_in_torch():
+    params = [torch.zeros(2, requires_grad=True)]
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = SGD([*params, *params], 0.1)
+    assert update_rule(optimizer, params) is None

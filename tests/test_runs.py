@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from koi import CheckpointError, ConfigurationError, Koi
 from koi.fewshot import LabelledData, Splits
 from koi.models import omniglot_net
 from koi.recipes import RECIPES, Adaptation
-from koi.runs import Config, Run, export, markdown_table, measure, train
+from koi.runs import Config, Run, export, markdown_table, measure, train, write_card
+from koi.runs.folder import environment
+from koi.runs.measuring import measuring_learner, newest_checkpoint
 
 SMALL = replace(
     RECIPES["omniglot-5way"],
@@ -140,6 +143,36 @@ def test_the_table_states_its_distance_from_the_paper(tmp_path):
         ["omniglot-5way", length, "3", "9", "inductive", "80.00 ± 1.00", "–", "–"],
         ["omniglot-5way", length, "3", "9", "transductive", "90.00 ± 2.00", "–", "–"],
     ]
+
+
+@pytest.mark.parametrize("algorithm", ["reptile", "fomaml"])
+def test_the_code_of_its_card_adapts_as_it_was_measured(algorithm, tmp_path, monkeypatch):
+    """With the moments of the training, which make a difference."""
+    rate = None if algorithm == "reptile" else 0.01
+    recipe = replace(SMALL, algorithm=algorithm, meta_rate=rate, num_queries=1)
+    run = Run.begun(tmp_path / "run", Config(recipe))
+    train(run)
+    write_card(run)
+    task = recipe.test_episodes(run.config().splits().test, 1).sample()
+    code = (run.folder / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(run.folder)
+    names = {"task": task}
+    exec(code, names)
+    learner = measuring_learner(newest_checkpoint(run), run.config(), 1)
+    adapted = learner.adapt(task).state_dict()
+    learner._moments = None
+    fresh = learner.adapt(task).state_dict()
+    found = names["adapted"].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in adapted.items())
+    assert not all(torch.equal(found[name], value) for name, value in fresh.items())
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "a CPU"), ("cuda:0", "a GPU")])
+def test_the_processor_is_the_one_that_it_ran_on(device, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: "model name\t: a CPU")
+    assert environment(device)["processor"] == expected
 
 
 def test_an_exported_run_is_small_and_adapts_as_the_run_does(tmp_path):

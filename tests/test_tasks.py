@@ -14,7 +14,8 @@ from torch.func import vmap
 import koi
 from koi import ConfigurationError, Koi, KoiError, SupervisedTask, TaskError
 from koi.randomness import Place
-from koi.tasks import TaskBatch, cycled_order, draw, is_tensor_task, unstack, views
+from koi.supervised import cycled_order
+from koi.tasks import TaskBatch, draw, is_tensor_task, unstack, views
 from toys import small_net
 
 

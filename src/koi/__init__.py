@@ -18,7 +18,8 @@ from koi.evaluation import Evaluation
 from koi.learner import Koi
 from koi.meta import linear
 from koi.records import Record
-from koi.tasks import SupervisedTask, Task, TaskDistribution, stack, tensor_task
+from koi.supervised import SupervisedTask
+from koi.tasks import Task, TaskDistribution, stack, tensor_task
 
 __version__ = version("koi-x")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from koi import checkpoint, parameters, randomness, storage
+from koi import checkpoint, parameters, randomness, stateful, storage
 from koi.checkpoint import Learner, Mark
 from koi.configuration import check_count
 from koi.distributed import Ranks
@@ -20,6 +21,8 @@ from koi.watch import warn
 
 _NAME = re.compile(r"iteration-(\d+)\.safetensors")
 _KEPT = 2
+_BEGUN = "begun.jsonl"
+_BEGINNINGS = ".iteration-", f".{_BEGUN}."  # of files that were never completed
 
 
 class Autosave:
@@ -39,14 +42,23 @@ class Autosave:
         every: meta-iterations from one file to the next; None: only at the end.
         resume: go on from the newest good file in ``folder``.
         ranks: the processes that train together.
+        callbacks: those of the training, of which some may have a state.
 
     Raises:
-        ConfigurationError: arguments that make no sense together.
+        ConfigurationError: arguments that make no sense together, or a callback's state that
+            cannot be given back.
         CheckpointError: the folder cannot be used, or what is in it does not fit.
     """
 
     def __init__(
-        self, koi: Learner, tasks: Any, folder: Any, every: int | None, resume: bool, ranks: Ranks
+        self,
+        koi: Learner,
+        tasks: Any,
+        folder: Any,
+        every: int | None,
+        resume: bool,
+        ranks: Ranks,
+        callbacks: Iterable[Any],
     ) -> None:
         if folder is None and (every is not None or resume):
             name = "resume" if resume else "checkpoint_every"
@@ -63,6 +75,7 @@ class Autosave:
         self._mark: tuple[int, Mark] | None = None
         self._saved_at: int | None = None
         self._damaged: set[int] = set()
+        self._stateful = stateful.holders(callbacks)
         koi._tasks = tasks
         with ranks.agreed():
             if self._folder is not None:
@@ -70,18 +83,27 @@ class Autosave:
                 storage.encode(checkpoint.mark(koi).tasks, "tasks", {})
                 self._prepare(self._folder)
                 self._resume(self._folder, tasks, resume)
-            if koi._pending is not None and self._saved_at is None:
-                checkpoint.give_state(tasks, koi._pending.mark.tasks)
+            if ranks.first and koi._pending is not None and self._saved_at is None:
+                stateful.give_states(self._stateful, koi._pending.callbacks)
+                stateful.give_state(tasks, koi._pending.mark.tasks)
         if ranks.size > 1:
             self._become_the_first(tasks)
-        ranks.seed = koi._drawn_seed if koi.seed is None else koi.seed
 
     @property
     def ruled_out(self) -> frozenset[str]:
         """The forms of the inner loop that the training that goes on had ruled out."""
         return frozenset() if self._koi._pending is None else self._koi._pending.ruled_out
 
+    @property
+    def begun(self) -> Path | None:
+        """Where the log's first line is kept until there is a checkpoint, which tells it then."""
+        return None if self._folder is None or self._saved_at is not None else self._folder / _BEGUN
+
     def __enter__(self) -> Autosave:
+        self._koi._callbacks = self._stateful
+        if self._folder is not None:  # now that a scheduler has its optimizer, and not in an hour
+            storage.encode([owner.state_dict() for owner in self._stateful], "callbacks", {})
+            self._look_for_a_scheduler()
         pending, self._koi._pending = self._koi._pending, None
         if pending is not None and pending.mark.generators is not None:
             randomness.restore(pending.mark.generators)
@@ -145,8 +167,9 @@ class Autosave:
         kept = {_path(folder, n).name for n in good[-_KEPT:]}
         with contextlib.suppress(OSError):
             for path in list(folder.iterdir()):
-                begun = path.name.startswith(".iteration-") and path.suffix == ".tmp"
-                if begun or (_NAME.fullmatch(path.name) and path.name not in kept):
+                begun = path.suffix == ".tmp" and path.name.startswith(_BEGINNINGS)
+                old = _NAME.fullmatch(path.name) and path.name not in kept
+                if begun or old or path.name == _BEGUN:
                     path.unlink()
 
     def _prepare(self, folder: Path) -> None:
@@ -181,13 +204,23 @@ class Autosave:
                 self._damaged.add(number)
                 warn(f"{error}; looking for one")
                 continue
-            checkpoint.go_on(koi, saved, tasks)
+            checkpoint.go_on(koi, saved, tasks, self._stateful)
             self._saved_at = number
             return
         if ahead and koi.iteration == 0:
             raise CheckpointError(
                 f"none of the {len(ahead)} checkpoints in {folder} can be used: to train from the "
                 "beginning, choose another folder or empty this one"
+            )
+
+    def _look_for_a_scheduler(self) -> None:
+        update = self._koi._update
+        groups = [] if update is None or update.optimizer is None else update.optimizer.param_groups
+        # what every scheduler of torch leaves there
+        if not self._stateful and any("initial_lr" in group for group in groups):
+            warn(
+                "meta_optimizer has a scheduler, and no checkpoint will hold how far it is: let a "
+                "callback step it that has state_dict and load_state_dict"
             )
 
     def _become_the_first(self, tasks: Any) -> None:
@@ -199,13 +232,18 @@ class Autosave:
                 if koi.seed is None and koi._drawn_seed is None:
                     koi._drawn_seed = int(torch.randint(2**62, ()))
                 state = checkpoint.contents(koi, checkpoint.mark(koi))
-                content = b"".join(storage.pack({**state, "frozen": frozen}))
+                callbacks = None if koi._pending is None else koi._pending.callbacks
+                state |= {"frozen": {}, "frozen_values": frozen, "callbacks": callbacks}
+                content = storage.pack(state)
         content = ranks.from_first(content)
         with ranks.agreed():
             if not ranks.first:
                 data = storage.unpack(content, "of rank 0")
-                checkpoint.go_on(koi, checkpoint.saved_from(data, "of rank 0"), tasks)
-                parameters.copy_(list(frozen.values()), [data["frozen"][n] for n in frozen])
+                if not self._stateful:  # as where only rank 0 has a logger
+                    data["callbacks"] = None
+                saved = checkpoint.saved_from(data, "of rank 0")
+                checkpoint.go_on(koi, saved, tasks, self._stateful)
+                parameters.copy_(list(frozen.values()), [data["frozen_values"][n] for n in frozen])
 
 
 def _path(folder: Path, number: int) -> Path:

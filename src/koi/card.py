@@ -25,8 +25,10 @@ def model_card(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]] =
             Python expression that makes the module, such as
             "koi.models.omniglot_net(num_classes=5)"), ``settings`` (what `koi.Koi` was given) and
             ``data`` (with ``name``, ``license`` and, if it has any, ``url`` and ``id``, its name
-            on the Hub). ``learner`` (the expression that makes the `koi.Koi` which adapts
-            ``model``), ``command`` and ``versions`` (package -> version) are optional.
+            on the Hub). Optional are ``learner`` (the expression that makes the `koi.Koi` which
+            adapts ``model``), ``checkpoint`` (the name of a file of `koi.Koi.save`, if ``learner``
+            loads it; without one the weights adapt from fresh moments, also where ``results`` were
+            measured with those of the training), ``command`` and ``versions`` (package -> version).
         results: what was measured, each with ``task`` ("5-way 1-shot"), ``metric`` ("accuracy"),
             ``value`` and, if there is one, ``interval``, the half-width of its 95 % interval.
 
@@ -127,24 +129,34 @@ def _use(config: Mapping[str, Any]) -> str:
     """Return how to load the weights and to adapt them."""
     settings = config["settings"]
     given = {name: settings[name] for name in ("step_size", "num_steps") if name in settings}
+    if settings.get("inner_optimizer") in ("sgd", "adam"):
+        given["inner_optimizer"] = settings["inner_optimizer"]
     arguments = "".join(f", {name}={value!r}" for name, value in given.items())
     learner = config.get("learner", f"koi.Koi(model{arguments})")
+    plain = "checkpoint" not in config
+    imports = "\nfrom safetensors.torch import load_model" if plain else ""
+    load = 'load_model(model, "model.safetensors")\n\n' if plain else ""
+    note = (
+        "Any training loop can take the place of the last two lines: the file holds plain weights."
+        if plain
+        else f"""\
+`{config["checkpoint"]}` holds the weights and the moments that the inner optimizer had gathered in
+training; what was measured was adapted from both. `model.safetensors` holds the plain weights, for
+any training loop; from fresh moments they adapt a little differently."""
+    )
     return f"""\
 The weights are an initialisation: adapt them to a task before use.
 
 ```python
 import koi
-import torch
-from safetensors.torch import load_model
+import torch{imports}
 
 model = {config["model"]}
-load_model(model, "model.safetensors")
-
-learner = {learner}
+{load}learner = {learner}
 adapted = learner.adapt(task)  # anything with loss(model)
 ```
 
-Any training loop can take the place of the last two lines: the file holds plain weights."""
+{note}"""
 
 
 def _training(config: Mapping[str, Any]) -> str:

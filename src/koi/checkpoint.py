@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from koi import parameters, randomness, storage
+from koi import frozen, parameters, randomness, stateful, storage
 from koi.agreement import (
     arguments_of,
     as_data,
@@ -24,7 +24,7 @@ from koi.agreement import (
     is_kind,
     tensors_of,
 )
-from koi.configuration import SETTINGS, inner_factory
+from koi.configuration import STORED, inner_factory
 from koi.errors import CheckpointError, annotate
 from koi.inner.optimizers import OptimizerFactory, make_optimizer
 from koi.inner.scaling import LossScale
@@ -60,6 +60,7 @@ class Pending:
 
     mark: Mark
     ruled_out: frozenset[str]
+    callbacks: list[Any] | None
 
 
 class Learner(Protocol):
@@ -76,9 +77,11 @@ class Learner(Protocol):
     history: list[Record]
     engine: str
     _moments: Tensors | None
+    _moments_of: Tensors
     _update: MetaUpdate | None
     _interrupts: Interrupts
     _tasks: Any
+    _callbacks: tuple[Any, ...]
     _pending: Pending | None
     _ruled_out: set[str]
     _drawn_seed: int | None
@@ -110,7 +113,11 @@ def contents(koi: Learner, at: Mark) -> Data:
     params, moments = learned.params_of(koi.model), koi._moments
     names = (*learned.buffers, *learned.constants)
     meta = None if koi._update is None else koi._update.optimizer
-    ruled_out = koi._ruled_out if koi._pending is None else koi._pending.ruled_out
+    callbacks: list[Any] | None
+    if koi._pending is None:
+        ruled_out, callbacks = koi._ruled_out, [owner.state_dict() for owner in koi._callbacks]
+    else:
+        ruled_out, callbacks = set(koi._pending.ruled_out), koi._pending.callbacks
     return {
         "koi": _VERSION,
         "torch": torch.__version__,
@@ -125,6 +132,7 @@ def contents(koi: Learner, at: Mark) -> Data:
         "params": dict(zip(learned.params, params, strict=True)),
         "buffers": {name: koi.model.get_buffer(name) for name in names},
         "tensors": tensors_of(koi.model),
+        "frozen": frozen.digests(koi.model),
         "devices": [str(p.device) for p in params],
         "moments": moments,
         "moment_devices": [str(m.device) for m in moments or []],
@@ -133,6 +141,7 @@ def contents(koi: Learner, at: Mark) -> Data:
         "meta_optimizer": None if meta is None else arguments_of(meta),
         "meta_state": None if meta is None else meta.state_dict(),
         "tasks": at.tasks,
+        "callbacks": callbacks,
         "generators": None if at.generators is None else tuple(at.generators),
         "drawn_seed": at.seed,
     }
@@ -168,6 +177,8 @@ class Saved:
     meta_optimizer: Data | None
     meta_state: Data | None
     mark: Mark
+    frozen: dict[str, str] = field(default_factory=dict)
+    callbacks: list[Any] | None = None
 
     def code(self) -> dict[str, str]:
         """Return the names of settings that were code, and what code it was."""
@@ -190,10 +201,11 @@ def saved_from(data: Data, path: Path | str) -> Saved:
         CheckpointError: something is missing.
     """
     try:
-        kept = {field.name: data[field.name] for field in fields(Saved) if field.name in data}
+        names = [known.name for known in fields(Saved)]
+        kept = {name: data[name] for name in names if name in data}
         generators = data["generators"]
         states = None if generators is None else States(*generators)
-        kept["settings"] = {name: data["settings"][name] for name in SETTINGS}
+        kept["settings"] = {name: data["settings"][name] for name in STORED}
         kept["ruled_out"] = frozenset(data["ruled_out"])
         kept["history"] = _records(data["history"])
         return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
@@ -232,10 +244,7 @@ def load(kind: Callable[..., AnyLearner], path: Path, model: nn.Module, given: D
         )
     data = {name: from_data(value) for name, value in saved.settings.items() if name not in code}
     koi = kind(model, **{**data, **given})
-    problems = [
-        *different_tensors(saved.tensors, tensors_of(koi.model)),
-        *_optimizer_problems(koi, saved, ("lr",)),
-    ]
+    problems = [*_model_problems(koi, saved), *_optimizer_problems(koi, saved, ("lr",))]
     put(koi, saved, problems)
     return koi
 
@@ -250,27 +259,34 @@ def offer_instead_of(path: Path) -> str:
     return "none in its folder before it is good"
 
 
-def go_on(koi: Learner, saved: Saved, tasks: Any) -> None:
+def go_on(koi: Learner, saved: Saved, tasks: Any, callbacks: Sequence[Any]) -> None:
     """Let ``koi`` go on from a checkpoint as if it had never stopped.
 
     Args:
         koi: the learner.
         saved: the checkpoint.
         tasks: the task distribution, which takes its own state first, since that may fail.
+        callbacks: those that have a state; they take theirs first as well.
 
     Raises:
         CheckpointError: the model, or any setting, is another; all differences are named.
     """
     problems = [
-        *different_tensors(saved.tensors, tensors_of(koi.model)),
+        *_model_problems(koi, saved),
         *different_settings(saved.settings, _settings(koi)),
         *_optimizer_problems(koi, saved, ()),
     ]
-    put(koi, saved, problems, tasks)
+    put(koi, saved, problems, tasks, callbacks)
 
 
-def put(koi: Learner, saved: Saved, problems: list[str], tasks: Any = None) -> None:
-    """Put what was read into ``koi``, its model and the tasks; nothing if there are problems."""
+def put(
+    koi: Learner,
+    saved: Saved,
+    problems: list[str],
+    tasks: Any = None,
+    callbacks: Sequence[Any] | None = None,
+) -> None:
+    """Put what was read into ``koi``, its model, tasks and callbacks; nothing with problems."""
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(
@@ -281,32 +297,26 @@ def put(koi: Learner, saved: Saved, problems: list[str], tasks: Any = None) -> N
     moments = _moments(saved, phi.params) if koi.inner_state == "carry" else None
     sources = [saved.params[name] for name in Learned.of(koi.model).params]
     buffers = [koi.model.get_buffer(name) for name in saved.buffers]
+    if callbacks is not None:
+        stateful.give_states(callbacks, saved.callbacks)
     if tasks is not None:
-        give_state(tasks, saved.mark.tasks)
+        stateful.give_state(tasks, saved.mark.tasks)
     with koi._interrupts, koi._interrupts.held():
         parameters.copy_(phi.params, sources)
         parameters.copy_(buffers, list(saved.buffers.values()))
         koi.iteration, koi.engine = saved.iteration, saved.engine
         koi.history, koi._moments, koi._update = list(saved.history), moments, update
+        koi._moments_of = phi.params
         if koi._scale is not None and saved.scale is not None:
             koi._scale.put(saved.scale)
-        koi._pending, koi._drawn_seed = Pending(saved.mark, saved.ruled_out), saved.mark.seed
+        koi._pending = Pending(saved.mark, saved.ruled_out, saved.callbacks)
+        koi._drawn_seed = saved.mark.seed
 
 
-def give_state(tasks: Any, state: Any) -> None:
-    """Give a task distribution the state that was stored.
-
-    Raises:
-        CheckpointError: there is one and the distribution cannot take it.
-    """
-    if state is None:
-        return
-    if not hasattr(tasks, "load_state_dict"):
-        raise CheckpointError(
-            f"the checkpoint holds the state of a task distribution, and {type(tasks).__name__} "
-            "has no load_state_dict: give the distribution that was trained on"
-        )
-    tasks.load_state_dict(copy.deepcopy(state))
+def _model_problems(koi: Learner, saved: Saved) -> list[str]:
+    """Return what differs in form, or, where nothing does, which frozen parameters do in value."""
+    problems = [*different_tensors(saved.tensors, tensors_of(koi.model))]
+    return problems or [*frozen.different_frozen(saved.frozen, koi.model)]
 
 
 def _optimizer_problems(koi: Learner, saved: Saved, free: tuple[str, ...]) -> Iterator[str]:
@@ -321,7 +331,7 @@ def _optimizer_problems(koi: Learner, saved: Saved, free: tuple[str, ...]) -> It
 
 
 def _settings(koi: Learner) -> Data:
-    return {name: as_data(getattr(koi, name)) for name in SETTINGS}
+    return {name: as_data(getattr(koi, name)) for name in STORED}
 
 
 def _inner_description(koi: Learner) -> Data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Iterable
@@ -13,15 +14,12 @@ from torch import nn
 
 from koi.errors import ConfigurationError, did_you_mean
 from koi.inner.base import InnerLoop
-from koi.inner.optimizers import (
-    FACTORIES,
-    OptimizerFactory,
-    UpdateRule,
-    make_optimizer,
-    update_rule,
-)
+from koi.inner.granted import frozen
+from koi.inner.optimizers import FACTORIES, OptimizerFactory, layout_of, make_optimizer
+from koi.inner.recognition import update_rule, why_no_rule
 from koi.inner.scaling import LossScale
-from koi.parameters import Learned
+from koi.meta import MetaOptimizerFactory, Schedule
+from koi.parameters import Learned, Tensors
 
 ALGORITHMS = ("reptile", "fomaml", "maml")
 INNER_STATES = ("carry", "reset")
@@ -29,7 +27,7 @@ ON_NONFINITE = ("raise", "skip")
 AUTOCAST = (None, torch.bfloat16, torch.float16)
 
 
-def check(
+def check_settings(
     *,
     model: Any,
     step_size: Any,
@@ -47,6 +45,7 @@ def check(
     on_nonfinite: Any,
     chunk_size: Any,
     autocast: Any,
+    check: Any,
 ) -> None:
     """Check the arguments of `koi.Koi`.
 
@@ -74,6 +73,7 @@ def check(
         _choice("on_nonfinite", on_nonfinite, ON_NONFINITE),
         None if chunk_size is None else _count("chunk_size", chunk_size, least=1),
         _choice("autocast", autocast, AUTOCAST),
+        _choice("check", check, (True, False)),
     ]
     found = [problem for problem in problems if problem is not None]
     if found:
@@ -81,17 +81,111 @@ def check(
 
 
 # What `koi.Koi` is given besides the model; each is an attribute of that name.
-SETTINGS = tuple(name for name in inspect.signature(check).parameters if name != "model")
+SETTINGS = tuple(name for name in inspect.signature(check_settings).parameters if name != "model")
+# What a checkpoint holds: the others have no influence on φ.
+STORED = tuple(name for name in SETTINGS if name != "check")
 
 
-def check_rule(algorithm: str, rule: UpdateRule | None) -> None:
-    """Check that MAML has an optimizer that it can differentiate through."""
-    if algorithm == "maml" and rule is None:
+def _normalised(name: str, value: Any) -> Any:
+    """Return a checked setting as Koi keeps it: NumPy's numbers become Python's own."""
+    if name == "step_size":
+        return float(value)
+    counts = ("num_steps", "num_iterations", "meta_batch_size", "seed", "chunk_size")
+    return int(value) if name in counts and value is not None else value
+
+
+def of_engines(koi: Any) -> Any:
+    """Return the settings that engines are made of, in a form to be compared."""
+    return tuple(frozen(getattr(koi, name)) for name in _OF_ENGINES)
+
+
+def optimizer_now(koi: Any) -> Any:
+    """Return the settings of the inner optimizer as a factory that may read others makes it now.
+
+    A name, a class or a partial of one always makes the same.
+    """
+    factory = koi.inner_optimizer
+    if isinstance(factory, str | type) or (
+        isinstance(factory, functools.partial) and isinstance(factory.func, type)
+    ):
+        return ()
+    params = Learned.of(koi.model).params_of(koi.model)
+    optimizer = make_optimizer(factory, params, koi.step_size)
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    return type(optimizer), frozen(groups)
+
+
+_OF_ENGINES = (
+    *("algorithm", "step_size", "inner_optimizer", "vectorize", "compile"),
+    *("on_nonfinite", "chunk_size", "autocast", "check"),
+)
+
+
+class Configured:
+    """Settings as attributes, which go through the same checks whenever they are set.
+
+    What is set takes effect at the next meta-iteration, in all that depends on it.
+    """
+
+    model: nn.Module
+    step_size: float
+    num_steps: int
+    num_iterations: int
+    meta_step_size: float | Schedule | None
+    meta_batch_size: int
+    inner_optimizer: str | OptimizerFactory
+    inner_state: str
+    meta_optimizer: MetaOptimizerFactory | None
+    algorithm: str
+    vectorize: str | bool
+    compile: bool | str
+    seed: int | None
+    on_nonfinite: str
+    chunk_size: int | None
+    autocast: torch.dtype | None
+    check: bool
+    _changes: int  # how often a setting has been set
+    _moments: Tensors | None
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        check_settings(**given)
+        self.__dict__.update({name: _normalised(name, value) for name, value in given.items()})
+        self.__dict__["_changes"] = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            ConfigurationError: a setting cannot work, or it is the model, which stays.
+        """
+        if name in SETTINGS:
+            now = {other: getattr(self, other) for other in ("model", *SETTINGS)}
+            check_settings(**{**now, name: value})
+            if name == "inner_optimizer" and value is not self.inner_optimizer:
+                self._moments = None  # of another optimizer
+            value = _normalised(name, value)
+            self._changes += 1
+        elif name == "model" and value is not self.model:
+            raise ConfigurationError(
+                ["koi.model cannot be replaced: its weights are φ; make a new Koi for a new model"]
+            )
+        super().__setattr__(name, value)
+
+
+def check_differentiable(optimizer: torch.optim.Optimizer) -> None:
+    """Check that MAML can differentiate through an inner optimizer."""
+    reason = why_no_rule(optimizer)
+    if reason is not None:
         raise ConfigurationError(
             [
                 "algorithm='maml' differentiates through the inner optimizer, which works for "
-                "torch.optim's SGD (no dampening), Adam and AdamW (no amsgrad), each with one "
-                "parameter group and without maximize: choose one of these, or 'fomaml'"
+                "torch.optim's SGD, Adam and AdamW as they come (one parameter group, settings "
+                "that are numbers, no dampening, amsgrad, maximize or capturable, no step hooks, "
+                f"no wrapped step, real parameters with Adam), and here {reason}: change that, or "
+                "choose 'fomaml'"
             ]
         )
 
@@ -129,18 +223,21 @@ def inner_loop(koi: Any, scale: LossScale | None) -> InnerLoop:
     """
     learned = Learned.of(koi.model)
     factory = inner_factory(koi.inner_optimizer)
-    optimizer = make_optimizer(factory, learned.params_of(koi.model), koi.step_size)
-    rule = update_rule(optimizer, differentiable=koi.algorithm == "maml")
-    check_rule(koi.algorithm, rule)
+    params = learned.params_of(koi.model)
+    optimizer = make_optimizer(factory, params, koi.step_size)
+    second_order = koi.algorithm == "maml"
+    if second_order:
+        check_differentiable(optimizer)
     return InnerLoop(
         learned,
         koi.algorithm,
         factory,
         koi.step_size,
-        rule,
+        update_rule(optimizer, params, differentiable=second_order),
         autocast=koi.autocast,
         scale=scale,
         skip_nonfinite=koi.on_nonfinite == "skip",
+        layout=layout_of(optimizer, params),
     )
 
 

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from koi import errors, storage
+from koi import errors, memory
 from koi.errors import ConfigurationError, KoiError, RankError, annotate
 from koi.exchange import Buffer, Form, share
 from koi.interrupts import Interrupts
+from koi.parameters import same_tensors
 from koi.state import Outcome, Phi
 
 if TYPE_CHECKING:
@@ -116,16 +117,7 @@ class Ranks:
         several = join(device)
         self.rank = dist.get_rank() if several else 0
         self.size = dist.get_world_size() if several else 1
-        if num_tasks < self.size:
-            raise ConfigurationError(
-                [
-                    f"meta_batch_size = {num_tasks} on {self.size} ranks: every rank needs a task "
-                    f"of each meta-batch, so take at least {self.size}, or fewer ranks"
-                ]
-            )
-        self._share = share(self.rank, self.size, num_tasks)
-        self._num_tasks = num_tasks
-        self._carry = carry
+        self._set(num_tasks, carry)
         self._interrupts = interrupts
         self._phi: Phi | None = None
         self._buffer: Buffer | None = None
@@ -134,7 +126,6 @@ class Ranks:
         self._over = False  # no rank will come to another collective
         self._stopping = False
         self._error: BaseException | None = None
-        self.seed: int | None = None  # the same on all
         self.wants_to_stop: Callable[[], bool] = lambda: False
 
     @property
@@ -172,6 +163,28 @@ class Ranks:
             else:  # which goes on its way whatever comes of this
                 with suppress(BaseException):
                     self._meet(None)
+
+    def _set(self, num_tasks: int, carry: bool) -> None:
+        if num_tasks < self.size:
+            raise ConfigurationError(
+                [
+                    f"meta_batch_size = {num_tasks} on {self.size} ranks: every rank needs a task "
+                    f"of each meta-batch, so take at least {self.size}, or fewer ranks"
+                ]
+            )
+        self._share = share(self.rank, self.size, num_tasks)
+        self._num_tasks = num_tasks
+        self._carry = carry
+
+    def adjust(self, phi: Phi, num_tasks: int, carry: bool) -> None:
+        """Take in what may have changed between two meta-iterations, the same on all ranks."""
+        before = self._phi
+        if (num_tasks, carry) != (self._num_tasks, self._carry):
+            self._set(num_tasks, carry)
+            self._buffer = None
+        elif before is not None and not same_tensors(before.params, phi.params):
+            self._buffer = None
+        self._phi = phi
 
     def attempt(self, adapt: Callable[[int, int], Outcome]) -> Outcome | None:
         """Return what ``adapt`` gives for this rank's tasks, from the first to before the last.
@@ -211,8 +224,14 @@ class Ranks:
         self._hear()
 
     def from_first(self, content: bytes) -> bytes:
-        """Return what rank 0 gave here."""
-        box = [content]
+        """Return what rank 0 gave here, sent in pieces, so that only pieces are copied."""
+        size, parts = self._from_first(len(content)), []
+        for start in range(0, size, memory.PIECE):
+            parts.append(self._from_first(content[start : start + memory.PIECE]))
+        return content if self.first else b"".join(parts)
+
+    def _from_first(self, value: Result) -> Result:
+        box = [value]
         self._together(lambda: dist.broadcast_object_list(box, src=0))
         return box[0]
 
@@ -227,7 +246,10 @@ class Ranks:
             except Exception as error:
                 self._error = error
         digest = digest_of(self._phi) if self._check else (0, 0, 0)
-        buffer.tell(self.rank, self._error is not None, self.wants_to_stop(), digest)
+        before = self._phi.constants
+        own = outcome.constants if outcome is not None and outcome.losses else None
+        changed = own is not None and not all(map(torch.equal, own, before))
+        buffer.tell(self.rank, self._error is not None, self.wants_to_stop(), digest, changed)
         told = self._together(buffer.reduce)
         if any(told.failed):
             self._hear()
@@ -238,7 +260,10 @@ class Ranks:
                 f"{', '.join(map(str, told.digests))}): does a callback change them on one rank?"
             )
         self._stopping = told.stop
-        return buffer.outcome(told)
+        constants = before
+        if told.constants:  # integers, which the buffer's type may not hold: rarely, and few
+            constants = [each for each in self._all(own) if each is not None][-1]
+        return buffer.outcome(told, constants)
 
     def _make_buffer(self, phi: Phi, outcome: Outcome | None) -> Buffer:
         """Return a buffer of the form of outcomes, which a rank without one learns from others."""
@@ -316,7 +341,8 @@ def digest_of(phi: Phi) -> tuple[int, ...]:
     """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
     digest = hashlib.blake2b(digest_size=6)
     for tensor in (*phi.params, *phi.buffers, *(phi.moments or [])):
-        digest.update(storage.bytes_of(tensor))
+        for piece in memory.pieces_of(tensor):
+            digest.update(piece)
     return tuple(int.from_bytes(digest.digest()[i : i + 2], "big") for i in (0, 2, 4))
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from koi.parameters import clone
+from koi.parameters import Tensors, clone
 from koi.state import Outcome, Phi
 
 
@@ -34,10 +34,11 @@ class Told(NamedTuple):
     failed: list[bool]
     digests: list[tuple[int, ...]]
     stop: bool
+    constants: bool
 
 
 class Buffer:
-    """The one flat buffer: φ̃ or the meta-gradient, buffers, moments; losses, counts, flags.
+    """The one flat buffer: φ̃ or the meta-gradient, buffers' changes, moments; losses and flags.
 
     Each rank weighs its means by its number of tasks, and what it has to say for itself stands in
     places of its own, so that one sum over ranks brings all of it together. The type is the widest
@@ -50,18 +51,19 @@ class Buffer:
         self._types = [kind for _, kind in forms]
         self._splits = len(phi.params), len(like)
         self._num_tasks, self._row = num_tasks, form.row
-        # where the figures of each kind begin: losses, counts, failures, checksums, and the end
-        ends = itertools.accumulate([num_tasks * form.row, num_ranks, num_ranks, 3 * num_ranks, 1])
+        # where the figures of each kind begin: losses, counts, failures, checksums, and flags
+        sizes = [num_tasks * form.row, num_ranks, num_ranks, 3 * num_ranks, 1, 1]
+        ends = itertools.accumulate(sizes)
         self._places = [0, *ends]
         self._figures: list[float] = []
-        sizes = [shape.numel() for shape, _ in forms]
-        self._size = sum(sizes)
+        lengths = [shape.numel() for shape, _ in forms]
+        self._size = sum(lengths)
         self._flat = torch.empty(
             self._size + self._places[-1],
             dtype=functools.reduce(torch.promote_types, (t.dtype for t in like), torch.float32),
             device=like[0].device,
         )
-        parts = self._flat[: self._size].split(sizes)
+        parts = self._flat[: self._size].split(lengths)
         self._parts = [part.view(shape) for part, (shape, _) in zip(parts, forms, strict=True)]
 
     def clear(self) -> None:
@@ -84,18 +86,21 @@ class Buffer:
         self._set(0, first * self._row, itertools.chain(*outcome.losses))
         self._set(1, rank, [count])
 
-    def tell(self, rank: int, failed: bool, stop: bool, digest: Sequence[int]) -> None:
+    def tell(
+        self, rank: int, failed: bool, stop: bool, digest: Sequence[int], constants: bool
+    ) -> None:
         """Put in what a rank has to say for itself."""
         self._set(2, rank, [failed])
         self._set(3, 3 * rank, digest)
         self._set(4, 0, [stop])
+        self._set(5, 0, [constants])
 
     def reduce(self) -> Told:
         """Sum over the ranks and return the figures."""
         self._flat[self._size :] = torch.tensor(self._figures, dtype=self._flat.dtype)
         dist.all_reduce(self._flat)
         figures = self._flat[self._size :].tolist()
-        losses, counts, failed, digests, stop = (
+        losses, counts, failed, digests, stop, constants = (
             figures[start:end] for start, end in itertools.pairwise(self._places)
         )
         return Told(
@@ -104,14 +109,15 @@ class Buffer:
             [flag > 0 for flag in failed],
             [tuple(map(int, digests[i : i + 3])) for i in range(0, len(digests), 3)],
             stop[0] > 0,
+            constants[0] > 0,
         )
 
-    def outcome(self, told: Told) -> Outcome:
-        """Return the mean over the tasks of all ranks."""
+    def outcome(self, told: Told, constants: Tensors) -> Outcome:
+        """Return the mean over the tasks of all ranks; with the ``constants`` of the last."""
         count = sum(told.counts)
         skipped = self._num_tasks - count
         if count == 0:
-            return Outcome([], [], [], [], num_skipped=skipped)
+            return Outcome([], [], [], [], [], num_skipped=skipped)
         if skipped:
             self._flat[: self._size].mul_(self._num_tasks / count)
         shares = [
@@ -125,7 +131,8 @@ class Buffer:
         means = [part.to(kind) for part, kind in zip(self._parts, self._types, strict=True)]
         params, buffers = self._splits
         moments = clone(means[buffers:])  # they outlive the buffer
-        return Outcome(means[:params], means[params:buffers], moments, losses, skipped)
+        moved = means[params:buffers]
+        return Outcome(means[:params], moved, constants, moments, losses, skipped)
 
     def _set(self, kind: int, place: int, values: Iterable[float]) -> None:
         for number, value in enumerate(values, self._places[kind] + place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koi import checkpoint, configuration, parameters
+from koi import checkpoint
 from koi.autosave import Autosave
 from koi.checkpoint import Pending
-from koi.configuration import check_count, check_tasks
+from koi.configuration import Configured, check_count, check_tasks
 from koi.distributed import Ranks
+from koi.engines import Engines, Ready
 from koi.evaluation import Evaluation, blocks
-from koi.inner.base import InnerLoop, Metric
-from koi.inner.dispatch import Dispatch
+from koi.inner.base import Metric
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory
 from koi.inner.scaling import LossScale
@@ -33,10 +34,11 @@ from koi.state import Outcome, Phi
 from koi.tasks import draw
 from koi.watch import Watch
 
+log = logging.getLogger("koi")
 Callback = Callable[["Koi", Record], None]
 
 
-class Koi:
+class Koi(Configured):
     """Finds an initialisation φ of ``model`` from which a few steps learn a new task.
 
     Each meta-iteration samples meta_batch_size tasks, takes num_steps optimizer steps on each
@@ -65,6 +67,8 @@ class Koi:
         seed: makes runs repeatable, bit for bit on one machine, and independent of the global
             random state. None: tasks draw from the global generators as they are.
         on_nonfinite: what a NaN or infinite loss does: "raise" an error, or "skip" the task.
+        check: whether Koi compares the engine that it chose with a plain loop on the first one or
+            two tasks, and again when what the engine takes for granted has changed.
 
     Raises:
         ConfigurationError: arguments that cannot work, all named at once.
@@ -104,40 +108,25 @@ class Koi:
         on_nonfinite: str = "raise",
         chunk_size: int | None = None,
         autocast: torch.dtype | None = None,
+        check: bool = True,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name != "self"}
-        configuration.check(**given)
-        self.model = model
-        self.step_size = float(step_size)  # NumPy's numbers become Python's own
-        self.num_steps = int(num_steps)
-        self.num_iterations = int(num_iterations)
-        self.meta_step_size = step_size if meta_step_size is None else meta_step_size
-        self.meta_batch_size = int(meta_batch_size)
-        self.inner_optimizer = inner_optimizer
-        self.inner_state = inner_state
-        self.meta_optimizer = meta_optimizer
-        self.algorithm = algorithm
-        self.vectorize = vectorize
-        self.compile = compile
-        self.seed = None if seed is None else int(seed)
-        self.on_nonfinite = on_nonfinite
-        self.chunk_size = chunk_size
-        self.autocast = autocast
-
+        given = {n: v for n, v in locals().items() if n not in ("self", "__class__")}
+        super().__init__(given)
         self.iteration = 0
         self.history: list[Record] = []
         self._moments: Tensors | None = None
-        self._scale = LossScale() if autocast is torch.float16 else None
+        self._moments_of: Tensors = []
+        self._scale: LossScale | None = None
         self._update: MetaUpdate | None = None
         self._interrupts = Interrupts()
         self._tasks: Any = None  # of the last training, for their state
+        self._callbacks: tuple[Any, ...] = ()  # likewise, those that have a state
         self._pending: Pending | None = None
         self._drawn_seed: int | None = None  # of several ranks that were given none
         self.engine = "none yet"
         self._ruled_out: set[str] = set()
-        self._dispatch: Dispatch | None = None
-        self._dispatch_key: Any = None
-        self._inner_loop()  # so that a mistake shows here, not after the first sampling
+        self._engines = Engines()
+        self._ready()  # so that a mistake shows here, not after the first sampling
 
     def train(
         self,
@@ -158,7 +147,8 @@ class Koi:
             tasks: a task distribution, anything with ``sample() -> task``; a task is anything
                 with ``loss(model) -> scalar tensor``.
             progress: whether to show a progress bar; None: where there is a terminal.
-            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration.
+            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. Those
+                with ``state_dict`` and ``load_state_dict`` go on from a checkpoint as they were.
             checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
                 is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
@@ -175,23 +165,24 @@ class Koi:
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        inner = self._inner_loop()
-        device = self._phi(inner.learned).params[0].device
+        ready = self._ready()
+        device = self._phi(ready.inner.learned).params[0].device
         carry = self.inner_state == "carry"
         ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
-        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks)
-        engine = self._engines(inner)
-        engine.refused |= autosave.ruled_out
-        update = self._meta_update(self._phi(inner.learned))
-        watch = Watch(self.algorithm, self.num_steps, silent=not ranks.first)
         callbacks = tuple(callbacks)
+        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks, callbacks)
+        ready.engines.refused |= autosave.ruled_out
+        update = self._meta_update(ready)
+        watch = Watch(self.algorithm, self.num_steps, silent=not ranks.first)
         bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
         with ranks.agreed():
-            log = Log(log_dir if ranks.first else None, self.history, self.num_iterations, resume)
+            folder = log_dir if ranks.first else None
+            log = Log(folder, self.history, self.num_iterations, resume, autosave.begun)
         with bar, self._interrupts, ranks.training(update.phi), autosave, log:
             while self.iteration < self.num_iterations:
                 autosave.before_iteration()
-                record = self._meta_iteration(tasks, engine, update, watch, ranks)
+                ready = self._ready(ready)  # a callback may have changed anything
+                record = self._meta_iteration(tasks, ready, watch, ranks)
                 bar.advance(record)
                 for callback in callbacks:
                     callback(self, record)
@@ -210,8 +201,9 @@ class Koi:
             TaskError, NonFiniteError: as in `train`.
         """
         num_steps = self._steps(num_steps)
-        inner = self._inner_loop()
-        engine = EagerEngine(self.model, inner)
+        inner = self._ready().inner
+        engine = EagerEngine(self.model, inner, share=False)
+        self.engine = "eager"
         place = Place(self.seed, "adaptation", 0)
         with preserved_generators(self.seed):
             return engine.adapt(self._phi(inner.learned), task, num_steps, place)
@@ -263,8 +255,9 @@ class Koi:
         """Write everything that training needs to go on into one file.
 
         It holds φ and the buffers, the optimizers' states, settings, history, the state of the
-        task distribution of the last training (if it has ``state_dict``) and, without a seed, of
-        the global generators. Frozen parameters and settings that are code are not in it.
+        task distribution and callbacks of the last training (where they have ``state_dict``) and,
+        without a seed, of the global generators. Settings that are code are not in it, nor are
+        frozen parameters, of which it has a digest.
 
         Args:
             path: the file; it appears under this name whole or not at all.
@@ -302,30 +295,30 @@ class Koi:
         """Call the model at φ."""
         return self.model(*args, **kwargs)
 
-    def _meta_iteration(
-        self, tasks: Any, engine: Dispatch, update: MetaUpdate, watch: Watch, ranks: Ranks
-    ) -> Record:
+    def _meta_iteration(self, tasks: Any, ready: Ready, watch: Watch, ranks: Ranks) -> Record:
         began = time.perf_counter()
-        place = Place(ranks.seed, "meta-iteration", self.iteration)
-        epsilon = value_at(self.meta_step_size, self.iteration / self.num_iterations)
+        seed, engine, update = self._seed, ready.engines, self._meta_update(ready)
+        ranks.adjust(update.phi, self.meta_batch_size, self.inner_state == "carry")
+        place = Place(seed, "meta-iteration", self.iteration)
+        epsilon = value_at(self._schedule(), self.iteration / self.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draw(tasks, self.meta_batch_size, place).part(start, end)
             return engine.meta_batch(update.phi, batch, self.num_steps, place)
 
-        with preserved_generators(ranks.seed):
+        with preserved_generators(seed):
             own = ranks.attempt(adapt)
         self.engine, self._ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             outcome = ranks.mean(own)
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
             if outcome.losses and self.inner_state == "carry":
-                update.phi.moments = self._moments = outcome.moments
+                self._moments, self._moments_of = outcome.moments, update.phi.params
             losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
             record = Record(self.iteration, *losses, epsilon, norm, seconds, outcome.num_skipped)
             self.history.append(record)
             self.iteration += 1
-        watch.look(outcome, epsilon, norm)
+        watch.look(outcome, epsilon, norm, self.num_steps)
         return record
 
     def _over_tasks(
@@ -335,47 +328,56 @@ class Koi:
         check_tasks(tasks)
         check_count("num_tasks", num_tasks)
         num_steps = self._steps(num_steps)
-        inner = self._inner_loop()
-        engine, phi = self._engines(inner), self._phi(inner.learned)
+        ready = self._ready()
+        engine, phi = ready.engines, self._phi(ready.inner.learned)
         with preserved_generators(self.seed):
             rows = [
                 getattr(engine, what)(phi, batch, num_steps, place, *more)
                 for place, batch in blocks(tasks, num_tasks, self.seed)
             ]
+        self.engine = engine.name
         return torch.cat(rows)
 
-    def _inner_loop(self) -> InnerLoop:
-        return configuration.inner_loop(self, self._scale)
+    @property
+    def _seed(self) -> int | None:
+        """What meta-iterations draw from: several ranks without a seed have drawn one."""
+        return self._drawn_seed if self.seed is None else self.seed
 
-    def _engines(self, inner: InnerLoop) -> Dispatch:
-        """Return fresh engines, or the compiled ones of a module that has not changed since."""
-        key = repr(self.model), parameters.signature(self.model), inner
-        if not self.compile or self._dispatch is None or key != self._dispatch_key:
-            self._dispatch_key = key
-            self._dispatch = Dispatch(
-                self.model,
-                inner,
-                vectorize=self.vectorize,
-                compile=self.compile,
-                chunk_size=self.chunk_size,
-                seeded=(self.seed, self._drawn_seed) != (None, None),
-            )
-        return self._dispatch
+    def _schedule(self) -> float | Schedule:
+        return self.step_size if self.meta_step_size is None else self.meta_step_size
+
+    def _ready(self, before: Ready | None = None) -> Ready:
+        """Return the engines for the settings and the model as they are now."""
+        if self.autocast is not torch.float16:
+            self._scale = None
+        elif self._scale is None:
+            self._scale = LossScale()
+        return self._engines.ready(self, self._scale, self._seed is not None, before)
 
     def _phi(self, learned: Learned) -> Phi:
+        params = learned.params_of(self.model)
+        if self._moments is not None and not same_tensors(params, self._moments_of):
+            log.warning("what learns has changed: the inner optimizer's moments start afresh")
+            self._moments = None
         return Phi(
-            learned.params_of(self.model),
+            params,
             learned.buffers_of(self.model),
             learned.constants_of(self.model),
-            self._moments,
+            self._moments if self.inner_state == "carry" else None,
+            learned,
         )
 
-    def _meta_update(self, phi: Phi) -> MetaUpdate:
-        """Return the meta-update, the one of an earlier `train` where φ is the same tensors."""
-        if self._update is None or not same_tensors(self._update.phi.params, phi.params):
-            self._update = MetaUpdate(self.algorithm, phi, self.meta_optimizer)
-        self._update.phi = phi
-        return self._update
+    def _meta_update(self, ready: Ready) -> MetaUpdate:
+        """Return the meta-update, the same as before where φ and meta_optimizer are the same."""
+        phi, update = self._phi(ready.inner.learned), self._update
+        if (
+            update is None
+            or update.make_optimizer is not self.meta_optimizer
+            or not same_tensors(update.phi.params, phi.params)
+        ):
+            update = self._update = MetaUpdate(self.algorithm, phi, self.meta_optimizer)
+        update.phi, update.algorithm = phi, self.algorithm
+        return update
 
     def _steps(self, num_steps: int | None) -> int:
         if num_steps is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ class MetaUpdate:
     Reptile (algorithm 2 of the paper):      φ ← φ + ε · mean(φ̃_i − φ)
     FOMAML and MAML:                         φ ← φ − ε · mean(g_i)
     A meta-optimizer, where there is one, is fed the gradient φ − mean(φ̃_i), or mean(g_i), and its
-    own learning rate takes the place of ε. Floating-point buffers always follow ε.
+    own learning rate takes the place of ε. Buffers always follow ε: floating and complex ones by
+    φ_b ← φ_b + ε · mean(φ̃_b − φ_b), bit for bit as they were where no task changed them; integers
+    and flags, which have no mean, become what the last task left.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class MetaUpdate:
     ) -> None:
         self.phi = phi
         self.algorithm = algorithm
+        self.make_optimizer = make_optimizer
         self.optimizer = None if make_optimizer is None else make_optimizer(phi.params)
         if not isinstance(self.optimizer, torch.optim.Optimizer | None):
             raise ConfigurationError(
@@ -90,6 +94,7 @@ class MetaUpdate:
             NonFiniteError: the change is not finite.
         """
         params = self.phi.params
+        self._check_buffers(outcome)
         if self.optimizer is not None:
             size = self._step(self.optimizer, self._gradient(outcome))
         elif self.algorithm == "reptile":
@@ -101,7 +106,9 @@ class MetaUpdate:
         else:
             size = self._finite(epsilon * parameters.norm(outcome.params).item())
             torch._foreach_add_(params, outcome.params, alpha=-epsilon)
-        parameters.interpolate_(self.phi.buffers, outcome.buffers, epsilon)
+        parameters.move_(self.phi.buffers, outcome.buffers, epsilon)
+        if epsilon > 0:
+            parameters.copy_(self.phi.constants, outcome.constants)
         return size
 
     def _gradient(self, outcome: Outcome) -> Tensors:
@@ -110,9 +117,26 @@ class MetaUpdate:
             return parameters.difference(self.phi.params, outcome.params)
         return outcome.params
 
+    def _check_buffers(self, outcome: Outcome) -> None:
+        for name, value, change in zip(
+            self.phi.names.buffers, self.phi.buffers, outcome.buffers, strict=True
+        ):
+            if not bool(change.isfinite().all()):
+                was = "" if bool(value.isfinite().all()) else ", whose values were not all finite"
+                raise NonFiniteError(
+                    f"the buffer {name!r}{was}, was changed by what is not finite, and cannot be "
+                    "averaged over tasks: φ is as it was before; let it begin at finite values, "
+                    "for example by running one batch through the model"
+                )
+
     def _step(self, optimizer: torch.optim.Optimizer, gradient: Tensors) -> float:
         params = self.phi.params
         before, users_grads = parameters.clone(params), [p.grad for p in params]
+        state = {param: copy.deepcopy(kept) for param, kept in optimizer.state.items()}
+        groups = [
+            copy.deepcopy({name: value for name, value in group.items() if name != "params"})
+            for group in optimizer.param_groups
+        ]
         try:
             for param, grad in zip(params, gradient, strict=True):
                 param.grad = grad
@@ -120,6 +144,10 @@ class MetaUpdate:
             return self._finite(parameters.norm(parameters.difference(params, before)).item())
         except BaseException:
             parameters.copy_(params, before)
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.update(saved)
             raise
         finally:
             for param, grad_before in zip(params, users_grads, strict=True):

@@ -18,10 +18,11 @@ Tensors = list[Tensor]
 
 @dataclass(frozen=True)
 class Learned:
-    """The names of what a task adapts: parameters by gradient, floating-point buffers by use.
+    """The names of what a task adapts: parameters by gradient, buffers by use.
 
-    Parameters count once however many names they are tied to; frozen ones are left out. Integer
-    buffers, such as BatchNorm's batch counter, belong to the module and stay as they are.
+    Parameters count once however many names they are tied to; frozen ones are left out. Floating
+    and complex buffers move by ε as the parameters do; `constants` are the others, such as a
+    counter or a flag, which become what the last task of a meta-batch leaves.
     """
 
     params: tuple[str, ...]
@@ -56,9 +57,12 @@ class Learned:
                 f"the model has no parameter that can learn ({len(named)} parameters, none with "
                 "requires_grad): give it at least one, or unfreeze some"
             )
-        floating = {n: b.is_floating_point() for n, b in module.named_buffers()}
-        buffers = tuple(name for name, moves in floating.items() if moves)
-        return cls(params, buffers, tuple(name for name, moves in floating.items() if not moves))
+        moves = {
+            name: buffer.is_floating_point() or buffer.is_complex()
+            for name, buffer in module.named_buffers()
+        }
+        buffers = tuple(name for name in moves if moves[name])
+        return cls(params, buffers, tuple(name for name in moves if not moves[name]))
 
     def params_of(self, module: nn.Module) -> Tensors:
         """Return the learned parameters of ``module``, not copies, in this order."""
@@ -72,59 +76,33 @@ class Learned:
         """Return the integer buffers of ``module``, not copies, in this order."""
         return [module.get_buffer(name) for name in self.constants]
 
+    def tensors_of(self, module: nn.Module) -> Tensors:
+        """Return parameters, buffers and constants of ``module``, not copies, in this order."""
+        return [*self.params_of(module), *self.buffers_of(module), *self.constants_of(module)]
+
     def put(self, module: nn.Module, tensors: Sequence[Tensor]) -> None:
         """Overwrite parameters, buffers and constants of ``module``, given in this order."""
-        own = [*self.params_of(module), *self.buffers_of(module), *self.constants_of(module)]
-        copy_([t.detach() for t in own], tensors)
+        copy_([t.detach() for t in self.tensors_of(module)], tensors)
 
 
-def copy_module(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of ``module`` to work on.
+
+    Args:
+        module: the user's module.
+        shared: what stands in the copy for an object of this id.
 
     Raises:
         ModelError: the module holds something that cannot be copied.
     """
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, dict(shared or {}))
     except (RuntimeError, TypeError) as error:
         raise ModelError(
             f"the model cannot be copied ({error}): keep computed tensors (so use "
             "torch.nn.utils.parametrizations, not the older weight_norm hooks), generators and "
             "locks out of the module's attributes"
         ) from error
-
-
-def signature(module: nn.Module) -> tuple[Any, ...]:
-    """Return what a compiled graph takes for granted of ``module``, modes and values apart.
-
-    That is shape, type and device of every parameter and buffer, and the plain attributes of
-    every submodule, such as a scale.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    attributes = tuple(
-        (name, type(value), value)
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if name != "training" and isinstance(value, bool | int | float | str)
-    )
-    return tuple((t.shape, t.dtype, t.device) for t in tensors), attributes
-
-
-class Modes:
-    """Keeps the training and evaluation modes of a copy those of the original."""
-
-    def __init__(self, copied: nn.Module, like: nn.Module) -> None:
-        self._pairs = list(zip(copied.modules(), like.modules(), strict=True))
-
-    def match(self) -> None:
-        """Give every submodule of the copy its original's mode."""
-        for mine, theirs in self._pairs:
-            if mine.training != theirs.training:
-                mine.training = theirs.training
-
-    def values(self) -> tuple[bool, ...]:
-        """Return whether each submodule is in training mode."""
-        return tuple(mine.training for mine, _ in self._pairs)
 
 
 def clone(tensors: Sequence[Tensor]) -> Tensors:
@@ -147,6 +125,28 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
     """Return left − right, tensor by tensor."""
     return list(torch._foreach_sub(list(left), list(right))) if left else []
+
+
+@torch.no_grad()
+def unchanged(left: Tensor, right: Tensor) -> Tensor:
+    """Return where two tensors hold the same values, infinities and NaN included."""
+    return (left == right) | (left.isnan() & right.isnan())
+
+
+@torch.no_grad()
+def movements(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensors:
+    """Return end − start, exactly zero where they are the same, be they infinite."""
+    return [
+        torch.where(unchanged(end, start), torch.zeros_like(start), end - start)
+        for end, start in zip(ends, starts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def move_(tensors: Sequence[Tensor], changes: Sequence[Tensor], fraction: float) -> None:
+    """Move ``tensors`` in place by fraction · change; what has no change stays bit for bit."""
+    for tensor, change in zip(tensors, changes, strict=True):
+        tensor.copy_(torch.where(change == 0, tensor, tensor + fraction * change))
 
 
 def interpolate_(start: Sequence[Tensor], end: Sequence[Tensor], fraction: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from koi.parameters import RunningMean, Tensors
+from koi.parameters import Learned, RunningMean, Tensors, clone
 
 
 @dataclass
@@ -18,6 +18,7 @@ class Phi:
     buffers: Tensors
     constants: Tensors
     moments: Tensors | None
+    names: Learned
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Outcome:
 
     Args:
         params: the adapted parameters φ̃ (Reptile), or the meta-gradient (FOMAML, MAML).
-        buffers: the adapted floating-point buffers.
+        buffers: how far tasks moved the floating and complex buffers, exactly zero where none did.
+        constants: the other buffers, which have no mean: as the last task left them.
         moments: the inner optimizer's moments after the last step.
         losses: for each task the loss at each inner step, before its update; FOMAML and MAML add
             the loss that is differentiated. Skipped tasks are not in it.
@@ -36,6 +38,7 @@ class Outcome:
 
     params: Tensors
     buffers: Tensors
+    constants: Tensors
     moments: Tensors
     losses: list[list[float]]
     num_skipped: int = 0
@@ -51,18 +54,21 @@ class OutcomeMean:
 
     def __init__(self, copy: bool = True) -> None:
         self._params, self._buffers, self._moments = (RunningMean(copy) for _ in range(3))
+        self._constants: Tensors = []
         self._losses: list[list[float]] = []
 
     def add(
         self,
         params: Sequence[Tensor],
         buffers: Sequence[Tensor],
+        constants: Sequence[Tensor],
         moments: Sequence[Tensor],
         losses: list[list[float]],
     ) -> None:
         """Add means over as many tasks as there are lists of losses."""
         self._params.add(params, len(losses))
         self._buffers.add(buffers, len(losses))
+        self._constants = clone(constants)
         self._moments.add(moments, len(losses))
         self._losses += losses
 
@@ -71,6 +77,7 @@ class OutcomeMean:
         return Outcome(
             self._params.value(),
             self._buffers.value(),
+            self._constants,
             self._moments.value(),
             self._losses,
             num_skipped=num_tasks - len(self._losses),

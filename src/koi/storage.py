@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import errno
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from koi import memory
 from koi.errors import CheckpointError
 
 # Every format begins with the checksum, so that an intact file of a newer Koi is told from damage.
@@ -32,20 +32,29 @@ _START = b'{"__metadata__":{"sha256":"'
 _DIGEST = slice(8 + len(_START), 8 + len(_START) + len(_ZEROS))
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 
-# The names that safetensors gives to types.
+# The names that safetensors gives to types. It has none for complex128, which is kept as pairs.
 _TYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TYPES = {name: kind for kind, name in _TYPE_NAMES.items()}
 
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
@@ -53,6 +62,7 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
     The file takes its name only when its content has reached the disk, so that a process that is
     killed or a machine that loses power at any moment leaves the earlier file of that name.
+    Tensors go there in pieces, and each is gone through once.
 
     Args:
         path: the file; its folder must exist.
@@ -62,9 +72,10 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file cannot be written, or ``data`` holds what a file cannot.
     """
-    pieces = pack(data)
+    start, tensors = _start_of(data)
     try:
-        replace_file(path, pieces)
+        with _replacing(path) as file:
+            _write(file, start, tensors)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be written ({error.strerror or error}): φ and earlier "
@@ -78,12 +89,17 @@ def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
     Raises:
         OSError: it cannot be written; an earlier file of that name is as it was.
     """
+    with _replacing(path) as file:
+        file.writelines(pieces)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[io.BufferedIOBase]:
     target = Path(os.path.realpath(path))
     temporary = temporary_name(target)
     try:
         with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -100,24 +116,24 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, of another program or of a newer Koi.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            return _read(file, path)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({error.strerror or error}): give the name of "
             "a file that koi.save or koi.train wrote"
         ) from error
-    return unpack(content, path)
 
 
-def pack(data: Mapping[str, Any]) -> Iterator[bytes]:
-    """Return nested data as the content of a file, in pieces.
+def pack(data: Mapping[str, Any]) -> bytes:
+    """Return nested data as the content of a file.
 
     Raises:
         CheckpointError: ``data`` holds what a file cannot.
     """
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(encode(data, "", tensors))
-    return _pieces(text, tensors)
+    file = io.BytesIO()
+    _write(file, *_start_of(data))
+    return file.getvalue()
 
 
 def unpack(content: bytes, path: Path | str) -> dict[str, Any]:
@@ -126,29 +142,7 @@ def unpack(content: bytes, path: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: the content is damaged, of another program or of a newer Koi.
     """
-    metadata = _metadata(content)
-    if metadata is None:
-        raise CheckpointError(
-            f"{path} is no checkpoint of Koi, or its beginning is damaged: give a file that "
-            "koi.save or koi.train wrote, or an earlier one"
-        )
-    if _digest(content) != _stored(content):
-        raise CheckpointError(
-            f"the checkpoint {path} is damaged (its checksum does not match; it was cut or "
-            "changed after it was written): use an earlier one"
-        )
-    if metadata.get("koi_format") != str(FORMAT):
-        raise CheckpointError(
-            f"the checkpoint {path} has format {metadata.get('koi_format')} and this Koi reads "
-            f"format {FORMAT}: read it with the Koi that wrote it, or a newer one"
-        )
-    try:
-        data = decode(json.loads(metadata["koi"]), safetensors.torch.load(content))
-    except Exception as error:
-        raise CheckpointError(
-            f"the checkpoint {path} cannot be understood ({error}): use an earlier one"
-        ) from error
-    return dict(data)
+    return _read(io.BytesIO(content), path)
 
 
 def temporary_name(target: Path) -> Path:
@@ -168,12 +162,13 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        if value.dtype in _TYPE_NAMES and value.layout == torch.strided and not value.is_meta:
+        pairs = value.dtype == torch.complex128
+        if (pairs or value.dtype in _TYPE_NAMES) and memory.is_plain(value):
             name = where.lstrip(".")
             while name in tensors:  # two ways through dictionaries can read the same
                 name += "'"
-            tensors[name] = value
-            return {"tensor": name}
+            tensors[name] = torch.view_as_real(value.detach().resolve_conj()) if pairs else value
+            return {"pairs" if pairs else "tensor": name}
     elif isinstance(value, list):
         return [encode(part, f"{where}[{i}]", tensors) for i, part in enumerate(value)]
     elif isinstance(value, tuple | set | frozenset):
@@ -213,6 +208,8 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, inside),) = value.items()
     if kind == "tensor":
         return tensors[inside]
+    if kind == "pairs":
+        return torch.view_as_complex(tensors[inside])
     if kind == "dtype":
         dtype = getattr(torch, inside)
         if not isinstance(dtype, torch.dtype):
@@ -232,8 +229,10 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {"tuple": tuple, "set": set}[kind](parts)
 
 
-def _pieces(text: str, tensors: dict[str, Tensor]) -> Iterator[bytes]:
-    """Yield the file's content: the size of the header, the header, each tensor's bytes."""
+def _start_of(data: Mapping[str, Any]) -> tuple[bytes, list[Tensor]]:
+    """Return what a file begins with, zeros in the checksum's place, and the tensors to follow."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(encode(data, "", tensors))
     # like the library, wide types first: every tensor then begins where its type asks it to
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     metadata = {"sha256": _ZEROS.decode(), "koi_format": str(FORMAT), "koi": text}
@@ -255,43 +254,94 @@ def _pieces(text: str, tensors: dict[str, Tensor]) -> Iterator[bytes]:
             f"a checkpoint cannot hold {len(encoded)} bytes that are no tensors: let the "
             "state_dict of the task distribution give tensors"
         )
-    start = len(encoded).to_bytes(8, "little") + encoded
+    return len(encoded).to_bytes(8, "little") + encoded, [tensors[name] for name in order]
+
+
+def _write(file: io.BufferedIOBase, start: bytes, tensors: Iterable[Tensor]) -> None:
+    """Write a file's content in one pass, and its checksum where there were zeros."""
     digest = hashlib.sha256(start)
-    for name in order:
-        digest.update(bytes_of(tensors[name]))
-    yield start[: _DIGEST.start] + digest.hexdigest().encode() + start[_DIGEST.stop :]
-    for name in order:
-        yield bytes_of(tensors[name])
+    file.write(start)
+    for tensor in tensors:
+        for piece in memory.pieces_of(tensor):
+            digest.update(piece)
+            file.write(piece)
+    file.seek(_DIGEST.start)
+    file.write(digest.hexdigest().encode())
 
 
-def bytes_of(tensor: Tensor) -> bytes:
-    """Return a tensor's values; without NumPy, which need not be installed."""
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    size = tensor.numel() * tensor.element_size()
-    return ctypes.string_at(tensor.data_ptr(), size) if size else b""
+def _read(file: io.BufferedIOBase, path: Path | str) -> dict[str, Any]:
+    """Return what `_write` wrote. Nothing in it is believed before the checksum is right."""
+    header = _header(file)
+    if header is None:
+        raise CheckpointError(
+            f"{path} is no checkpoint of Koi, or its beginning is damaged: give a file that "
+            "koi.save or koi.train wrote, or an earlier one"
+        )
+    metadata = header.pop("__metadata__")
+    if _digest(file) != metadata["sha256"]:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged (its checksum does not match; it was cut or "
+            "changed after it was written): use an earlier one"
+        )
+    if metadata.get("koi_format") != str(FORMAT):
+        raise CheckpointError(
+            f"the checkpoint {path} has format {metadata.get('koi_format')} and this Koi reads "
+            f"format {FORMAT}: read it with the Koi that wrote it, or a newer one"
+        )
+    begin = 8 + _size(file)
+    try:
+        tensors = {name: _tensor(file, begin, entry) for name, entry in header.items()}
+        return dict(decode(json.loads(metadata["koi"]), tensors))
+    except OSError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be understood ({error}): use an earlier one"
+        ) from error
 
 
-def _metadata(content: bytes) -> dict[str, Any] | None:
-    """Return the metadata of a Koi file, None if it is something else."""
-    size = int.from_bytes(content[:8], "little")
-    if content[8 : _DIGEST.start] != _START or size > _MAX_HEADER:
+def _tensor(file: io.BufferedIOBase, begin: int, entry: Mapping[str, Any]) -> Tensor:
+    """Return a tensor of a file, read into memory of its own."""
+    tensor = torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="cpu")
+    start, end = entry["data_offsets"]
+    if end - start != tensor.nbytes:
+        raise ValueError(f"{end - start} bytes for a tensor of {tensor.nbytes}")
+    file.seek(begin + start)
+    for piece in memory.pieces_of(tensor):
+        if file.readinto(piece) != len(piece):
+            raise ValueError("it was cut while it was read")
+    return tensor
+
+
+def _size(file: io.BufferedIOBase) -> int:
+    file.seek(0)
+    return int.from_bytes(file.read(8), "little")
+
+
+def _header(file: io.BufferedIOBase) -> dict[str, Any] | None:
+    """Return the header of a Koi file, None if it is something else."""
+    size = _size(file)
+    if size > _MAX_HEADER:
+        return None
+    content = file.read(size)
+    if not content.startswith(_START):
         return None
     try:
-        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+        header = json.loads(content)
+        metadata = header["__metadata__"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return metadata if isinstance(metadata, dict) and "koi" in metadata else None
+    is_ours = isinstance(metadata, dict) and {"koi", "sha256"} <= metadata.keys()
+    return header if is_ours else None
 
 
-def _stored(content: bytes) -> str:
-    return content[_DIGEST].decode("ascii", "replace")
-
-
-def _digest(content: bytes) -> str:
-    view = memoryview(content)
-    digest = hashlib.sha256(view[: _DIGEST.start])
+def _digest(file: io.BufferedIOBase) -> str:
+    file.seek(0)
+    digest = hashlib.sha256(file.read(_DIGEST.start))
     digest.update(_ZEROS)
-    digest.update(view[_DIGEST.stop :])
+    file.seek(_DIGEST.stop)
+    while piece := file.read(memory.PIECE):
+        digest.update(piece)
     return digest.hexdigest()
 
 

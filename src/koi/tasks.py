@@ -8,14 +8,13 @@ tensors (`tensor_task`), minibatches, a query set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from koi.errors import ConfigurationError, EngineError, TaskError, annotate
 from koi.randomness import Place
@@ -107,12 +106,37 @@ def tensors_of(task: Any) -> dict[str, Tensor]:
 
 
 def with_tensors(task: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return ``task`` with its tensor fields replaced, its settings kept, __init__ not called."""
+    """Return ``task`` with its tensor fields replaced, all else kept, __init__ not called."""
     other = object.__new__(type(task))
-    for name in field_names(type(task)):
-        value = tensors[name] if name in tensors else getattr(task, name)
+    for name, value in {**everything_of(task), **tensors}.items():
         object.__setattr__(other, name, value)
     return other
+
+
+def everything_of(task: Any) -> dict[str, Any]:
+    """Return a tensor task's fields and whatever else was assigned to it."""
+    fields = {name: getattr(task, name) for name in field_names(type(task))}
+    return {**fields, **getattr(task, "__dict__", {})}
+
+
+def settings_of(task: Any) -> dict[str, Any]:
+    """Return what a tensor task holds that is no field with a tensor."""
+    tensors = tensors_of(task)
+    return {name: value for name, value in everything_of(task).items() if name not in tensors}
+
+
+def check_fields(task: Any, before: dict[str, Any]) -> None:
+    """Check that a loss has not assigned to its task, of which many run as one.
+
+    Raises:
+        EngineError: it has, which the next step would not see.
+    """
+    for name, value in everything_of(task).items():
+        if name not in before or before[name] is not value:
+            raise EngineError(
+                f"the loss of {type(task).__name__} assigns to its field {name!r}, which tasks "
+                "that run as one, or compiled, do not keep: use vectorize=False, compile=False"
+            )
 
 
 def stack(tasks: Sequence[Any]) -> Any:
@@ -130,14 +154,15 @@ def stack(tasks: Sequence[Any]) -> Any:
                 f"one meta-batch holds {type(first).__name__} and {type(task).__name__}: "
                 "tasks that run at once must be of one class"
             )
-    for field in dataclasses.fields(first):
-        if field.name not in names and not all(
-            _same(getattr(task, field.name), getattr(first, field.name)) for task in tasks
-        ):
-            raise EngineError(
-                f"the field {field.name!r} of {type(first).__name__} is no tensor and differs "
-                "between tasks: make it a tensor, or equal in all tasks"
-            )
+    settings = settings_of(first)
+    for task in tasks[1:]:
+        others = settings_of(task)
+        for name in {**settings, **others}:
+            if not (name in settings and name in others and _same(settings[name], others[name])):
+                raise EngineError(
+                    f"the field {name!r} of {type(first).__name__} is no tensor and differs "
+                    "between tasks: make it a tensor, or equal in all tasks"
+                )
     stacked = {}
     for name in names:
         try:
@@ -151,8 +176,9 @@ def stack(tasks: Sequence[Any]) -> Any:
 
 
 def _same(left: Any, right: Any) -> bool:
+    """Return whether two settings are equal; 1, 1.0 and True are three."""
     try:
-        return left is right or bool(left == right)
+        return left is right or (type(left) is type(right) and bool(left == right))
     except (ValueError, RuntimeError):  # arrays compare element by element
         return False
 
@@ -271,21 +297,29 @@ def draw(distribution: Any, num_tasks: int, place: Place) -> TaskBatch:
     return TaskBatch(tasks=tasks)
 
 
-def views(task: Any, num_steps: int) -> list[Any]:
+def views(task: Any, num_steps: int) -> Iterable[Any]:
     """Return the task as each inner step sees it: its minibatches, or itself every time.
+
+    A generator of minibatches is read as they are used, so that one is in memory at a time.
 
     Raises:
         TaskError: ``task.minibatches(num_steps)`` gave fewer than num_steps.
     """
     if not hasattr(task, "minibatches"):
         return [task] * num_steps
-    minibatches = list(islice(task.minibatches(num_steps), num_steps))
-    if len(minibatches) < num_steps:
+    return _enough(task, num_steps)
+
+
+def _enough(task: Any, num_steps: int) -> Iterator[Any]:
+    given = 0
+    for view in islice(task.minibatches(num_steps), num_steps):
+        given += 1
+        yield view
+    if given < num_steps:
         raise TaskError(
-            f"minibatches({num_steps}) of {type(task).__name__} gave {len(minibatches)}: it must "
+            f"minibatches({num_steps}) of {type(task).__name__} gave {given}: it must "
             "give one for each inner step, going through the data again where they run out"
         )
-    return minibatches
 
 
 def query_of(task: Any) -> Any:
@@ -293,104 +327,6 @@ def query_of(task: Any) -> Any:
     return getattr(task, "query", task)
 
 
-def outer_view(task: Any, steps: Sequence[Any]) -> Any:
+def outer_view(task: Any, last: Any) -> Any:
     """Return what FOMAML and MAML differentiate: the query set, else the last step's view."""
-    return task.query if hasattr(task, "query") else steps[-1]
-
-
-def cycled_order(key: Tensor, size: int, batch_size: int, num_steps: int) -> Tensor:
-    """Return what examples each inner step sees, shape (num_steps, batch_size), no replacement.
-
-    An endless stream goes through all ``size`` examples, then through all of them again in a new
-    random order, and so on; minibatches are cut from it and may span two passes (`_mini_batches`
-    in the paper's code). The first pass keeps the order in which the examples lie. Later orders
-    are a function of ``key``, an int64 scalar, alone: the same in every engine, and possible
-    under ``vmap`` and inside a compiled graph.
-
-    >>> cycled_order(torch.tensor(7), size=4, batch_size=2, num_steps=2).tolist()
-    [[0, 1], [2, 3]]
-    >>> cycled_order(torch.tensor(7), size=4, batch_size=2, num_steps=6)[2:4].flatten().sort()[0]
-    tensor([0, 1, 2, 3])
-    """
-    needed = num_steps * batch_size
-    num_passes = -(-needed // size)
-    order = torch.arange(size, device=key.device).unsqueeze(0)
-    if num_passes > 1:
-        count = torch.arange(size, num_passes * size, device=key.device)
-        noise = _mixed(key + count * 0x9E3779B9).reshape(num_passes - 1, size)
-        order = torch.cat([order, noise.argsort(dim=1)])
-    return order.reshape(-1)[:needed].reshape(num_steps, batch_size)
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """SplitMix64's output function (Steele, Lea, Flood 2014), in wrapping int64 arithmetic."""
-    x = (x ^ _shifted(x, 30)) * -4658895280553007687
-    x = (x ^ _shifted(x, 27)) * -7723592293110705685
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-@tensor_task
-@dataclasses.dataclass
-class SupervisedTask:
-    """Inputs and targets, in a support set to learn from and a query set to be measured on.
-
-    The inner loop minimises ``criterion(model(inputs), targets)`` on minibatches of the support
-    set, cycling through it without replacement; `koi.Koi.evaluate` measures it on the query set.
-
-    Args:
-        support_inputs: shape (num_support, …), in random order.
-        support_targets: shape (num_support, …).
-        query_inputs: shape (num_query, …).
-        query_targets: shape (num_query, …).
-        key: an int64 scalar that orders the second and later passes (see `cycled_order`).
-        criterion: (predictions, targets) -> scalar.
-        batch_size: examples in each inner step; None, or more than there are: all of them.
-
-    >>> x = torch.linspace(-1, 1, 6).unsqueeze(1)
-    >>> task = SupervisedTask(x, 2 * x, x, 2 * x, torch.tensor(0), batch_size=4)
-    >>> task.loss(torch.nn.Identity())
-    tensor(0.4667)
-    >>> [len(step.support_inputs) for step in task.minibatches(3)]
-    [4, 4, 4]
-    """
-
-    support_inputs: Tensor
-    support_targets: Tensor
-    query_inputs: Tensor
-    query_targets: Tensor
-    key: Tensor
-    criterion: Callable[[Tensor, Tensor], Tensor] = F.mse_loss
-    batch_size: int | None = None
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """Return the criterion on the support set (of a minibatch: on the minibatch)."""
-        return self.criterion(model(self.support_inputs), self.support_targets)
-
-    @property
-    def query(self) -> SupervisedTask:
-        """The same task on its query set."""
-        return self._on(self.query_inputs, self.query_targets)
-
-    def minibatches(self, num_steps: int) -> list[SupervisedTask]:
-        """Return the task as each of ``num_steps`` inner steps sees it."""
-        size = len(self.support_inputs)
-        if self.batch_size is None or self.batch_size >= size:
-            return [self] * num_steps
-        if num_steps * self.batch_size <= size:  # one pass needs no order: slices are views
-            inputs: Iterable[Tensor] = self.support_inputs.split(self.batch_size)
-            targets: Iterable[Tensor] = self.support_targets.split(self.batch_size)
-        else:
-            order = cycled_order(self.key, size, self.batch_size, num_steps)
-            inputs, targets = self.support_inputs[order], self.support_targets[order]
-        pairs = islice(zip(inputs, targets, strict=True), num_steps)
-        return [self._on(x, y) for x, y in pairs]
-
-    def _on(self, inputs: Tensor, targets: Tensor) -> SupervisedTask:
-        other: SupervisedTask = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.support_inputs, other.support_targets = inputs, targets
-        return other
+    return getattr(task, "query", last)

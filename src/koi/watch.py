@@ -29,7 +29,6 @@ class Watch:
 
     def __init__(self, algorithm: str, num_steps: int, silent: bool = False) -> None:
         self._silent = silent
-        self._num_steps = num_steps
         self._seen = self._rising = 0
         self._warned: set[str] = set()
         if num_steps == 1 and algorithm == "reptile":
@@ -38,8 +37,8 @@ class Watch:
                 "(section 3 of the paper), not meta-learning; take at least 2"
             )
 
-    def look(self, outcome: Outcome, epsilon: float, update_norm: float) -> None:
-        """Look at what a meta-batch gave and how far φ moved."""
+    def look(self, outcome: Outcome, epsilon: float, update_norm: float, num_steps: int) -> None:
+        """Look at what a meta-batch gave after ``num_steps`` and how far φ moved."""
         if update_norm == 0 and epsilon > 0 and outcome.losses:
             self._once(
                 "the meta-update is exactly zero: adapting to these tasks changes nothing; is the "
@@ -47,7 +46,7 @@ class Watch:
             )
         for losses in outcome.losses:
             self._seen += 1
-            self._rising += losses[self._num_steps - 1] > losses[0]
+            self._rising += losses[num_steps - 1] > losses[0]
         if self._seen >= _WINDOW:
             if self._rising > _RISING * self._seen:
                 self._once(

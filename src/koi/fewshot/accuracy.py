@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from koi.evaluation import mean_and_interval
-from koi.tasks import SupervisedTask
+from koi.supervised import SupervisedTask
 
 
 class Estimate(NamedTuple):

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from koi.errors import CheckpointError, ConfigurationError, DataError
 from koi.fewshot.data import labelled
-from koi.tasks import SupervisedTask, TaskBatch
+from koi.supervised import SupervisedTask
+from koi.tasks import TaskBatch
 
 _SHOWN = 3
 
@@ -84,12 +85,15 @@ class Episodes:
         query_targets = torch.arange(ways).repeat_interleave(self.num_queries).repeat(num_tasks, 1)
         support = classes.gather(1, support_targets), examples[..., :shots].flatten(1)
         query = classes.gather(1, query_targets), examples[..., shots:].flatten(1)
+        key = torch.randint(2**62, (num_tasks,))
+        # a model that looks across the queries could tell the class by the place
+        shuffled = torch.rand(query_targets.shape).argsort(1)
         return SupervisedTask(
             self._placed(self.data.take(support[0], support[1].gather(1, order))),
             self._placed(support_targets),
-            self._placed(self.data.take(*query)),
-            self._placed(query_targets),
-            self._placed(torch.randint(2**62, (num_tasks,))),
+            self._placed(self.data.take(*(rows.gather(1, shuffled) for rows in query))),
+            self._placed(query_targets.gather(1, shuffled)),
+            self._placed(key),
             criterion=F.cross_entropy,
             batch_size=self.batch_size,
         )

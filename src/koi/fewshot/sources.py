@@ -230,13 +230,24 @@ def from_folder(root: Path, images: ImageForm, max_bytes: int) -> Found:
 def class_folders(root: Path) -> dict[str, list[Path]]:
     """Return the image files of each class, by the name of the class, both in sorted order.
 
+    Links are followed, and no folder is read twice: not where a link leads back to a folder that
+    it lies in, without an end, nor where one makes a second class of the same images.
+
     Raises:
-        DataError: there is no such folder, or no images, or a class without any.
+        DataError: there is no such folder, or no images, or a class without any, or a link to a
+            folder that is read already.
     """
     if not root.is_dir():
         raise DataError(f"{root} is no folder: give one that has a folder of images for each class")
     classes: dict[str, list[Path]] = {}
+    read: dict[str, str] = {}
     for place, folders, files in os.walk(root, followlinks=True):
+        before = read.setdefault(os.path.realpath(place), place)
+        if before != place:
+            raise DataError(
+                f"{place} is the folder {before} once more, by a link: remove the link, or put "
+                "the folder itself there"
+            )
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         paths = [
             Path(place, name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from koi.errors import NonFiniteError, TaskError, annotate
-from koi.inner.optimizers import OptimizerFactory, UpdateRule
+from koi.inner.optimizers import Layout, OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
 from koi.parameters import Learned
 from koi.randomness import Place
@@ -50,6 +50,7 @@ class InnerLoop:
         autocast: the lower precision of the forward pass; None: the parameters' own.
         skip_nonfinite: leave out a task whose loss or result is not finite, instead of an error.
         scale: the loss scale of float16; None: losses are differentiated as they are.
+        layout: how the optimizer groups the parameters; None: as it likes.
     """
 
     learned: Learned
@@ -60,6 +61,7 @@ class InnerLoop:
     autocast: torch.dtype | None = None
     skip_nonfinite: bool = False
     scale: LossScale | None = None
+    layout: Layout | None = None
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which losses are computed."""
@@ -199,15 +201,23 @@ def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> l
     each = []
     for number, task in enumerate(batch.tasks, start=first):
         place.set("inner", number)
-        each.append(views(task, num_steps))
+        each.append(list(views(task, num_steps)))
     place.set("inner loss", first or None)
     return each
 
 
 def reason_of(error: Exception) -> str:
-    """Return in one line why torch could not map or compile a loss."""
+    r"""Return in one line why torch could not map or compile a loss.
+
+    >>> reason_of(RuntimeError("backend='inductor' raised:\nNotImplementedError: as_strided"))
+    'NotImplementedError: as_strided'
+    """
     explained = re.search(r"Explanation: (.*)", str(error))
-    return explained[1] if explained else str(error).strip().split("\n")[0]
+    if explained:
+        return explained[1]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    named = [line for line in lines if not line.endswith("raised:")]
+    return named[0] if named else type(error).__name__
 
 
 def advice_on(error: Exception, otherwise: str) -> str:

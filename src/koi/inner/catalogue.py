@@ -8,19 +8,31 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from koi.errors import EngineError
 from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
-from koi.inner.compiler import Graph
+from koi.inner.compiler import AsItStands, Graph
 from koi.inner.functional import PureLoss
+from koi.inner.granted import frozen, of_class, users_classes
 from koi.inner.graph import InnerGraph, State, TensorDict
 from koi.inner.optimizers import UpdateRule
 from koi.inner.programs import Program, Stepwise
+from koi.inner.stepwise import explain
 from koi.inner.workers import Call, Workers
-from koi.parameters import Modes
+from koi.inner.working import WorkingCopy
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
-from koi.tasks import TaskBatch, field_names, query_of, stack, tensors_of, views, with_tensors
+from koi.tasks import (
+    TaskBatch,
+    check_fields,
+    everything_of,
+    query_of,
+    settings_of,
+    stack,
+    tensors_of,
+    views,
+    with_tensors,
+)
 
 # Inner steps times parameter tensors: up to here a graph with all steps compiles in seconds.
 _MOST_WRITTEN_OUT = 64
@@ -51,27 +63,29 @@ class Catalogue:
     """Makes a graph for each combination of shapes, types, modes and settings, and finds it again.
 
     Args:
-        model: the working copy of the module.
+        copy: the working copy of the module.
         inner: the settings of the inner loop.
         rule: the inner optimizer.
-        modes: the modes of the module's parts.
         mode: the argument ``compile`` of `koi.Koi`.
         together: whether a graph is of many tasks, stacked.
+        make: what makes a graph of a function.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        copy: WorkingCopy,
         inner: InnerLoop,
         rule: UpdateRule,
-        modes: Modes,
         mode: bool | str,
         together: bool,
+        make: Callable[..., Graph | AsItStands] = Graph,
     ) -> None:
-        self._params = inner.learned.params_of(model)
-        self._inner, self._rule, self._modes = inner, rule, modes
-        self._mode, self._together = mode, together
-        self._pure = PureLoss(model, inner.learned)
+        self._copy, self._params = copy, copy.params
+        self._inner, self._rule = inner, rule
+        self._mode, self._together, self._make = mode, together, make
+        self._pure = PureLoss(copy.module, inner.learned)
+        # each step through time is written out, in every inner step
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in copy.module.modules())
         self._plans: dict[Any, Plan] = {}
         self._programs: dict[Any, Program] = {}
         self._stepwises: dict[Any, Stepwise] = {}
@@ -94,7 +108,8 @@ class Catalogue:
         if request.purpose != "train":
             return False
         size = request.num_steps * len(self._params)
-        return size <= _MOST_WRITTEN_OUT or self._inner.algorithm == "maml"
+        small = size <= _MOST_WRITTEN_OUT and not self._recurrent
+        return small or self._inner.algorithm == "maml"
 
     def _written_out(
         self, request: Request, task: TensorDict, plan: Plan, threads: int
@@ -102,7 +117,7 @@ class Catalogue:
         """Return a graph of `InnerGraph.train`, made for one number of steps."""
         num_steps = request.num_steps
         steps = self._drawn(request) if plan.draws else None
-        key = (num_steps, plan.key, forms_of(task, *(steps or [])), threads)
+        key = (num_steps, plan.form, forms_of(task, *(steps or [])), threads)
         if key not in self._programs:
             graph = plan.graph
 
@@ -121,7 +136,7 @@ class Catalogue:
         draws = plan.draws and request.num_steps > 0
         drawn = self._drawn(request) if draws else plan.graph.prepare(task, request.num_steps)
         steps = [{name: t.contiguous() for name, t in tensors.items()} for tensors in drawn]
-        key = (plan.key, forms_of(task, *steps[:1]), threads)
+        key = (plan.form, forms_of(task, *steps[:1]), threads)
         if key not in self._stepwises:
             self._stepwises[key] = Stepwise(plan.graph, partial(self._graph, plan, lean=True))
         return self._stepwises[key].program(request.purpose), steps
@@ -136,30 +151,31 @@ class Catalogue:
         return [tensors_of(view) for view in steps]
 
     def _plan(self, chunk: TaskBatch, num_steps: int) -> Plan:
-        """Return how tasks of this class and settings are traced, found out on the first."""
+        """Return how tasks like these are traced, found out on the first of them.
+
+        What its minibatches and its loss do may depend on its class, settings and shapes.
+        """
         example, size = chunk.example, len(chunk) if self._together else None
-        key = type(example), size, settings_of(example), self._modes.values()
+        kind = kind_of(example)
+        key = kind, size, forms_of(tensors_of(example)), num_steps
         if key not in self._plans:
-            self._plans[key] = self._make_plan(key, chunk.tasks[0], size, num_steps)
+            self._plans[key] = self._make_plan(kind, chunk.tasks[0], size, num_steps)
         return self._plans[key]
 
-    def _make_plan(self, key: Any, task: Any, size: int | None, num_steps: int) -> Plan:
+    def _make_plan(self, kind: Any, task: Any, size: int | None, num_steps: int) -> Plan:
         before = capture()
-        steps = views(task, max(num_steps, 1))
+        task = with_tensors(task, {})  # what the loss may do to it is not the user's
+        steps = list(views(task, max(num_steps, 1)))
         draws = not same_states(before, capture())
         constant = all(view is task for view in steps)
-        if len({(type(v), settings_of(v), shapes_of(v)) for v in steps}) > 1:
+        if len({(kind_of(v), shapes_of(v)) for v in steps}) > 1:
             raise EngineError(
                 f"the minibatches of {type(task).__name__} differ in class, settings or shape: a "
                 "compiled inner loop needs them alike; cycle through the data instead of ending "
                 "with a smaller one, or use compile=False"
             )
         middle = capture()
-        copies = [p.detach().clone().requires_grad_() for p in self._params]
-        with torch.enable_grad(), self._inner.precision(copies[0].device):
-            loss = scalar(self._pure(copies, steps[0]), steps[0], 0)
-            scalar(self._pure(copies, query_of(task)), query_of(task), num_steps)
-        grads = torch.autograd.grad(depends_on_model(loss, steps[0], 0), copies, allow_unused=True)
+        used = self._used(task, steps[0], num_steps)
         after = capture()
         if not same_host_draws(middle, after):
             raise EngineError(
@@ -171,20 +187,50 @@ class Catalogue:
             self._pure,
             self._inner,
             self._rule,
-            used=tuple(i for i, g in enumerate(grads) if g is not None),
+            used=used,
             task=without_data(task),
             view=None if constant else without_data(steps[0]),
             num_tasks=size,
-            device_type=copies[0].device.type,
+            device_type=self._params[0].device.type,
         )
-        return Plan(key, graph, draws, noisy=not same_states(middle, after))
+        form = kind, size, used, None if constant else kind_of(steps[0])
+        return Plan(form, graph, draws, noisy=not same_states(middle, after))
 
-    def _graph(self, plan: Plan, function: Callable[..., Any], what: str, *, lean: bool) -> Graph:
+    def _used(self, task: Any, view: Any, num_steps: int) -> tuple[int, ...]:
+        """Return which parameters the loss depends on, by computing it once as it stands.
+
+        Raises:
+            EngineError: the loss changes what a graph would leave as it is.
+        """
+        copies = [p.detach().clone().requires_grad_() for p in self._params]
+        fields = everything_of(view)
+        self._copy.watch()
+        versions = [t._version for t in tensors_of(view).values()]
+        with torch.enable_grad(), self._inner.precision(copies[0].device):
+            loss = scalar(self._pure(copies, view), view, 0)
+            scalar(self._pure(copies, query_of(task)), query_of(task), num_steps)
+        self._copy.untouched()
+        check_fields(view, fields)
+        if versions != [t._version for t in tensors_of(view).values()]:
+            raise EngineError(
+                f"the loss of {type(view).__name__} changes its own tensors in place, which a "
+                "compiled inner loop cannot keep from step to step: use compile=False"
+            )
+        try:
+            grads = torch.autograd.grad(depends_on_model(loss, view, 0), copies, allow_unused=True)
+        except RuntimeError as error:
+            explain(error, self._inner.algorithm)
+            raise
+        return tuple(i for i, grad in enumerate(grads) if grad is not None)
+
+    def _graph(
+        self, plan: Plan, function: Callable[..., Any], what: str, *, lean: bool
+    ) -> Graph | AsItStands:
         def run(*inputs: Any) -> Any:
             with plan.graph.attention():
                 return function(*inputs)
 
-        return Graph(
+        return self._make(
             run,
             what=f"{what} of {'all tasks at once' if self._together else 'one task'}",
             tasks=type(plan.graph.task).__name__,
@@ -199,13 +245,13 @@ class Plan:
     """How tasks of one class and settings are traced.
 
     Args:
-        key: what it was looked up by.
+        form: what a graph takes for granted of the tasks besides their tensors' forms.
         graph: the functions that are compiled.
         draws: whether the minibatches are drawn at random.
         noisy: whether the loss draws at random.
     """
 
-    key: Any
+    form: Any
     graph: InnerGraph
     draws: bool
     noisy: bool
@@ -226,35 +272,10 @@ def forms_of(*groups: TensorDict) -> tuple[Any, ...]:
     return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
 
 
-def settings_of(task: Any) -> tuple[Any, ...]:
-    """Return the fields of a tensor task that are no tensors, so that they can be looked up.
-
-    Raises:
-        EngineError: one of them cannot.
-    """
-    values = []
-    for name in field_names(type(task)):
-        value = getattr(task, name)
-        if isinstance(value, Tensor):
-            continue
-        try:
-            values.append(hashable(value))
-            hash(values[-1])
-        except TypeError as error:
-            raise EngineError(
-                f"the field {name!r} of {type(task).__name__} is neither a tensor nor can it "
-                "be looked up (it has no hash): make it a tensor or a tuple, or use compile=False"
-            ) from error
-    return tuple(values)
-
-
-def hashable(value: Any) -> Any:
-    """Return what is equal for equal values, lists and dictionaries among them."""
-    if isinstance(value, list | tuple):
-        return type(value), tuple(hashable(item) for item in value)
-    if isinstance(value, dict):
-        return dict, tuple((key, hashable(item)) for key, item in value.items())
-    return value
+def kind_of(task: Any) -> tuple[Any, ...]:
+    """Return the class of a tensor task, what its classes hold, and the task's settings."""
+    settings = tuple((name, frozen(value)) for name, value in settings_of(task).items())
+    return tuple(map(of_class, users_classes([type(task)]))), settings
 
 
 def shapes_of(task: Any) -> tuple[Any, ...]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from koi import parameters
 from koi.errors import EngineError
 from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, measured
 from koi.inner.catalogue import Catalogue, Request
+from koi.inner.compiler import AsItStands, Graph
 from koi.inner.graph import State
-from koi.inner.normalisation import map_normalisation
+from koi.inner.moments import check_moments
+from koi.inner.normalisation import map_normalisation, map_weight_norm
 from koi.inner.products import layers_as_products
+from koi.inner.recurrence import map_recurrence
 from koi.inner.workers import Call, Workers
-from koi.parameters import Modes
+from koi.inner.working import WorkingCopy
 from koi.randomness import Place
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch
@@ -37,6 +39,7 @@ class CompiledEngine:
         mode: bool | str,
         together: bool,
         chunk_size: int | None,
+        make: Callable[..., Graph | AsItStands] = Graph,
     ) -> None:
         if inner.rule is None:
             raise EngineError(
@@ -51,18 +54,25 @@ class CompiledEngine:
             )
         self.inner = inner
         self.rule = inner.rule
-        self.model = parameters.copy_module(model)
-        self.modes = Modes(self.model, like=model)
-        self.device = inner.learned.params_of(model)[0].device
-        if self.device.type == "cpu":
-            layers_as_products(self.model)
-        if together:
-            map_normalisation(self.model, inner.autocast is not None, join=False)
+        self._model, self._mode = model, mode
         self.together = together
+        self.device = inner.learned.params_of(model)[0].device
+        self.copy = WorkingCopy(model, inner.learned, prepare=self._prepare)
         self._chunk_size = chunk_size
         self._evaluation_rows: int | None = None
-        self._catalogue = Catalogue(self.model, inner, inner.rule, self.modes, mode, together)
+        self._catalogue = Catalogue(self.copy, inner, inner.rule, mode, together, make)
         self._workers: dict[tuple[str, int], Workers | None] = {}
+
+    def uncompiled(self) -> CompiledEngine:
+        """Return the same computation without the compiler, whose draws are torch's own."""
+        return CompiledEngine(
+            self._model,
+            self.inner,
+            mode=self._mode,
+            together=self.together,
+            chunk_size=self._chunk_size,
+            make=AsItStands,
+        )
 
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to every task: all in one call, or each chunk or task in its own."""
@@ -78,8 +88,9 @@ class CompiledEngine:
                     kept = finite_tasks(rows, norms, call.first, place, skip)
                     losses = [rows[row] for row in kept]
                 if losses:
-                    params, buffers, moments = output.means
-                    means.add(params, buffers, moments, losses)
+                    means.add(
+                        output.params, output.buffers, output.constants, output.moments, losses
+                    )
         return means.outcome(len(batch), distance if size >= len(batch) else None)
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
@@ -103,16 +114,20 @@ class CompiledEngine:
                     start = call.first - batch.first
                     for row, task in enumerate(batch.tasks[start : start + call.count]):
                         rows = [t[row] for t in tensors] if self.together else tensors
-                        self.inner.learned.put(self.model, rows)
-                        values.append(measured(metric, self.model, task))
+                        self.copy.begin(phi)
+                        self.inner.learned.put(self.copy.module, rows)
+                        values.append(measured(metric, self.copy.module, task))
         return torch.stack(values)
 
     def _results(
         self, purpose: str, phi: Phi, batch: TaskBatch, size: int, num_steps: int, place: Place
     ) -> Generator[tuple[Call, Any]]:
         """Yield a call for every ``size`` tasks, in their order, and what its program gives."""
-        self.modes.match()
-        moments = self.rule.initial(phi.params) if phi.moments is None else phi.moments
+        if phi.moments is None:
+            moments = self.rule.initial(phi.params)
+        else:
+            moments = phi.moments
+            check_moments(moments, self.rule.shapes(phi.params))
         start = State(phi.params, [*phi.buffers, *phi.constants], moments)
         workers = self._workers_for(purpose, len(batch))
         calls = (
@@ -131,6 +146,15 @@ class CompiledEngine:
             for first, chunk in batch.chunks(size)
         )
         return workers.run(calls) if workers else ((call, call()) for call in calls)
+
+    def _prepare(self, module: nn.Module) -> None:
+        if self.device.type == "cpu":
+            layers_as_products(module)
+        if self.together:
+            map_normalisation(module, self.inner.autocast is not None, join=False)
+        map_recurrence(module, kernel=False)
+        if self.inner.algorithm == "maml":
+            map_weight_norm(module)
 
     def _rows(self, num_tasks: int) -> int:
         """Return how many tasks a graph is for."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
+import sys
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -12,9 +14,14 @@ from typing import Any
 
 import torch
 
-from koi.errors import EngineError
+from koi.errors import EngineError, KoiError
 from koi.inner.base import advice_on, reason_of
-from koi.inner.internals import CompileError, has_graph, kernels_apart, without_lookup
+from koi.inner.internals import (
+    has_graph,
+    kernels_apart,
+    recurrence_traced,
+    without_lookup,
+)
 
 log = logging.getLogger("koi")
 _numbers = itertools.count()
@@ -25,7 +32,7 @@ class Graph:
 
     The caller answers for it that shapes, types and settings stay as they are. So the compiler's
     own checks, which cost more than a small network's inner step, are left out but for those on
-    global constants.
+    what user's modules hold globally.
 
     Args:
         function: what to compile.
@@ -70,9 +77,11 @@ class Graph:
         log.info("compiling %s: this takes some seconds, once", self._what)
         began = time.perf_counter()
         try:
-            with kernels_apart() if self._lean else nullcontext():
+            with kernels_apart() if self._lean else nullcontext(), recurrence_traced():
                 result = self._run(*inputs)
-        except CompileError as error:
+        except KoiError:
+            raise
+        except Exception as error:  # the loss itself has just run without the compiler
             advice = advice_on(error, "use compile=False")
             raise EngineError(
                 f"the inner loop of {self._tasks} cannot be compiled ({reason_of(error)}): {advice}"
@@ -86,17 +95,41 @@ class Graph:
         return result
 
     def _keep(self, entries: Sequence[Any]) -> list[bool]:
-        """Choose among the compiler's checks: those that see a constant of the program change."""
-        kept = [
-            entry.has_value
-            and isinstance(entry.value, bool | int | float | str | None)
-            and "G[" in entry.name
-            and "G['__import_torch" not in entry.name
-            and "G['__import_koi_dot" not in entry.name
-            for entry in entries
-        ]
+        """Choose among the compiler's checks: those on what the user's own modules hold globally.
+
+        All else that a graph takes for granted is in the key that it is found by.
+        """
+        kept = [entry.has_value and of_the_user(entry.name, entry.value) for entry in entries]
         self._checked = self._checked or any(kept)
         return kept
+
+
+def of_the_user(name: str, value: Any) -> bool:
+    """Return whether the compiler's ``name`` is of something global that the user may change.
+
+    >>> of_the_user("G['__import_mine'].scale", 2.0), of_the_user("G['__import_torch'].pi", 3.14)
+    (True, False)
+    """
+    module = re.search(r"G\['__import_(\w+)'\]", name)
+    root = module[1].split("_dot_")[0] if module else "koi"
+    if root in ("torch", "koi", "numpy") or root in sys.stdlib_module_names:
+        return False
+    made_by = getattr(value, "__module__", None) or ""
+    return not isinstance(value, types.ModuleType) and not made_by.startswith("torch")
+
+
+class AsItStands:
+    """In the place of a `Graph`: the function without the compiler, to compare draws with."""
+
+    threadsafe = False
+
+    def __init__(self, function: Callable[..., Any], **_: Any) -> None:
+        self._function = function
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the function."""
+        with torch.no_grad():
+            return self._function(*inputs)
 
 
 def with_own_code(function: Any) -> types.FunctionType:
@@ -119,9 +152,8 @@ def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, 
     """Return the compiler's options: what pays on the device, then what the mode asks for.
 
     On the CPU the graph is called through C++, which halves the time of a small network's
-    meta-iteration, products and sums are rounded once instead of twice, small matrix products are
-    fused, and tanh is computed from exponentials, four times faster, with an error of 2e-7 in
-    float32. A lean graph computes a normalised activation again for its gradient (up to eight
+    meta-iteration, products and sums are rounded once instead of twice, and small matrix products
+    are fused. A lean graph computes a normalised activation again for its gradient (up to eight
     tensors are read for that) instead of keeping it. On CUDA the default is CUDA graphs.
     """
     named = mode if isinstance(mode, str) else ("reduce-overhead" if device == "cuda" else None)
@@ -134,7 +166,6 @@ def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, 
         options |= {
             "post_grad_custom_pre_pass": SmallProducts(),
             "cpp_wrapper": True,
-            "cpp.use_decompose_tanh": True,
             "cpp.enable_floating_point_contract_flag": "fast",
         }
         if lean:

@@ -1,14 +1,13 @@
 """One task at a time: any task, any module, any optimizer.
 
 The steps are taken in place on one working copy of the user's module, so that a task costs no copy
-of the state and no new optimizer. That copy is set back to φ before each task; φ is only read.
+of the state and no new optimizer. That copy is set back before each task; φ is only read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,8 +26,10 @@ from koi.inner.base import (
 )
 from koi.inner.bound import bound_optimizer
 from koi.inner.functional import PureLoss
+from koi.inner.normalisation import map_weight_norm
 from koi.inner.stepwise import Adapted, StepwiseEngine
-from koi.parameters import Modes, Tensors
+from koi.inner.working import WorkingCopy
+from koi.parameters import Tensors
 from koi.randomness import Place
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch, query_of, views
@@ -42,47 +43,51 @@ class Kept(NamedTuple):
 
 
 class EagerEngine(StepwiseEngine):
-    """Runs the tasks of a meta-batch one after the other."""
+    """Runs the tasks of a meta-batch one after the other.
 
-    def __init__(self, model: nn.Module, inner: InnerLoop) -> None:
+    Args:
+        model: the user's module.
+        inner: the settings of the inner loop.
+        share: whether frozen parameters are the user's own; what `adapt` gives away has its own.
+    """
+
+    def __init__(self, model: nn.Module, inner: InnerLoop, *, share: bool = True) -> None:
         self.inner = inner
-        self.model = parameters.copy_module(model)
-        self.modes = Modes(self.model, like=model)
-        self.params = inner.learned.params_of(self.model)
+        prepare = map_weight_norm if inner.algorithm == "maml" else None
+        self.copy = WorkingCopy(model, inner.learned, share=share, prepare=prepare)
+        self.params = self.copy.params
         self.precision = inner.precision(self.params[0].device)
-        self._values = [p.detach() for p in self.params]
-        self.buffers = inner.learned.buffers_of(self.model)
-        self.constants = inner.learned.constants_of(self.model)
         self.optimizer = bound_optimizer(inner, self.params)
-        self._substituted = PureLoss(self.model, inner.learned)
 
     @torch.enable_grad()
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to each task in turn."""
-        self.modes.match()
-        means = OutcomeMean(copy=len(batch) > 1)
+        means, distance = OutcomeMean(copy=len(batch) > 1), None
         for number, task in enumerate(batch.tasks, start=batch.first):
             with explained(place, number, 1):
                 place.set("inner", number)
                 adapted = self.run(phi, task, views(task, num_steps))
+                if adapted is None:
+                    continue
                 losses, distance = self._finite(phi, adapted, number, place)
+                buffers, constants = self.copy.end()
+                moved = parameters.movements(buffers, phi.buffers)
             if losses:
-                means.add(adapted.params, adapted.buffers, adapted.moments, losses)
+                means.add(adapted.params, moved, constants, adapted.moments, losses)
         return means.outcome(len(batch), distance if len(batch) == 1 else None)
 
     @torch.enable_grad()
     def adapt(self, phi: Phi, task: Any, num_steps: int, place: Place) -> nn.Module:
         """Return the working copy, adapted to one task."""
-        self.modes.match()
         with explained(place, 0, 1):
             place.set("inner", 0)
             self._finite(phi, self.adapt_to(phi, views(task, num_steps)), 0, place)
-        return self.model
+            self.copy.check()
+        return self.copy.module
 
     @torch.enable_grad()
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
         """Return each task's query loss before and after each step, shape (tasks, steps + 1)."""
-        self.modes.match()
         rows = []
         for number, task in enumerate(batch.tasks):
             curve: Tensors = []
@@ -90,6 +95,7 @@ class EagerEngine(StepwiseEngine):
                 place.set("inner", number)
                 steps = views(task, num_steps)
                 self.adapt_to(phi, steps, partial(self._measure, query_of(task), curve))
+                self.copy.check()
             rows.append(torch.stack(curve))
         return torch.stack(rows)
 
@@ -98,37 +104,33 @@ class EagerEngine(StepwiseEngine):
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
     ) -> Tensor:
         """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
-        self.modes.match()
         values = []
         for number, task in enumerate(batch.tasks):
             with explained(place, number, 1):
                 place.set("inner", number)
                 self.adapt_to(phi, views(task, num_steps))
-                values.append(measured(metric, self.model, task))
+                self.copy.check()
+                values.append(measured(metric, self.copy.module, task))
         return torch.stack(values)
 
     def begin(self, phi: Phi) -> None:
         """Set the working copy to φ."""
-        parameters.copy_(self._values, phi.params)
-        parameters.copy_(self.buffers, phi.buffers)
-        parameters.copy_(self.constants, phi.constants)
+        self.copy.begin(phi)
 
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return the loss of the working copy, or of ``params`` in its place."""
+        module = self.copy.module
         with self.precision:
             if params is None:
-                loss = scalar(view.loss(self.model), view, step)
+                loss = scalar(view.loss(module), view, step)
             else:
-                loss = scalar(self._substituted(params, view), view, step)
+                pure = PureLoss(module, self.inner.learned)
+                loss = scalar(pure(params, view), view, step)
         return depends_on_model(loss, view, step)
 
-    @contextmanager
-    def buffers_kept(self) -> Iterator[None]:
-        """Undo what a loss that is no inner step does to the buffers."""
-        buffers = [*self.buffers, *self.constants]
-        before = parameters.clone(buffers)
-        yield
-        parameters.copy_(buffers, before)
+    def buffers_kept(self) -> AbstractContextManager[None]:
+        """Undo what a loss that is no inner step does to the module."""
+        return self.copy.kept()
 
     def _finite(self, phi: Phi, adapted: Adapted, number: int, place: Place) -> Kept:
         """Return the task's losses, none if it is skipped, and how far it is from φ."""
@@ -142,4 +144,4 @@ class EagerEngine(StepwiseEngine):
         step = len(curve)
         # with gradients, since a loss may be made of derivatives of the model
         with self.buffers_kept(), self.precision:
-            curve.append(scalar(query.loss(self.model), query, step).detach())
+            curve.append(scalar(query.loss(self.copy.module), query, step).detach())

@@ -21,7 +21,7 @@ from koi.inner.base import InnerLoop, attention_kernel
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers import UpdateRule
 from koi.inner.stepwise import filled
-from koi.parameters import Tensors
+from koi.parameters import Tensors, movements
 from koi.tasks import query_of, tensors_of, views, with_tensors
 
 TensorDict = dict[str, Tensor]
@@ -37,9 +37,12 @@ class State(NamedTuple):
 
 
 class TrainOutput(NamedTuple):
-    """Means over the tasks; and the losses, the tasks' norms and ‖mean(φ̃) − φ‖ in one tensor."""
+    """What `koi.state.Outcome` holds; losses, the tasks' norms and ‖mean(φ̃) − φ‖ in one tensor."""
 
-    means: State
+    params: Tensors
+    buffers: Tensors
+    constants: Tensors
+    moments: Tensors
     figures: Tensor
 
 
@@ -124,15 +127,20 @@ class InnerGraph:
         kept = curves.isfinite().all(0) & norms.isfinite()
         split = self.rule.num_slots * len(phi.params)
         moments = self._means(after.moments[:split], kept)
-        means = State(
-            self._means(result, kept),
-            self._means(after.buffers[: len(self.inner.learned.buffers)], kept),
-            moments + [count.clone() for count in after.moments[split:]],
-        )
-        moved = [m - p for m, p in zip(means.params, phi.params, strict=True)]
-        distance = torch.stack([m.square().sum() for m in moved]).sum().sqrt()
+        moments += [count.clone() for count in after.moments[split:]]
+        params = self._means(result, kept)
+        count = len(self.inner.learned.buffers)
+        moved = movements(after.buffers[:count], phi.buffers[:count])
+        away = [m - p for m, p in zip(params, phi.params, strict=True)]
+        distance = torch.stack([_squares(m).sum() for m in away]).sum().sqrt()
         figures = [curves.flatten(), norms.flatten(), distance.flatten()]
-        return TrainOutput(means, torch.cat([f.to(curves.dtype) for f in figures]))
+        return TrainOutput(
+            params,
+            self._means(moved, kept),
+            self._last(after.buffers[count:], kept),
+            moments,
+            torch.cat([f.to(curves.dtype) for f in figures]),
+        )
 
     def _after(
         self, state: State, task: TensorDict, steps: Sequence[TensorDict]
@@ -251,7 +259,16 @@ class InnerGraph:
     def _norms(self, tensors: Tensors) -> Tensor:
         """Return the Euclidean norm of each task's tensors, shape ([tasks])."""
         first = 0 if self.num_tasks is None else 1
-        return torch.stack([t.square().flatten(first).sum(-1) for t in tensors]).sum(0).sqrt()
+        return torch.stack([_squares(t).flatten(first).sum(-1) for t in tensors]).sum(0).sqrt()
+
+    def _last(self, tensors: Tensors, kept: Tensor) -> Tensors:
+        """Return those of the last task that is kept."""
+        if self.num_tasks is None:
+            return [t.clone() for t in tensors]
+        if not self.inner.skip_nonfinite:
+            return [t[-1].clone() for t in tensors]
+        last = (torch.arange(self.num_tasks, device=kept.device) * kept).max().reshape(1)
+        return [t.index_select(0, last)[0] for t in tensors]
 
     def _means(self, tensors: Tensors, kept: Tensor) -> Tensors:
         if self.num_tasks is None:
@@ -261,3 +278,8 @@ class InnerGraph:
         weights = [kept.reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
         pairs = zip(tensors, weights, strict=True)
         return [(torch.where(w, t, 0).sum(0) / kept.sum()).contiguous() for t, w in pairs]
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """Return squares, of complex numbers |z|²."""
+    return tensor.abs().square() if tensor.is_complex() else tensor.square()

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.exc import TorchDynamoException as CompileError
-from torch.autograd.graph import _engine_run_backward as run_backward
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["CompileError", "has_graph", "kernels_apart", "run_backward", "without_lookup"]
+__all__ = [
+    "has_graph",
+    "hooks_set_aside",
+    "kernels_apart",
+    "recurrence_traced",
+    "step_hooks",
+    "without_lookup",
+]
 
 
 def has_graph(function: types.FunctionType) -> bool:
@@ -55,3 +62,34 @@ def kernels_apart() -> Iterator[None]:
         yield
     finally:
         CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = before
+
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
+    """Return what is called before and after a step: an optimizer's own hooks, and everybody's."""
+    own = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    each = [getattr(optimizer, name, {}) for name in own]
+    return [*each, _global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+
+
+@contextmanager
+def hooks_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Call no hook when an optimizer steps in the block."""
+    hooks = step_hooks(optimizer)
+    before = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, kept in zip(hooks, before, strict=True):
+            each.update(kept)
+
+
+def recurrence_traced() -> AbstractContextManager[None]:
+    """Let the compiler trace LSTM, GRU and RNN, which it refuses by their class.
+
+    In those of Koi's copy there is nothing but plain operations (`koi.inner.recurrence`); the
+    derivative of torch's own kernels, in a subclass, fails to be traced.
+    """
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(allow_rnn=True)
+    return patched

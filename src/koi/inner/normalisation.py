@@ -1,4 +1,4 @@
-"""BatchNorm in forms that can be mapped over tasks."""
+"""Normalisations in forms that can be mapped over tasks, and differentiated twice."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import vjp
 from torch.nn import functional as F
+
+from koi.inner.granted import is_torchs_own
 
 
 def map_normalisation(module: nn.Module, autocast: bool, *, join: bool) -> None:
@@ -22,12 +25,29 @@ def map_normalisation(module: nn.Module, autocast: bool, *, join: bool) -> None:
     and joins the operations itself.
     """
     for norm in module.modules():
-        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if not is_torchs_own(norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             continue
         if norm.running_mean is not None:
             norm.forward = partial(_normalised, norm, norm.forward, autocast)
         elif norm.affine and join:
             norm.forward = partial(_joined, norm)
+
+
+def map_weight_norm(module: nn.Module) -> None:
+    """Make weight norm in ``module``, a copy to work on, fit for a second derivative.
+
+    That of ``torch._weight_norm`` is wrong on the CPU in torch 2.13, by one to fifty per cent. The
+    formula is that of Salimans and Kingma (arXiv 1602.07868, eq. 2): w = g v / ‖v‖.
+    """
+    part: Any
+    for part in module.modules():
+        if type(part).__qualname__ == "_WeightNorm" and "forward" not in vars(part):
+            part.forward = partial(_weight_normalised, part.dim)
+
+
+def _weight_normalised(dim: int, size: Tensor, direction: Tensor) -> Tensor:
+    weight: Tensor = direction * (size / torch.norm_except_dim(direction, 2, dim))
+    return weight
 
 
 def _normalised(

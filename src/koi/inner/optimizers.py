@@ -16,12 +16,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from koi.errors import ConfigurationError, EngineError
+from koi.errors import ConfigurationError
 from koi.parameters import Tensors
 
 OptimizerFactory = Callable[[Any, float], torch.optim.Optimizer]
@@ -33,7 +33,13 @@ FACTORIES: dict[str, OptimizerFactory] = {
 
 
 class UpdateRule(ABC):
-    """A pure, element-wise optimizer: the same on one task's tensors and on many tasks' stacked."""
+    """A pure, element-wise optimizer: the same on one task's tensors and on many tasks' stacked.
+
+    ``only`` says which of the parameters the optimizer was given, by their places; None: all. The
+    others never move: whatever gradient they have counts as none.
+    """
+
+    only: frozenset[int] | None
 
     @property
     @abstractmethod
@@ -49,6 +55,15 @@ class UpdateRule(ABC):
         self, grads: Sequence[Tensor], params: Sequence[Tensor], moments: Sequence[Tensor]
     ) -> tuple[Tensors, Tensors]:
         """Return what to add to the parameters, and the next moments."""
+
+    def shapes(self, params: Sequence[Tensor]) -> list[torch.Size]:
+        """Return the shape of each moment of one task's parameters."""
+        without_data = [torch.empty_like(p, device="meta") for p in params]
+        return [moment.shape for moment in self.initial(without_data)]
+
+    def dense(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the gradients, those that are sparse (of ``Embedding(sparse=True)``) as dense."""
+        return [g.to_dense() if g.is_sparse else g for g in grads]
 
     def step_(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], moments: Tensors
@@ -74,11 +89,16 @@ class UpdateRule(ABC):
     ) -> tuple[list[int], Tensors, Tensors]:
         """Return which parameters have a gradient, their changes, and all next moments.
 
-        A parameter that the loss did not use keeps its value and its moments, as in torch.optim.
+        A parameter that the loss did not use, or that the optimizer was not given, keeps its value
+        and its moments, as in torch.optim.
         """
-        size = len(params)
-        used = [i for i, grad in enumerate(grads) if grad is not None]
-        given = [grad for grad in grads if grad is not None]
+        size, only = len(params), self.only
+        pairs = [
+            (i, grad)
+            for i, grad in enumerate(grads)
+            if grad is not None and (only is None or i in only)
+        ]
+        used, given = [i for i, _ in pairs], self.dense([grad for _, grad in pairs])
         if not used:
             return used, [], moments
         if len(used) == size:
@@ -107,6 +127,7 @@ class SGD(UpdateRule):
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    only: frozenset[int] | None = None
 
     @property
     def num_slots(self) -> int:
@@ -139,7 +160,8 @@ class SGD(UpdateRule):
     ) -> Tensors:
         """Step in place; plain SGD, the common case, by a single operation."""
         given = [grad for grad in grads if grad is not None]
-        if self.momentum or self.weight_decay or len(given) < len(grads):
+        plain = not self.momentum and not self.weight_decay and self.only is None
+        if not plain or len(given) < len(grads):
             return super().step_(grads, params, moments)
         torch._foreach_add_(list(params), given, alpha=-self.lr)
         return moments
@@ -162,6 +184,7 @@ class Adam(UpdateRule):
     weight_decay: float = 0.0
     decoupled: bool = False
     differentiable: bool = False
+    only: frozenset[int] | None = None
 
     @property
     def num_slots(self) -> int:
@@ -174,6 +197,21 @@ class Adam(UpdateRule):
         dtype = torch.float32 if params[0].device.type == "mps" else torch.float64
         counts = torch.zeros(len(params), dtype=dtype, device=params[0].device)
         return [torch.zeros_like(p) for _ in range(self.num_slots) for p in params] + [counts]
+
+    def dense(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the gradients; torch.optim's Adam takes no sparse ones either.
+
+        Raises:
+            ConfigurationError: one is sparse.
+        """
+        if any(grad.is_sparse for grad in grads):
+            raise ConfigurationError(
+                [
+                    "inner_optimizer is Adam, which takes no sparse gradients: make the Embedding "
+                    "with sparse=False, or choose 'sgd'"
+                ]
+            )
+        return grads
 
     def changes(
         self, grads: Sequence[Tensor], params: Sequence[Tensor], moments: Sequence[Tensor]
@@ -219,25 +257,46 @@ def _roots(squares: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.where(s > 0, s, 1).sqrt() * (s > 0) for s in squares)
 
 
-def update_rule(
-    optimizer: torch.optim.Optimizer, differentiable: bool = False
-) -> UpdateRule | None:
-    """Return the pure rule that does what ``optimizer`` does, or None where there is none."""
-    if len(optimizer.param_groups) != 1:
-        return None
-    group = optimizer.param_groups[0]
-    if isinstance(group["lr"], Tensor) or group.get("maximize") or group.get("amsgrad"):
-        return None
-    if type(optimizer) is torch.optim.SGD and not group["dampening"]:
-        return SGD(group["lr"], group["momentum"], group["nesterov"], group["weight_decay"])
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        decoupled = bool(group.get("decoupled_weight_decay", False)) or isinstance(
-            optimizer, torch.optim.AdamW
+class Group(NamedTuple):
+    """A parameter group: the places of its parameters, and those settings that are plain values."""
+
+    places: tuple[int, ...]
+    settings: tuple[tuple[str, Any], ...]
+
+
+Layout = tuple[Group, ...]
+
+
+def layout_of(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Layout:
+    """Return what the groups of an optimizer are made of.
+
+    Raises:
+        ConfigurationError: it was given none of ``params``, or something else.
+    """
+    place = {id(param): i for i, param in enumerate(params)}
+    given = [param for group in optimizer.param_groups for param in group["params"]]
+    if not given or any(id(param) not in place for param in given):
+        what = "other tensors than its params" if given else "none of its params"
+        raise ConfigurationError(
+            [
+                f"inner_optimizer made {type(optimizer).__name__} with {what}: the callable "
+                "(params, lr) must give it all or some of the params that it is called with, which "
+                "are those of a copy of the model, in the model's order"
+            ]
         )
-        decay = group["weight_decay"]
-        return Adam(group["lr"], beta1, beta2, group["eps"], decay, decoupled, differentiable)
-    return None
+    return tuple(
+        Group(
+            tuple(place[id(param)] for param in group["params"]),
+            tuple(item for item in sorted(group.items()) if _is_plain(item[1])),
+        )
+        for group in optimizer.param_groups
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def make_optimizer(
@@ -246,9 +305,20 @@ def make_optimizer(
     """Call the user's factory and check what it gives.
 
     Raises:
-        ConfigurationError: it gave no ``torch.optim.Optimizer``, or one that calls the loss itself.
+        ConfigurationError: it gave no ``torch.optim.Optimizer``, one that calls the loss itself, or
+            one of no or of other parameters.
     """
-    optimizer = factory(list(params), lr)
+    try:
+        optimizer = factory(list(params), lr)
+    except ValueError as error:
+        if "empty parameter list" not in str(error):
+            raise
+        raise ConfigurationError(
+            [
+                "inner_optimizer gave an optimizer none of its params, of which there are "
+                f"{len(params)}: the callable (params, lr) must give it all or some of them"
+            ]
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(
             [
@@ -265,37 +335,5 @@ def make_optimizer(
                 "needs no closure"
             ]
         )
+    layout_of(optimizer, params)
     return optimizer
-
-
-def check_elementwise(factory: OptimizerFactory, lr: float) -> None:
-    """Check that an optimizer treats stacked parameters as it treats each task's own.
-
-    Raises:
-        EngineError: its step on a stack of two is not its step on each of the two.
-    """
-    generator = torch.Generator().manual_seed(0)
-    values, grads = torch.randn(2, 3, 2, 4, 3, generator=generator).unbind()
-    # gradients of very different size show what mixes tasks, such as a norm over all of them
-    grads[:, 1] *= 100
-    try:
-        together = _after_steps(factory, lr, values[0], grads)
-        apart = [_after_steps(factory, lr, values[0, i], grads[:, i]) for i in range(2)]
-        same = torch.allclose(together, torch.stack(apart), rtol=1e-4, atol=1e-7)
-    except (RuntimeError, ValueError, NotImplementedError):
-        same = False
-    if not same:
-        name = type(make_optimizer(factory, [values[0, 0].clone().requires_grad_()], lr)).__name__
-        raise EngineError(
-            f"{name} does not work element by element, so it cannot step the stacked parameters "
-            "of many tasks: choose another inner_optimizer, or vectorize=False"
-        )
-
-
-def _after_steps(factory: OptimizerFactory, lr: float, value: Tensor, grads: Tensor) -> Tensor:
-    param = value.clone().requires_grad_()
-    optimizer = make_optimizer(factory, [param], lr)
-    for grad in grads:
-        param.grad = grad.clone()
-        optimizer.step()
-    return param.detach()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from koi.inner.convolution import patches_product
+from koi.inner.granted import is_torchs_own
 
 
 def layers_as_products(module: nn.Module) -> None:
@@ -16,17 +17,19 @@ def layers_as_products(module: nn.Module) -> None:
 
     Grouped, dilated and otherwise padded convolutions stay as they are.
     """
+    layer: Any
     for layer in module.modules():
-        if type(layer) is nn.Linear:
-            layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+        if is_torchs_own(layer, nn.Linear):
+            layer.forward = partial(_linear, layer)
         elif (
-            type(layer) is nn.Conv2d
+            is_torchs_own(layer, nn.Conv2d)
+            and "_conv_forward" not in vars(layer)
             and layer.groups == 1
             and layer.dilation == (1, 1)
             and layer.padding_mode == "zeros"
             and not isinstance(layer.padding, str)
         ):
-            layer._conv_forward = partial(_convolution, layer)  # type: ignore[method-assign]
+            layer._conv_forward = partial(_convolution, layer)
 
 
 def _convolution(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koi.inner.compiler import Graph
+from koi.inner.compiler import AsItStands, Graph
 from koi.inner.graph import InnerGraph, State, TensorDict, TrainOutput
 from koi.parameters import Tensors
 
-MakeGraph = Callable[[Callable[..., Any], str], Graph]
+MakeGraph = Callable[[Callable[..., Any], str], Graph | AsItStands]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Program:
     """Something to call, and the graphs that it calls."""
 
     run: Callable[..., Any]
-    graphs: tuple[Graph, ...]
+    graphs: tuple[Graph | AsItStands, ...]
 
     @property
     def threadsafe(self) -> bool:

@@ -15,8 +15,8 @@ class LossScale:
     """A factor that gradients are computed with and divided by, kept as large as goes well.
 
     As in ``torch.amp.GradScaler`` it starts at 65536, is halved where a gradient overflows, and
-    doubled after 2,000 steps without. The step that overflowed is left out, of the task that it
-    happened to alone.
+    doubled after 2,000 steps without. The step that overflowed is left out, as if there had been
+    none.
     """
 
     def __init__(self) -> None:
@@ -31,28 +31,21 @@ class LossScale:
         """Go on from what `state` has given."""
         self.factor, self._clean = state
 
-    def unscaled(
-        self, grads: Sequence[Tensor | None], num_tasks: int | None
-    ) -> tuple[Tensor | None, ...]:
-        """Return the gradients without the factor; none, or zero rows, where they overflowed.
+    def unscaled(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+        """Return the gradients without the factor; None where one of them overflowed.
+
+        Then no step is to be taken at all: with zeros in their place momentum would go on, weights
+        decay and moments fade.
 
         Args:
-            grads: gradients of the scaled loss.
-            num_tasks: rows of stacked gradients; None: they are one task's.
+            grads: gradients of the scaled loss of one task; None where it does not use a parameter.
         """
-        factor, rows = self.factor, 1 if num_tasks is None else num_tasks
         given = [grad for grad in grads if grad is not None]
-        finite = torch.stack([g.reshape(rows, -1).isfinite().all(1) for g in given]).all(0)
-        if bool(finite.all()):
-            self._clean += 1
-            if self._clean == _PATIENCE:
-                self.factor, self._clean = 2 * factor, 0
-            return tuple(None if grad is None else grad / factor for grad in grads)
-        self.factor, self._clean = factor / 2, 0
-        if num_tasks is None:
-            return tuple(None for _ in grads)
-        return tuple(None if g is None else _kept(g / factor, finite) for g in grads)
-
-
-def _kept(grad: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows.reshape(-1, *[1] * (grad.dim() - 1)), grad, 0)
+        if given and not torch.stack([grad.isfinite().all() for grad in given]).all():
+            self.factor, self._clean = self.factor / 2, 0
+            return None
+        factor = self.factor
+        self._clean += 1
+        if self._clean == _PATIENCE:
+            self.factor, self._clean = 2 * factor, 0
+        return tuple(None if grad is None else grad / factor for grad in grads)

@@ -8,29 +8,43 @@ along a first dimension, the loss is a vector, and its sum has each task's gradi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from koi.errors import ModelError
 from koi.inner.base import InnerLoop
 from koi.inner.bound import BoundOptimizer, RuleOptimizer
-from koi.inner.internals import run_backward
 from koi.parameters import Tensors
 from koi.state import Phi
 from koi.tasks import outer_view
 
+_RECOMPUTED = (
+    "the model recomputes or moves what it saves for the gradient (torch.utils.checkpoint, "
+    "saved_tensors_hooks), which would see other weights than those of its inner step under MAML: "
+    "switch that off (gradient_checkpointing_disable()), or use algorithm='fomaml'"
+)
+_REENTRANT = (
+    "the model uses torch.utils.checkpoint with use_reentrant=True, which gives no gradients to "
+    "an inner loop: use use_reentrant=False"
+)
+
 
 class Adapted(NamedTuple):
-    """What the inner loop gives: φ̃ or the meta-gradient, buffers, moments, a loss for each step."""
+    """What the inner loop gives: φ̃ or the meta-gradient, moments, a loss for each step.
+
+    ``last`` is what the last step saw of the task.
+    """
 
     params: Tensors
-    buffers: Tensors
     moments: Tensors
     losses: Tensor
+    last: Any = None
 
 
 def nothing() -> None:
@@ -42,7 +56,6 @@ class StepwiseEngine(ABC):
 
     inner: InnerLoop
     params: Tensors
-    buffers: Tensors
     optimizer: BoundOptimizer
     _ones: Tensor | None = None
 
@@ -54,13 +67,15 @@ class StepwiseEngine(ABC):
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return the loss at ``params`` (None: the tensors that are stepped), moving buffers."""
 
-    @contextmanager
     @abstractmethod
-    def buffers_kept(self) -> Iterator[None]:
-        """Undo what a loss that is no inner step does to the buffers."""
+    def buffers_kept(self) -> AbstractContextManager[None]:
+        """Undo what a loss that is no inner step does to the module."""
 
-    def run(self, phi: Phi, task: Any, steps: Sequence[Any]) -> Adapted:
-        """Do what the algorithm does with one task, or with many stacked into one."""
+    def run(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
+        """Do what the algorithm does with one task, or with many stacked into one.
+
+        None where the meta-gradient overflowed in float16, so that there is none.
+        """
         if self.inner.algorithm == "reptile":
             return self.adapt_to(phi, steps)
         if self.inner.algorithm == "fomaml":
@@ -70,32 +85,39 @@ class StepwiseEngine(ABC):
     def adapt_to(
         self,
         phi: Phi,
-        steps: Sequence[Any],
+        steps: Iterable[Any],
         after_each: Callable[[], None] = nothing,
     ) -> Adapted:
         """Reptile: φ̃ after an optimizer step on each view of the task (algorithm 1)."""
         self.begin(phi)
         self.optimizer.load(phi.moments)
-        losses = []
+        losses, view = [], None
         after_each()
         for step, view in enumerate(steps):
             loss = self.loss(view, step)
             # unnamed, so that the gradients are gone before the next step's
-            self.optimizer.step(self.gradients(loss, self.params))
+            self._step(self.gradients(loss, self.params))
             losses.append(loss.detach())
             after_each()
-        return Adapted(self.params, self.buffers, self.optimizer.moments(), self.stacked(losses))
+        return Adapted(self.params, self.optimizer.moments(), self.stacked(losses), view)
 
-    def _first_order(self, phi: Phi, task: Any, steps: Sequence[Any]) -> Adapted:
+    def _step(self, grads: tuple[Tensor | None, ...] | None) -> None:
+        if grads is not None:
+            self.optimizer.step(grads)
+
+    def _first_order(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
         """FOMAML: ∇L(φ̃) of the query loss, as if φ̃ did not depend on φ (section 2.2)."""
         adapted = self.adapt_to(phi, steps)
+        number = len(adapted.losses)
         with self.buffers_kept():  # until the gradient, which may need them as they were
-            loss = self.loss(outer_view(task, steps), len(steps))
+            loss = self.loss(outer_view(task, adapted.last), number)
             grads = self.gradients(loss, self.params)
         losses = torch.cat([adapted.losses, loss.detach().unsqueeze(0)])
-        return Adapted(filled(grads, self.params), self.buffers, adapted.moments, losses)
+        if grads is None:
+            return None
+        return Adapted(filled(grads, self.params), adapted.moments, losses)
 
-    def _second_order(self, phi: Phi, task: Any, steps: Sequence[Any]) -> Adapted:
+    def _second_order(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
         """MAML: dL(φ̃(φ))/dφ through every inner step (Finn et al., arXiv 1703.03400, eq. 1)."""
         assert isinstance(self.optimizer, RuleOptimizer), "checked when the learner is made"
         rule = self.optimizer.rule
@@ -103,52 +125,88 @@ class StepwiseEngine(ABC):
         leaves = [p.detach().clone().requires_grad_() for p in self.params]
         params: Tensors = list(leaves)
         moments = self.optimizer.spread(phi.moments)
-        losses = []
+        losses: Tensors = []
+        view = None
         # of attention's kernels only the plain one can be differentiated twice
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), without_saved_tensors_hooks():
             for step, view in enumerate(steps):
                 loss = self.loss(view, step, params)
                 grads = self.gradients(loss, params, create_graph=True)
-                params, moments = rule.step(grads, params, moments)
+                if grads is not None:
+                    params, moments = rule.step(grads, params, moments)
                 losses.append(loss.detach())
-        with self.buffers_kept():
-            loss = self.loss(outer_view(task, steps), len(steps), params)
-            grads = self.gradients(loss, leaves)
+            with self.buffers_kept():
+                loss = self.loss(outer_view(task, view), len(losses), params)
+                grads = self.gradients(loss, leaves)
         losses.append(loss.detach())
+        if grads is None:
+            return None
         moments = [m.detach() for m in moments]
-        return Adapted(filled(grads, leaves), self.buffers, moments, torch.stack(losses))
+        return Adapted(filled(grads, leaves), moments, torch.stack(losses))
 
     def gradients(
         self, loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor | None, ...] | None:
         """Return the gradients of the sum of ``loss``, None where a parameter is unused.
 
-        This is ``torch.autograd.grad`` without its inspection of the arguments, which takes a
-        small network a tenth of the inner loop.
+        None instead of them all where they overflowed in float16.
+
+        Raises:
+            ModelError: torch cannot differentiate the model as the algorithm needs.
         """
-        ones = self._ones
+        ones, scale = self._ones, self.inner.scale
         if ones is None or ones.shape != loss.shape or ones.dtype is not loss.dtype:
             ones = self._ones = torch.ones_like(loss)
-        if self.inner.scale is not None:
-            ones = ones * self.inner.scale.factor
-        grads: tuple[Tensor | None, ...] = run_backward(
-            (loss,),
-            (ones,),
-            create_graph,  # keep the graph
-            create_graph,
-            tuple(params),
-            True,  # a parameter may be unused
-            accumulate_grad=False,
-        )
-        if self.inner.scale is not None:
-            return self.inner.scale.unscaled(grads, loss.shape[0] if loss.dim() else None)
-        return grads
+        try:
+            grads = torch.autograd.grad(
+                loss,
+                params,
+                ones if scale is None else ones * scale.factor,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            explain(error, self.inner.algorithm)
+            raise
+        return grads if scale is None else scale.unscaled(grads)
 
     def stacked(self, losses: Tensors) -> Tensor:
         """Return the losses of the steps along a first dimension, which may be empty."""
         return torch.stack(losses) if losses else self.params[0].new_zeros(0)
 
 
+@contextmanager
+def without_saved_tensors_hooks() -> Iterator[None]:
+    """Refuse what recomputes activations: by then another inner step's weights are in place."""
+    try:
+        with disable_saved_tensors_hooks(_RECOMPUTED):
+            yield
+    except RuntimeError as error:
+        if str(error) == _RECOMPUTED:
+            raise ModelError(_RECOMPUTED) from error
+        raise
+
+
+def explain(error: RuntimeError, algorithm: str) -> None:
+    """Say what to do where torch cannot give a gradient, if that is known.
+
+    Raises:
+        ModelError: it is.
+    """
+    text = str(error)
+    if "use_reentrant=True" in text:
+        raise ModelError(_REENTRANT) from error
+    twice = "once_differentiable" in text or ("derivative" in text and "not implemented" in text)
+    if algorithm == "maml" and twice:
+        raise ModelError(
+            f"MAML differentiates the gradient of the loss, and torch cannot ({text}): write that "
+            "function in others, or use algorithm='fomaml' or 'reptile'"
+        ) from error
+
+
 def filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensors:
-    """Return the gradients, zero where the loss did not use a parameter."""
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+    """Return the gradients, zero where the loss did not use a parameter, dense where sparse."""
+    return [
+        torch.zeros_like(p) if g is None else g if g.layout is torch.strided else g.to_dense()
+        for g, p in zip(grads, params, strict=True)
+    ]

@@ -8,7 +8,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,14 +31,26 @@ from koi.inner.base import (
     scalar,
 )
 from koi.inner.bound import BoundOptimizer, bound_optimizer
+from koi.inner.elementwise import check_elementwise
+from koi.inner.embedding import EmbeddingPadding
 from koi.inner.functional import PureLoss
-from koi.inner.normalisation import map_normalisation
-from koi.inner.optimizers import check_elementwise
+from koi.inner.normalisation import map_normalisation, map_weight_norm
+from koi.inner.recurrence import map_recurrence
 from koi.inner.stepwise import Adapted, StepwiseEngine
-from koi.parameters import Modes, Tensors
+from koi.inner.working import WorkingCopy
+from koi.parameters import Tensors
 from koi.randomness import Place, capture, same_host_draws
 from koi.state import Outcome, OutcomeMean, Phi
-from koi.tasks import TaskBatch, query_of, stack, tensors_of, views, with_tensors
+from koi.tasks import (
+    TaskBatch,
+    check_fields,
+    everything_of,
+    query_of,
+    stack,
+    tensors_of,
+    views,
+    with_tensors,
+)
 
 
 class VectorizedEngine(StepwiseEngine):
@@ -46,13 +58,20 @@ class VectorizedEngine(StepwiseEngine):
 
     def __init__(self, model: nn.Module, inner: InnerLoop, chunk_size: int | None = None) -> None:
         if inner.rule is None:
-            check_elementwise(inner.factory, inner.step_size)
+            check_elementwise(inner, inner.learned.params_of(model))
+        if inner.scale is not None:
+            raise EngineError(
+                "float16 has a loss scale that follows each task's gradients, which tasks that run "
+                "at once cannot: use autocast=torch.bfloat16, or vectorize=False"
+            )
         self.inner = inner
         self.chunk_size = chunk_size
-        self.model = parameters.copy_module(model)
-        self.modes = Modes(self.model, like=model)
-        map_normalisation(self.model, inner.autocast is not None, join=True)
-        self._pure = PureLoss(self.model, inner.learned)
+        self.copy = WorkingCopy(model, inner.learned, prepare=self._prepare)
+        self._padded = any(
+            isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None
+            for part in model.modules()
+        )
+        self._pure = PureLoss(self.copy.module, inner.learned)
         self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
         self._minibatches_draw = False
         self._looked_at: set[Any] = set()
@@ -62,14 +81,17 @@ class VectorizedEngine(StepwiseEngine):
         """Adapt to all tasks, chunk by chunk."""
         means = OutcomeMean()
         for first, chunk in self._chunks(phi, batch):
-            with explained(place, first, len(chunk)), self._attention():
+            with explained(place, first, len(chunk)), self._running():
                 place.set("inner", first or None)
                 steps = self._views(chunk, num_steps, place, first)
                 adapted = self.run(phi, chunk.stacked, steps)
+                assert adapted is not None, "only float16 overflows"
                 kept, losses = self._finite(adapted, first, place)
+            last = -1 if kept is None else max(kept, default=-1)
             means.add(
                 means_of(adapted.params, kept),
-                means_of(adapted.buffers, kept),
+                means_of(parameters.movements(self.buffers, phi.buffers), kept),
+                [rows[last] for rows in self.constants] if losses else [],
                 means_of(adapted.moments, kept, self.optimizer.per_task(adapted.moments)),
                 losses,
             )
@@ -81,7 +103,7 @@ class VectorizedEngine(StepwiseEngine):
         curves = []
         for first, chunk in self._chunks(phi, batch):
             curve: Tensors = []
-            with explained(place, first, len(chunk)), self._attention():
+            with explained(place, first, len(chunk)), self._running():
                 place.set("inner", first or None)
                 steps = self._views(chunk, num_steps, place, first)
                 self.adapt_to(phi, steps, partial(self._measure, chunk.stacked, curve))
@@ -95,13 +117,14 @@ class VectorizedEngine(StepwiseEngine):
         """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
         values = []
         for first, chunk in self._chunks(phi, batch):
-            with explained(place, first, len(chunk)), self._attention():
+            with explained(place, first, len(chunk)), self._running():
                 place.set("inner", first or None)
                 self.adapt_to(phi, self._views(chunk, num_steps, place, first))
             for row, task in enumerate(chunk.tasks):
+                self.copy.begin(phi)
                 rows = [t[row] for t in (*self.params, *self.buffers, *self.constants)]
-                self.inner.learned.put(self.model, rows)
-                values.append(measured(metric, self.model, task))
+                self.inner.learned.put(self.copy.module, rows)
+                values.append(measured(metric, self.copy.module, task))
         return torch.stack(values)
 
     def begin(self, phi: Phi) -> None:
@@ -118,6 +141,11 @@ class VectorizedEngine(StepwiseEngine):
         params = self.params if params is None else params
         with self._unshared(type(view), step), self.inner.precision(params[0].device):
             losses, moved = self._mapped(view, step, params)
+        before = [*self.buffers, *self.constants]
+        if any(
+            a.shape != b.shape or a.dtype != b.dtype for a, b in zip(before, moved, strict=True)
+        ):
+            raise EngineError("a buffer changes its shape or type in forward")
         split = len(self.buffers)
         self.buffers, self.constants = moved[:split], moved[split:]
         return depends_on_model(losses, view, step)
@@ -142,8 +170,10 @@ class VectorizedEngine(StepwiseEngine):
                     has_aux=True,
                 )
                 loss, _, buffers = level
+            check_fields(task, {**fields, **tensors})
             return scalar(loss, task, step), buffers
 
+        fields = everything_of(view)
         mapped: tuple[Tensor, Tensors] = vmap(one, randomness="different")(
             params, [*self.buffers, *self.constants], tensors_of(view)
         )
@@ -166,7 +196,7 @@ class VectorizedEngine(StepwiseEngine):
         if not self._minibatches_draw:
             try:
                 with self._unshared(type(chunk.stacked), "minibatches"):
-                    return vmap_tasks(lambda task: views(task, num_steps), chunk.stacked)
+                    return vmap_tasks(lambda task: list(views(task, num_steps)), chunk.stacked)
             except RuntimeError as error:
                 if "random" not in str(error):
                     raise
@@ -176,7 +206,6 @@ class VectorizedEngine(StepwiseEngine):
 
     def _chunks(self, phi: Phi, batch: TaskBatch) -> Iterator[tuple[int, TaskBatch]]:
         """Yield each chunk with the number of its first task, the stacked tensors made ready."""
-        self.modes.match()
         for first, chunk in batch.chunks(self.chunk_size or len(batch)):
             size = len(chunk)
             if size not in self._stacks:
@@ -186,8 +215,21 @@ class VectorizedEngine(StepwiseEngine):
             self.params, self.optimizer = self._stacks[size]
             yield first, chunk
 
-    def _attention(self) -> AbstractContextManager[Any]:
-        return attention_kernel(self.inner, True, self.params[0].device.type)
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Run the tasks, and check that they have left nothing behind in the module."""
+        self.copy.watch()
+        device = self.params[0].device.type
+        padding = EmbeddingPadding() if self._padded else nullcontext()
+        with attention_kernel(self.inner, True, device), padding:
+            yield
+        self.copy.untouched()
+
+    def _prepare(self, module: nn.Module) -> None:
+        map_normalisation(module, self.inner.autocast is not None, join=True)
+        map_recurrence(module, kernel=self.inner.algorithm != "maml")
+        if self.inner.algorithm == "maml":
+            map_weight_norm(module)
 
     @contextmanager
     def _unshared(self, *what: Any) -> Iterator[None]:

@@ -6,7 +6,8 @@ from typing import cast
 
 import torch
 
-from koi.tasks import SupervisedTask, TaskBatch
+from koi.supervised import SupervisedTask
+from koi.tasks import TaskBatch
 
 
 class Lines:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from koi.errors import ConfigurationError
-from koi.tasks import SupervisedTask
+from koi.supervised import SupervisedTask
 
 
 class Sines:

@@ -8,6 +8,7 @@ from typing import Any
 from koi import storage
 from koi.card import model_card
 from koi.recipes import FewShotRecipe
+from koi.runs.export import export
 from koi.runs.folder import Config, Run
 
 # The problem of a recipe -> its data, and the licence of weights that were learned from them.
@@ -36,9 +37,16 @@ _NETWORKS = {"omniglot": "omniglot_net", "mini-imagenet": "mini_imagenet_net"}
 def write_card(run: Run) -> None:
     """Write the run's README.md from its configuration and results, in the place of an older one.
 
+    Beside it goes the learner that was measured, which the code in the card loads: with the moments
+    that the inner optimizer had gathered in training, as fresh ones give other accuracies.
+
     Args:
-        run: a run that has trained; what was not measured yet is not in the card.
+        run: a run that has trained; what was not measured since is not in the card.
+
+    Raises:
+        CheckpointError: it has not trained yet, or the learner cannot be written.
     """
+    iteration = export(run, run.learner)
     config = run.config()
     recipe = config.recipe
     data, weights_license = _DATA.get(recipe.problem, _OTHER)
@@ -49,13 +57,14 @@ def write_card(run: Run) -> None:
             "description": _description(recipe),
             "license": weights_license,
             "model": network,
-            "learner": _learner(recipe),
+            "learner": _learner(run, recipe),
+            "checkpoint": run.learner.name,
             "settings": _settings(recipe),
             "data": data,
             "command": _command(config),
             "versions": run.environment(),
         },
-        list(_results(run)),
+        list(_results(run, iteration)),
     )
     storage.replace_file(run.folder / "README.md", [card.encode()])
 
@@ -67,11 +76,11 @@ def _description(recipe: FewShotRecipe) -> str:
     )
 
 
-def _learner(recipe: FewShotRecipe) -> str:
+def _learner(run: Run, recipe: FewShotRecipe) -> str:
     least = min(recipe.adaptations)
-    return f"""koi.Koi(
+    return f"""koi.Koi.load(
+    "{run.learner.name}",
     model,
-    step_size={recipe.step_size:g},
     num_steps={recipe.adaptation(least).num_steps},
     inner_optimizer=lambda params, lr: torch.optim.Adam(params, lr, betas=(0.0, 0.999)),
 )"""
@@ -99,10 +108,15 @@ def _command(config: Config) -> str:
     return shlex.join(words)
 
 
-def _results(run: Run) -> Any:
-    """Yield each accuracy; test classes are never those of the training."""
+def _results(run: Run, iteration: int) -> Any:
+    """Yield each accuracy that was measured after so many meta-iterations.
+
+    Test classes are never those of the training.
+    """
     ways = run.config().recipe.num_ways
     for num_shots, result in run.results().items():
+        if result["iteration"] != iteration:
+            continue
         for way in ("inductive", "transductive"):
             mean, interval = result[way]
             yield {

@@ -10,19 +10,24 @@ from koi.runs.folder import Run
 from koi.runs.measuring import newest_checkpoint
 
 
-def export(run: Run, path: Path) -> None:
+def export(run: Run, path: Path) -> int:
     """Write a run's learner for `koi.Koi.load`: φ, the inner optimizer's moments, settings.
 
-    What only going on with the training needs, history and class names, is left out.
+    What only going on with the training needs is left out: history, class names, meta-optimizer.
 
     Args:
         run: a run that has trained.
         path: the file.
 
+    Returns:
+        How many meta-iterations it has behind it.
+
     Raises:
         CheckpointError: the run has no checkpoint, or the file cannot be written.
     """
     recipe = run.config().recipe
-    learner = Koi.load(newest_checkpoint(run), recipe.model(), **recipe.code())
+    code = recipe.code() | {"meta_optimizer": None}
+    learner = Koi.load(newest_checkpoint(run), recipe.model(), **code)
     learner.history.clear()
     checkpoint.save(learner, path, Mark(tasks=None, generators=None))
+    return learner.iteration

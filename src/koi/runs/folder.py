@@ -84,6 +84,7 @@ class Run:
         self.validation = self.folder / "validation.jsonl"
         self.picture = self.folder / "learning-curve.png"
         self.weights = self.folder / "model.safetensors"
+        self.learner = self.folder / "learner.safetensors"
         self._config = self.folder / "config.json"
         self._results = self.folder / "results.json"
 
@@ -107,7 +108,7 @@ class Run:
             return run
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            run._write(run._config, {**config.as_data(), "made_with": environment()})
+            run._write(run._config, {**config.as_data(), "made_with": environment(config.device)})
         except OSError as error:
             raise ConfigurationError(
                 [f"the folder {folder} cannot be written to ({error.strerror or error})"]
@@ -177,20 +178,20 @@ def _differences(there: Config, here: Config) -> list[str]:
     return lines
 
 
-def environment() -> dict[str, str]:
-    """Return the versions and the hardware that a result belongs to."""
+def environment(device: str) -> dict[str, str]:
+    """Return the versions and the hardware that a result made on ``device`` belongs to."""
     return {
         "koi": version("koi-x"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": _processor(torch.device(device)),
         "threads": str(torch.get_num_threads()),
     }
 
 
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -1,0 +1,94 @@
+"""The engines that fit a learner as it is now."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+from koi import configuration
+from koi.inner.base import InnerLoop
+from koi.inner.dispatch import Dispatch
+from koi.inner.granted import Look, environment
+from koi.inner.scaling import LossScale
+
+log = logging.getLogger("koi")
+
+# Compiled engines are kept for the case that a change is undone, as of a mode.
+_KEPT = 8
+
+
+class Ready(NamedTuple):
+    """Engines, and what they were made of."""
+
+    key: Any
+    inner: InnerLoop
+    engines: Dispatch
+
+
+class Engines:
+    """Makes engines, and makes them anew where anything that they take for granted has changed.
+
+    That is each setting, what the model holds besides the values of parameters and buffers, and,
+    for a graph, what its classes hold and torch's own switches (`koi.inner.granted`).
+    """
+
+    def __init__(self) -> None:
+        self._look: Look | None = None
+        self._settings: tuple[int, Any] = (-1, None)
+        self._kept: list[Ready] = []
+        self._changes = 0  # within one training
+
+    def __reduce__(self) -> Any:
+        """Let a copy, or another process, make engines of its own."""
+        return Engines, ()
+
+    def ready(
+        self, koi: Any, scale: LossScale | None, seeded: bool, before: Ready | None = None
+    ) -> Ready:
+        """Return the inner loop and the engines for ``koi`` as it is now.
+
+        Args:
+            koi: a `koi.Koi`.
+            scale: the loss scale of float16.
+            seeded: whether draws are a function of place.
+            before: what the last meta-iteration of the same training ran with: what it found
+                impossible stays so, and where something changes all the time, engines are checked
+                after 1, 2, 4, 8 … changes.
+        """
+        key = self._key(koi, scale, seeded)
+        for place, ready in enumerate(self._kept):
+            if ready.key == key:
+                self._kept.insert(0, self._kept.pop(place))
+                return ready
+        self._changes = 0 if before is None else self._changes + 1
+        compile = koi.compile
+        if compile and self._changes >= _KEPT:
+            log.warning(
+                "what a graph takes for granted has changed %d times in this training: running "
+                "uncompiled from here on",
+                self._changes,
+            )
+            compile = False
+        engines = Dispatch(
+            koi.model,
+            inner := configuration.inner_loop(koi, scale),
+            vectorize=koi.vectorize,
+            compile=compile,
+            chunk_size=koi.chunk_size,
+            seeded=seeded,
+            check=koi.check and self._changes & (self._changes - 1) == 0,
+        )
+        if before is not None and before.key[0] == key[0]:
+            engines.refused |= before.engines.refused
+        ready = Ready(key, inner, engines)
+        self._kept = [ready, *self._kept[: _KEPT - 1 if koi.compile else 0]]
+        return ready
+
+    def _key(self, koi: Any, scale: LossScale | None, seeded: bool) -> Any:
+        if self._look is None or self._look.module is not koi.model or not self._look.unchanged():
+            self._look = Look(koi.model)
+        if self._settings[0] != koi._changes:
+            self._settings = koi._changes, configuration.of_engines(koi)
+        graph = (self._look.classes(), environment()) if koi.compile else ()
+        optimizer = configuration.optimizer_now(koi)
+        return self._settings[1], optimizer, self._look.held, scale, seeded, graph

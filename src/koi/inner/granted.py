@@ -1,0 +1,326 @@
+"""What an engine takes for granted, collected in one place.
+
+An engine works on a copy of the user's module and, compiled, on a graph that was traced once. Both
+are right as long as nothing that they were made of changes: the settings, what the module holds
+besides the values of parameters and buffers, what its classes hold, torch's own switches. `held`
+and `frozen` describe that as values that are equal only where nothing has changed; every key by
+which an engine, a plan or a graph is found again is made of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koi.parameters import unchanged
+
+# Up to this many elements a plain tensor is compared by value: `.data` leaves no other trace.
+_SMALL = 2**16
+_DEEPEST = 8
+
+# As torch has them: whoever changes a class later is heard.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in vars(nn).values()
+    if isinstance(kind, type) and issubclass(kind, nn.Module)
+}
+
+_OF_MODULE = frozenset(vars(nn.Module()))
+_HOOKS = tuple(
+    name for name in vars(nn.Module()) if name.endswith("hooks") and "state_dict" not in name
+)
+_BY_VALUE = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, range)
+
+
+class Same:
+    """Equal to what holds the very same object, which it keeps alive for as long."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class Content:
+    """A plain tensor at a moment: equal while it is the same tensor with the same values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        strided = tensor.layout is torch.strided and not tensor.is_meta
+        self._tensor = tensor
+        self._form = form(tensor), tensor._version, tensor.data_ptr() if strided else 0
+        small = strided and tensor.numel() <= _SMALL
+        self._values = tensor.detach().clone() if small else None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Content) or self._tensor is not other._tensor:
+            return False
+        if self._form != other._form or self._values is None or other._values is None:
+            return self._form == other._form
+        return same_values(self._values, other._values)
+
+    def __hash__(self) -> int:
+        return id(self._tensor)
+
+
+def same_values(left: Tensor, right: Tensor) -> bool:
+    """Return whether two tensors of one form hold the same values, NaN among them."""
+    return torch.equal(left, right) or bool(unchanged(left, right).all())
+
+
+def form(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what tensors of one kind have in common."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def frozen(value: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> Any:
+    """Return what is equal, and has the same hash, only for what computes the same.
+
+    Numbers are told apart by type (1, 1.0 and True), containers and objects looked through,
+    functions with what they close over; what cannot be looked through is equal to itself alone.
+
+    >>> frozen(1) == frozen(1.0), frozen([1, {"a": 2.0}]) == frozen([1, {"a": 2.0}])
+    (False, True)
+    """
+    kind = type(value)
+    if kind in _BY_VALUE:
+        return kind, value
+    if kind is float:
+        return kind, value.hex()  # tells −0.0 from 0.0, and NaN is NaN
+    if isinstance(value, nn.Parameter):  # whose values Koi sets
+        return Same(value), form(value)
+    if isinstance(value, Tensor):
+        return Content(value)
+    if depth > _DEEPEST or id(value) in seen:
+        return Same(value)
+    inside = functools.partial(frozen, depth=depth + 1, seen=seen | {id(value)})
+    if isinstance(value, list | tuple | set | frozenset):
+        return kind, tuple(map(inside, value))
+    if isinstance(value, Mapping):
+        return kind, tuple((inside(key), inside(part)) for key, part in list(value.items()))
+    if isinstance(value, nn.Module):
+        return Same(value), held(value, depth + 1, seen | {id(value)})
+    if isinstance(value, types.FunctionType):
+        return _function(value)
+    if isinstance(value, types.MethodType):
+        return inside(value.__func__), inside(value.__self__)
+    if isinstance(value, functools.partial):
+        return kind, inside(value.func), inside(value.args), inside(value.keywords)
+    if kind.__module__ == "numpy" and hasattr(value, "tobytes"):
+        return kind, str(value.dtype), getattr(value, "shape", ()), value.tobytes()
+    if dataclasses.is_dataclass(value) or _is_plain(kind):
+        own = {**_data(kind), **getattr(value, "__dict__", {})}
+        return Same(value), tuple((name, inside(part)) for name, part in own.items())
+    return Same(value)
+
+
+def _data(kind: type) -> dict[str, Any]:
+    """Return the plain numbers and words that a class and those it comes from hold."""
+    return {
+        name: value
+        for base in reversed(kind.__mro__)
+        if _is_plain(base)
+        for name, value in list(vars(base).items())
+        if not name.startswith("__") and type(value) in (*_BY_VALUE, float)
+    }
+
+
+def _is_plain(kind: type) -> bool:
+    """Return whether objects of a class may be looked through: those that users write."""
+    return not issubclass(kind, type | types.ModuleType) and not kind.__module__.startswith(
+        ("torch.", "builtins", "numpy")
+    )
+
+
+def _function(function: types.FunctionType) -> Any:
+    cells = function.__closure__ or ()
+    given = (function.__defaults__ or (), function.__kwdefaults__ or {})
+    return (
+        Same(function),
+        Same(function.__code__),
+        tuple(_plainly(value) for value in (*_contents(cells), *given[0], *given[1].values())),
+    )
+
+
+def _contents(cells: Iterable[Any]) -> Iterable[Any]:
+    for cell in cells:
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            yield None
+
+
+def _plainly(value: Any) -> Any:
+    """Return a value that a function closes over, itself alone where it gathers what runs by.
+
+    A hook that collects activations in a list would otherwise change with every forward pass.
+    """
+    kind = type(value)
+    if kind in _BY_VALUE or kind is float:
+        return frozen(value)
+    if isinstance(value, list | tuple) and all(type(v) in (*_BY_VALUE, float) for v in value):
+        return frozen(value)
+    if isinstance(value, dict) and all(type(v) in (*_BY_VALUE, float) for v in value.values()):
+        return frozen(value)
+    if isinstance(value, types.FunctionType) and value.__closure__ is None:
+        return Same(value), Same(value.__code__)
+    return Same(value)
+
+
+def is_torchs_own(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Return whether a layer computes what torch's class of it does, and may be written otherwise.
+
+    It does not where a user has given it, or its class, another forward, as adapters do.
+    """
+    kind = type(module)
+    return kind in kinds and "forward" not in vars(module) and kind.forward is _FORWARDS[kind]
+
+
+def held(module: nn.Module, depth: int = 0, seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
+    """Return what a module holds, a row for each of its parts, in the order of ``modules()``.
+
+    That is the mode, the parameters and buffers (by form; frozen parameters are the very objects),
+    hooks, and all other attributes; not the values of what Koi sets before each task.
+    """
+    parts = list(module.modules())
+    seen = seen | set(map(id, parts))
+    return tuple(_row(part, depth, seen) for part in parts)
+
+
+def _row(part: nn.Module, depth: int, seen: frozenset[int]) -> tuple[Any, ...]:
+    own = part.__dict__
+    return (
+        type(part),
+        own["training"],
+        tuple(
+            (name, p if p is None else form(p) if p.requires_grad else (Same(p), form(p)))
+            for name, p in own["_parameters"].items()
+        ),
+        tuple((name, b if b is None else form(b)) for name, b in own["_buffers"].items()),
+        tuple(own["_modules"]),
+        tuple(frozen(hook) for name in _HOOKS if own.get(name) for hook in own[name].values()),
+        tuple(
+            (name, frozen(value, depth, seen))
+            for name, value in own.items()
+            if name not in _OF_MODULE
+        ),
+    )
+
+
+class Look:
+    """What a module holds, and a quick look whether that has changed.
+
+    The very same objects in the same places hold what they held, unless one can change from
+    inside: only then all of `held` is gathered again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.held = held(module)
+        parts = list(module.modules())
+        self._places = [
+            place
+            for part in parts
+            for place in (part.__dict__, part._parameters, part._buffers, part._modules)
+        ]
+        self._hooks = [part.__dict__[name] for part in parts for name in _HOOKS]
+        self._params = list(module.parameters())
+        self._classes = users_classes(map(type, parts))
+        self.deep = any(map(len, self._hooks)) or any(
+            _changes_inside(value)
+            for part in parts
+            for name, value in part.__dict__.items()
+            if name not in _OF_MODULE
+        )
+        self._objects, self._forms = self._gather()
+
+    def unchanged(self) -> bool:
+        """Return whether the module holds what it held when this was made."""
+        objects, forms = self._gather()
+        same = len(objects) == len(self._objects) and forms == self._forms
+        if same and not self.deep and all(map(operator.is_, objects, self._objects)):
+            return True
+        if held(self.module) != self.held:
+            return False
+        self._objects, self._forms = objects, forms
+        return True
+
+    def classes(self) -> tuple[Any, ...]:
+        """Return what the classes of the module's parts hold now."""
+        return tuple(of_class(kind) for kind in self._classes)
+
+    def _gather(self) -> tuple[list[Any], list[Any]]:
+        objects = [value for place in self._places for value in place.values()]
+        forms: list[Any] = [(p.requires_grad, p.data_ptr()) for p in self._params]
+        forms.extend(map(len, self._hooks))
+        return objects, forms
+
+
+def _changes_inside(value: Any) -> bool:
+    """Return whether an attribute may change and remain the same object."""
+    if isinstance(value, tuple | frozenset):
+        return any(map(_changes_inside, value))
+    if isinstance(value, types.FunctionType):
+        return bool(value.__closure__)
+    plain = (*_BY_VALUE, float, complex, type, types.BuiltinFunctionType, types.ModuleType)
+    return not isinstance(value, plain)
+
+
+def difference(module: nn.Module, before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
+    """Return in words the first thing in which two results of `held` for ``module`` differ."""
+    if len(before) != len(after):
+        return "its submodules"
+    for (name, _), one, other in zip(module.named_modules(), before, after, strict=False):
+        where = f" of the submodule {name!r}" if name else ""
+        if one[1] != other[1]:
+            return f"the mode{where}"
+        for what, index in (("parameter", 2), ("buffer", 3), ("attribute", 6)):
+            names = [key for key, _ in set(one[index]) ^ set(other[index])]
+            if names:
+                return f"the {what} {names[0]!r}{where}"
+        if one != other:
+            return f"the hooks or submodules{where}"
+    return "its submodules"
+
+
+def users_classes(kinds: Iterable[type]) -> list[type]:
+    """Return the classes, and those they come from, that are neither torch's nor Python's."""
+    every = dict.fromkeys(base for kind in dict.fromkeys(kinds) for base in kind.__mro__)
+    return [kind for kind in every if _is_plain(kind)]
+
+
+def of_class(kind: type) -> tuple[Any, ...]:
+    """Return what a class holds itself: its functions, and its data by value."""
+    return (
+        kind,
+        *(
+            (name, Same(value) if callable(value) else frozen(value))
+            for name, value in list(vars(kind).items())
+            if not name.startswith(("__", "_abc_"))
+        ),
+    )
+
+
+def environment() -> tuple[Any, ...]:
+    """Return torch's own switches, which a graph takes in when it is traced."""
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.enabled,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    )

@@ -1,0 +1,253 @@
+"""Koi checks an engine on the user's own first tasks, against the plainest way there is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from koi.errors import EngineError, ModelError
+from koi.inner.base import Engine, InnerLoop
+from koi.inner.plain import Plain
+from koi.parameters import Tensors, difference, norm
+from koi.randomness import Place, States, capture, restore
+from koi.state import Phi
+from koi.tasks import TaskBatch
+
+# Two right ways may differ by so many units of the parameters' precision, and by so many times
+# what a change of φ's last digit becomes in the inner loop, which is measured.
+_ROUNDING = 2000
+_AMPLIFIED = 100
+# Where draws cannot be repeated one for one: so many times what other draws change.
+_NOISE = 5
+
+
+class DisagreementError(EngineError):
+    """An engine that gives something else than the plainest way."""
+
+
+@runtime_checkable
+class Compiled(Protocol):
+    """An engine that draws as torch does only where it is not compiled."""
+
+    def uncompiled(self) -> Engine:
+        """Return the engine without the compiler."""
+
+
+class Request(NamedTuple):
+    """What an engine is asked for.
+
+    Args:
+        form: the engine's name.
+        training: what a meta-batch gives, or else where adaptation ends.
+        phi: where the tasks start.
+        batch: the tasks.
+        num_steps: inner steps.
+        place: where this is.
+    """
+
+    form: str
+    training: bool
+    phi: Phi
+    batch: TaskBatch
+    num_steps: int
+    place: Place
+
+
+class SelfCheck:
+    """Compares an engine with `koi.inner.plain` on one or two tasks, beyond rounding.
+
+    Nothing is drawn from the user's generators, φ is left alone, and the tasks are copies; those
+    that cannot be copied are not compared. Of rounding as much is allowed as a change of φ's last
+    digit makes in the plain way. MAML's gradient is compared with differences of the loss.
+
+    Args:
+        model: the user's module.
+        inner: the settings of the inner loop.
+        engine: what is compared.
+        request: what it is asked for; the first two tasks are taken.
+        rows: how many tasks a call of the engine is for.
+    """
+
+    def __init__(
+        self, model: nn.Module, inner: InnerLoop, engine: Engine, request: Request, rows: int
+    ) -> None:
+        self._model, self._inner, self._engine = model, inner, engine
+        self._request, self._rows = request, rows
+        self._algorithm = inner.algorithm if request.training else "reptile"
+        self._together = request.form.startswith("vectorized")
+        self._plain = Plain(
+            *(model, inner, self._algorithm, request.num_steps, request.place, self._together)
+        )
+
+    def run(self) -> None:
+        """Compare.
+
+        Raises:
+            DisagreementError: naming the parameters that differ.
+            ModelError: the loss reaches the module that the user gave.
+        """
+        states = capture()
+        try:
+            tasks = self._copies(self._request.batch.tasks[:2])
+            if tasks and self._request.num_steps > 0:
+                self._look(tasks, states)
+        finally:
+            restore(states)
+
+    def _look(self, tasks: list[Any], states: States) -> None:
+        start = self._request.phi.params
+        try:
+            expected, loss = self._plainly(start, tasks, states)
+        except ModelError:
+            raise
+        except Exception:  # the engine meets it too, and says where
+            return
+        if self._plain.noisy and self._together:  # a single task's draws can be repeated
+            tasks, self._rows = tasks[:1], 1
+            expected, loss = self._plainly(start, tasks, states)
+        if self._plain.noisy and isinstance(self._engine, Compiled):
+            self._engine = self._engine.uncompiled()
+        if not torch.tensor(loss).isfinite() or not all(e.isfinite().all() for e in expected):
+            return
+        restore(states)
+        given = self._given(self._copies(tasks))
+        if self._algorithm == "maml":
+            wrong = self._against_differences(given, tasks, states)
+        else:
+            wrong = self._beyond_rounding(given, expected, tasks, states)
+        if wrong:
+            names = [self._inner.learned.params[i] for i in wrong]
+            shown = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
+            raise DisagreementError(
+                f"the engine {self._request.form!r} does not give for {type(tasks[0]).__name__} "
+                f"what the plainest loop gives: {shown} differ"
+            )
+
+    def _given(self, tasks: list[Any]) -> Tensors:
+        """Return what the engine gives, the first task filling it up."""
+        request, phi = self._request, self._request.phi
+        fresh = Phi(phi.params, phi.buffers, phi.constants, None, phi.names)
+        where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
+        if request.training:
+            return self._engine.meta_batch(fresh, *where).params
+        values = self._engine.measure(fresh, *where, self._parameters)
+        parts = values.mean(0).split([p.numel() for p in phi.params])
+        return [part.view_as(p).to(p.dtype) for part, p in zip(parts, phi.params, strict=True)]
+
+    def _parameters(self, model: nn.Module, _: Any) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self._inner.learned.params_of(model)])
+
+    def _plainly(
+        self, start: Sequence[Tensor], tasks: list[Any], states: States
+    ) -> tuple[Tensors, float]:
+        """Return the plain results' mean, the first task counting as often as it fills up."""
+        restore(states)
+        repeated = max(self._rows, len(tasks)) - len(tasks) + 1
+        weights = [repeated] + [1] * (len(tasks) - 1)
+        total = sum(weights)
+        results = [
+            self._plain(start, task, number) for number, task in enumerate(self._copies(tasks))
+        ]
+        means = [
+            sum((w / total) * t for w, t in zip(weights, tensors, strict=True))
+            for tensors in zip(*(tensors for tensors, _ in results), strict=True)
+        ]
+        return means, sum(w / total * loss for w, (_, loss) in zip(weights, results, strict=True))
+
+    def _beyond_rounding(
+        self, given: Tensors, expected: Tensors, tasks: list[Any], states: States
+    ) -> list[int]:
+        """Return which tensors differ by more than rounding, or than other draws, explain."""
+        start = self._request.phi.params
+        moved = difference(expected, start) if self._algorithm == "reptile" else expected
+        away = [largest(a - b) for a, b in zip(given, expected, strict=True)]
+        eps = [torch.finfo(p.dtype).eps for p in start]
+        allowed = [
+            e * (_ROUNDING * largest(m) + 10 * largest(p))
+            for e, m, p in zip(eps, moved, start, strict=True)
+        ]
+        unit = torch.finfo(self._inner.autocast).eps if self._inner.autocast else max(eps)
+        for attempt, size in enumerate((unit, unit, 10 * unit, 100 * unit)):
+            wrong = [i for i in range(len(away)) if not away[i] <= allowed[i]]
+            if not wrong:
+                return []
+            other, _ = self._plainly(perturbed(start, size, attempt), tasks, states)
+            for i, (a, b) in enumerate(zip(other, expected, strict=True)):
+                allowed[i] = max(allowed[i], _AMPLIFIED * largest(a - b))
+        if self._plain.noisy:
+            torch.manual_seed(0)  # put back by `run`
+            other = self._plain(start, self._copies(tasks)[0], 1)[0]
+            for i, (a, b) in enumerate(zip(other, expected, strict=True)):
+                allowed[i] = max(allowed[i], _NOISE * largest(a - b))
+        return [i for i in range(len(away)) if not away[i] <= allowed[i]]
+
+    def _against_differences(
+        self, gradient: Tensors, tasks: list[Any], states: States
+    ) -> list[int]:
+        """Return in which tensors a gradient is not that of the loss after the inner loop.
+
+        Central differences (f(φ + hv) − f(φ − hv)) / 2h, of two sizes h, whose own error they tell.
+        """
+        start = self._request.phi.params
+        eps = max(torch.finfo(p.dtype).eps for p in start)
+        unit = torch.finfo(self._inner.autocast).eps if self._inner.autocast else eps
+        tolerance = max(unit, eps) ** 0.25
+
+        def slope(direction: Tensors, h: float) -> float:
+            ends = [
+                self._plainly(
+                    [p + s * h * v for p, v in zip(start, direction, strict=True)], tasks, states
+                )[1]
+                for s in (1, -1)
+            ]
+            return (ends[0] - ends[1]) / (2 * h)
+
+        def agrees(direction: Tensors) -> bool:
+            h = eps ** (1 / 3) * (1 + max(map(largest, start)))
+            coarse, fine = slope(direction, h), slope(direction, h / 2)
+            products = zip(gradient, direction, strict=True)
+            expected = sum((g.conj() * v).real.sum().item() for g, v in products)
+            length = norm(gradient).item() * norm(direction).item()
+            return bool(abs(fine - expected) <= tolerance * length + 10 * abs(coarse - fine))
+
+        generator = torch.Generator().manual_seed(0)
+        direction = [
+            torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) / p.numel() ** 0.5
+            for p in start
+        ]
+        size = max(norm(gradient).item(), torch.finfo(start[0].dtype).tiny)
+        direction = [v + g / size for v, g in zip(direction, gradient, strict=True)]
+        if agrees(direction):
+            return []
+        apart = [
+            [v if i == j else torch.zeros_like(v) for j, v in enumerate(direction)]
+            for i in range(len(direction))
+        ]
+        return [i for i, own in enumerate(apart) if not agrees(own)] or list(range(len(start)))
+
+    def _copies(self, tasks: list[Any]) -> list[Any]:
+        """Return copies that share the user's module; none where a task cannot be copied."""
+        shared: dict[int, Any] = {id(part): part for part in self._model.modules()}
+        shared |= {id(p): p for p in self._model.parameters()}
+        try:
+            copies: list[Any] = copy.deepcopy(tasks, shared)
+        except Exception:  # whatever the user's own class raises
+            return []
+        return copies
+
+
+def largest(tensor: Tensor) -> float:
+    """Return the largest absolute value, 0 of an empty tensor."""
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def perturbed(tensors: Sequence[Tensor], unit: float, attempt: int) -> Tensors:
+    """Return tensors with relative changes of up to ``unit``, from a generator of their own."""
+    generator = torch.Generator().manual_seed(attempt)
+    return [
+        t * (1 + unit * (2 * torch.rand(t.shape, generator=generator) - 1).to(t)) for t in tensors
+    ]

@@ -1,0 +1,111 @@
+"""The commonest task: inputs, targets and a criterion, with minibatches and a query set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from koi.tasks import tensor_task
+
+
+def cycled_order(key: Tensor, size: int, batch_size: int, num_steps: int) -> Tensor:
+    """Return what examples each inner step sees, shape (num_steps, batch_size), no replacement.
+
+    An endless stream goes through all ``size`` examples, then through all of them again in a new
+    random order, and so on; minibatches are cut from it and may span two passes (`_mini_batches`
+    in the paper's code). The first pass keeps the order in which the examples lie. Later orders
+    are a function of ``key``, an int64 scalar, alone: the same in every engine, and possible
+    under ``vmap`` and inside a compiled graph.
+
+    >>> cycled_order(torch.tensor(7), size=4, batch_size=2, num_steps=2).tolist()
+    [[0, 1], [2, 3]]
+    >>> cycled_order(torch.tensor(7), size=4, batch_size=2, num_steps=6)[2:4].flatten().sort()[0]
+    tensor([0, 1, 2, 3])
+    """
+    needed = num_steps * batch_size
+    num_passes = -(-needed // size)
+    order = torch.arange(size, device=key.device).unsqueeze(0)
+    if num_passes > 1:
+        count = torch.arange(size, num_passes * size, device=key.device)
+        noise = _mixed(key + count * 0x9E3779B9).reshape(num_passes - 1, size)
+        order = torch.cat([order, noise.argsort(dim=1)])
+    return order.reshape(-1)[:needed].reshape(num_steps, batch_size)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """SplitMix64's output function (Steele, Lea, Flood 2014), in wrapping int64 arithmetic."""
+    x = (x ^ _shifted(x, 30)) * -4658895280553007687
+    x = (x ^ _shifted(x, 27)) * -7723592293110705685
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@tensor_task
+@dataclasses.dataclass
+class SupervisedTask:
+    """Inputs and targets, in a support set to learn from and a query set to be measured on.
+
+    The inner loop minimises ``criterion(model(inputs), targets)`` on minibatches of the support
+    set, cycling through it without replacement; `koi.Koi.evaluate` measures it on the query set.
+
+    Args:
+        support_inputs: shape (num_support, …), in random order.
+        support_targets: shape (num_support, …).
+        query_inputs: shape (num_query, …).
+        query_targets: shape (num_query, …).
+        key: an int64 scalar that orders the second and later passes (see `cycled_order`).
+        criterion: (predictions, targets) -> scalar.
+        batch_size: examples in each inner step; None, or more than there are: all of them.
+
+    >>> x = torch.linspace(-1, 1, 6).unsqueeze(1)
+    >>> task = SupervisedTask(x, 2 * x, x, 2 * x, torch.tensor(0), batch_size=4)
+    >>> task.loss(torch.nn.Identity())
+    tensor(0.4667)
+    >>> [len(step.support_inputs) for step in task.minibatches(3)]
+    [4, 4, 4]
+    """
+
+    support_inputs: Tensor
+    support_targets: Tensor
+    query_inputs: Tensor
+    query_targets: Tensor
+    key: Tensor
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.mse_loss
+    batch_size: int | None = None
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return the criterion on the support set (of a minibatch: on the minibatch)."""
+        return self.criterion(model(self.support_inputs), self.support_targets)
+
+    @property
+    def query(self) -> SupervisedTask:
+        """The same task on its query set."""
+        return self._on(self.query_inputs, self.query_targets)
+
+    def minibatches(self, num_steps: int) -> list[SupervisedTask]:
+        """Return the task as each of ``num_steps`` inner steps sees it."""
+        size = len(self.support_inputs)
+        if self.batch_size is None or self.batch_size >= size:
+            return [self] * num_steps
+        if num_steps * self.batch_size <= size:  # one pass needs no order: slices are views
+            inputs: Iterable[Tensor] = self.support_inputs.split(self.batch_size)
+            targets: Iterable[Tensor] = self.support_targets.split(self.batch_size)
+        else:
+            order = cycled_order(self.key, size, self.batch_size, num_steps)
+            inputs, targets = self.support_inputs[order], self.support_targets[order]
+        pairs = islice(zip(inputs, targets, strict=True), num_steps)
+        return [self._on(x, y) for x, y in pairs]
+
+    def _on(self, inputs: Tensor, targets: Tensor) -> SupervisedTask:
+        other: SupervisedTask = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.support_inputs, other.support_targets = inputs, targets
+        return other
