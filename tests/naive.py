@@ -159,11 +159,16 @@ def move_buffers(model, adapted_models, epsilon):
 
 
 def moved_numbers(fresh, after):
-    """Return the numbers of an optimizer's parameter group that its steps have changed."""
+    """Return the numbers of an optimizer's parameter group that its steps have changed.
+
+    Schedulers set rate and momentum as a task goes on: these begin anew with the next one.
+    """
     return {
         name: value
         for name, value in after.items()
-        if isinstance(value, int | float | torch.Tensor) and bool(value != fresh[name])
+        if name not in ("lr", "momentum")
+        and isinstance(value, int | float | torch.Tensor)
+        and bool(value != fresh[name])
     }
 
 

@@ -15,7 +15,13 @@ from engine_toys import NETS, Fits, everything, trained
 from koi import Koi, ModelError
 from toys import Regression, Regressions, small_net, snapshot
 
-SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 6, "meta_batch_size": 5}
+SETTINGS = {
+    "step_size": 0.05,
+    "num_steps": 2,
+    "num_iterations": 6,
+    "meta_step_size": 0.05,
+    "meta_batch_size": 5,
+}
 
 
 def in_engine(rank, engine, net, settings):

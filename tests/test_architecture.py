@@ -47,10 +47,12 @@ ALLOWED: dict[str, set[str]] = {
     # The algorithm, which knows no data set, no plot and no terminal.
     "learner": BASE
     | {"autosave", "checkpoint", "configuration", "distributed", "engines", "evaluation"}
-    | {"inner", "meta"}
-    | {"interrupts", "logs", "progress", "records", "watch"},
+    | {"inner", "meta", "settings"}
+    | {"interrupts", "logs", "progress", "records", "sampling", "watch"},
     # The engines that fit the settings and the model as they are now.
-    "engines": BASE | {"configuration", "inner"},
+    "engines": BASE | {"configuration", "inner", "settings"},
+    # Settings as attributes that are checked whenever they are set.
+    "settings": BASE | {"configuration", "inner", "meta"},
     "autosave": BASE
     | {"checkpoint", "configuration", "distributed", "interrupts", "stateful", "storage"}
     | {"watch"},
@@ -68,7 +70,8 @@ ALLOWED: dict[str, set[str]] = {
     "watch": BASE,
     "distributed": BASE | {"exchange", "interrupts", "memory"},
     "exchange": BASE,
-    "evaluation": BASE,
+    "evaluation": BASE | {"sampling"},
+    "sampling": BASE,
     "inner": BASE,
     "meta": BASE,
     "progress": BASE | {"records"},

@@ -2,17 +2,8 @@
 
 import pytest
 
-from cases import (
-    COMPILED,
-    MODELS,
-    Case,
-    assert_right,
-    learner,
-    moved,
-    result,
-    table,
-    unchanged,
-)
+from case_runs import assert_right, learner, moved, result, unchanged
+from cases import COMPILED, MODELS, Case, table
 from engine_toys import ENGINES
 from koi.errors import KoiError
 from koi.tasks import is_tensor_task

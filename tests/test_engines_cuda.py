@@ -12,7 +12,7 @@ from koi.inner.compiled import CompiledEngine
 from koi.inner.compiler import options_for
 from koi.inner.graph import InnerGraph
 from koi.randomness import Place, capture, restore, set_generators
-from koi.tasks import draw
+from koi.sampling import draw
 
 
 class TestCudaGraphs:

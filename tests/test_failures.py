@@ -2,13 +2,14 @@
 
 import re
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from koi import Koi, NonFiniteError, TaskError
+from koi import Koi, NonFiniteError, TaskError, tensor_task
 from toys import InTurn, Point, Quadratic, Regression, Regressions, assert_same, small_net, snapshot
 
 SETTINGS = {
@@ -164,6 +165,71 @@ def test_fault_in_sample(clean, caplog):
         Koi(model, **SETTINGS).train(Tasks())
     assert "while sampling task 1 of meta-iteration 2" in told(caught.value, caplog)
     assert_same(model, clean[1][1])
+
+
+class TestEnds:
+    """A StopIteration would end a loop somewhere as if all was well; so it is an error by name."""
+
+    @pytest.mark.parametrize("call", ["train", "evaluate", "measure"])
+    @pytest.mark.parametrize("method", ["sample", "sample_batch"])
+    def test_of_a_distribution(self, method, call):
+        ends = iter([Regressions().sample()] * 3)
+
+        class Stream:
+            pass
+
+        setattr(Stream, method, lambda self, *given: next(ends))
+        koi = Koi(small_net(), **SETTINGS)
+        more = [lambda model, task: torch.zeros(())] if call == "measure" else []
+        if method == "sample_batch":
+            list(ends)
+        with pytest.raises(TaskError, match=r"the distribution has no more tasks \(") as caught:
+            getattr(koi, call)(Stream(), *more)
+        assert isinstance(caught.value.__cause__, StopIteration)
+        whole = method == "sample" and call == "train"
+        assert koi.iteration == (1 if whole else 0)
+        assert ("task 1 of meta-iteration 1" in str(caught.value)) == whole
+
+    @pytest.mark.parametrize("vectorize", [True, False])
+    @pytest.mark.parametrize("where", ["minibatches", "generator", "loss"])
+    def test_inside_a_task(self, where, vectorize):
+        """Of what is read by `next`; an iterator that `for` reads gives too few minibatches."""
+        ends = iter(range(5))
+
+        @tensor_task
+        @dataclass
+        class Task:
+            x: torch.Tensor
+
+            def loss(self, model):
+                if where == "loss":
+                    next(ends)
+                return model(self.x).square().mean()
+
+            def all_minibatches(self, num_steps):
+                return [self for _ in range(num_steps) if next(ends) >= 0]
+
+            def each_minibatch(self, num_steps):
+                yield from self.all_minibatches(num_steps)
+
+            if where != "loss":
+                minibatches = all_minibatches if where == "minibatches" else each_minibatch
+
+        class Tasks:
+            def sample(self):
+                return Task(torch.randn(4, 3))
+
+        koi = Koi(small_net(), **SETTINGS, vectorize=vectorize)
+        with pytest.raises(TaskError, match=r"raised StopIteration.*meta-iteration .*, task"):
+            koi.train(Tasks())
+
+    def test_other_errors_stay_what_they_are(self, caplog):
+        few = [Regressions().sample()] * 2
+        tasks = InTurn()
+        tasks.sample = few.pop
+        with pytest.raises(IndexError, match="pop from empty list") as caught:
+            Koi(small_net(), **SETTINGS).train(tasks)
+        assert "while sampling task 0 of meta-iteration 1" in told(caught.value, caplog)
 
 
 @pytest.mark.parametrize("sampled", [None, 3, object(), torch.ones(2)])

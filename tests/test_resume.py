@@ -220,13 +220,13 @@ def test_compiled(vectorize, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, TypeError])
 def test_any_error_saves(error, tmp_path):
-    tasks = StopsInside()
+    tasks, constant = StopsInside(), {"meta_step_size": 0.05}
     tasks.error = error
-    koi = learner(small_net(), {}, False)
+    koi = learner(small_net(), constant, False)
     with pytest.raises(error):
         koi.train(tasks, checkpoint_dir=tmp_path)
     after = snapshot(koi.model)
-    koi = learner(small_net(), {"num_iterations": 3}, False)
+    koi = learner(small_net(), constant | {"num_iterations": 3}, False)
     koi.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
     assert_same(koi.model, after)
     assert koi.iteration == 3
@@ -325,13 +325,25 @@ def test_finished_training_is_not_trained_on(tmp_path):
     assert path.stat().st_mtime_ns == before
 
 
-def test_more_iterations_where_epsilon_is_constant(tmp_path):
-    whole = uninterrupted({"num_iterations": 9}, False)
+@pytest.mark.parametrize("constant", [{"meta_step_size": 0.05}, {"algorithm": "fomaml"}])
+def test_more_iterations_where_epsilon_is_constant(tmp_path, constant):
+    whole = uninterrupted(constant | {"num_iterations": 9}, False)
     reseed(1)
-    learner(net(), {"num_iterations": 4}, False).train(Stateful(), checkpoint_dir=tmp_path)
-    koi = learner(net(), {"num_iterations": 9}, False)
+    short = learner(net(), constant | {"num_iterations": 4}, False)
+    short.train(Stateful(), checkpoint_dir=tmp_path)
+    koi = learner(net(), constant | {"num_iterations": 9}, False)
     koi.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
     assert_same_training(koi, whole)
+
+
+def test_no_more_iterations_where_the_default_falls_over_them(tmp_path):
+    learner(net(), {"num_iterations": 2}, False).train(Stateful(), checkpoint_dir=tmp_path)
+    same = learner(net(), {"num_iterations": 2}, False)
+    same.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
+    assert same.iteration == 2
+    koi = learner(net(), {"num_iterations": 3}, False)
+    with pytest.raises(CheckpointError, match="num_iterations: 2 in the checkpoint, 3 here"):
+        koi.train(Stateful(), checkpoint_dir=tmp_path, resume=True)
 
 
 def test_damaged_newest_gives_way_to_the_one_before(tmp_path):

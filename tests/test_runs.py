@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import koi.runs.training
-from koi import CheckpointError, ConfigurationError, Koi
-from koi.fewshot import LabelledData, Splits
+from koi import CheckpointError, ConfigurationError, Koi, NonFiniteError
+from koi.fewshot import Episodes, LabelledData, Splits
 from koi.models import omniglot_net
-from koi.recipes import RECIPES, Adaptation
+from koi.recipes import RECIPES, Adaptation, FewShotRecipe
 from koi.runs import Config, Run, export, markdown_table, measure, train, write_card
 from koi.runs.folder import environment
 from koi.runs.measuring import measuring_learner, newest_checkpoint
@@ -49,6 +49,8 @@ def test_a_run_leaves_all_that_is_wanted(tmp_path):
         "1-shot inductive",
         "5-shot transductive",
         "5-shot inductive",
+        "1-shot num_skipped",
+        "5-shot num_skipped",
     }
     metrics = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in metrics] == [0, 1, 2, 3]
@@ -173,6 +175,37 @@ def test_the_processor_is_the_one_that_it_ran_on(device, expected, tmp_path, mon
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(Path, "read_text", lambda path, encoding: "model name\t: a CPU")
     assert environment(device)["processor"] == expected
+
+
+def test_what_was_left_out_is_told_wherever_accuracies_are(tmp_path, monkeypatch):
+    """A network that diverges on a test task; its training is not ended by one that it watches."""
+    original, count = FewShotRecipe.test_episodes, 2
+
+    class Moody(Episodes):
+        def sample_batch(self, num_tasks):
+            tasks = super().sample_batch(num_tasks)
+            tasks.support_inputs[:count] = float("nan")
+            return tasks
+
+    def episodes(*arguments):
+        made = original(*arguments)
+        made.__class__ = Moody
+        return made
+
+    monkeypatch.setattr(FewShotRecipe, "test_episodes", episodes)
+    run = Run.begun(tmp_path, Config(SMALL))
+    train(run)
+    assert [line["1-shot num_skipped"] for line in run.validations()] == [2, 2]
+    found = measure(run, 1, 5)
+    assert (found["num_tasks"], found["num_skipped"]) == (3, 2)
+    assert run.results()[1] == found
+    assert "| 3 (2 left out) |" in markdown_table([run])
+    write_card(run)
+    card = (run.folder / "README.md").read_text("utf-8")
+    assert "| 5-way 1-shot, inductive (2 tasks left out as not finite) | accuracy |" in card
+    count = 3
+    with pytest.raises(NonFiniteError, match="all of the 3 tasks"):
+        measure(run, 1, 3)
 
 
 def test_an_exported_run_is_small_and_adapts_as_the_run_does(tmp_path):

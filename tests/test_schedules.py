@@ -17,8 +17,41 @@ def used(meta_step_size, num_iterations=4, **settings):
     return [record.meta_step_size for record in koi.history]
 
 
-def test_default_is_step_size():
-    assert used(None) == [0.1] * 4
+def test_default_of_reptile_falls_from_one_to_zero():
+    assert used(None) == [1.0, 0.75, 0.5, 0.25]
+    koi = Koi(Point(1.0))
+    assert koi.meta_step_size is None
+
+
+@pytest.mark.parametrize("algorithm", ["fomaml", "maml"])
+def test_default_of_a_gradient_is_step_size(algorithm):
+    assert used(None, algorithm=algorithm) == [0.1] * 4
+
+
+def test_default_follows_settings_that_change():
+    koi = Koi(Point(1.0), 0.1, 2, 2)
+    koi.train(InTurn(Quadratic(0.0)))
+    koi.algorithm, koi.step_size, koi.num_iterations = "fomaml", 0.25, 4
+    koi.train(InTurn(Quadratic(0.0)))
+    assert [record.meta_step_size for record in koi.history] == [1.0, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.usefixtures("float64")
+def test_default_learns():
+    """Tasks at random around a centre that is far away: φ gets there, and is near it at the end.
+
+    With k = 5 steps of 0.02, φ̃ is a tenth of the way to a task's centre. A constant ε of 0.02
+    would leave φ where it began, at a distance of 5; one that stays large would leave it a
+    twentieth of the tasks' variance away.
+    """
+
+    class Around:
+        def sample(self):
+            return Quadratic(5 + torch.randn(400))
+
+    model = Point(*[0.0] * 400)
+    Koi(model, 0.02, 5, 100, seed=0).train(Around())
+    assert (model.weight - 5).square().mean().item() < 0.03
 
 
 @pytest.mark.parametrize(

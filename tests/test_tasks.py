@@ -14,8 +14,9 @@ from torch.func import vmap
 import koi
 from koi import ConfigurationError, Koi, KoiError, SupervisedTask, TaskError
 from koi.randomness import Place
+from koi.sampling import draw
 from koi.supervised import cycled_order
-from koi.tasks import TaskBatch, draw, is_tensor_task, unstack, views
+from koi.tasks import TaskBatch, is_tensor_task, unstack, views
 from toys import small_net
 
 

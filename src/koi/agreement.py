@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koi.meta import linear
+from koi.meta import linear, schedule_of
 
 Data = dict[str, Any]
 
@@ -76,12 +76,13 @@ def different_tensors(there: dict[str, str], here: dict[str, str]) -> Iterator[s
 
 def different_settings(there: Data, here: Data) -> Iterator[str]:
     """Yield every setting that differs; of code only whether it is some."""
+    epsilon = schedule_of(there["meta_step_size"], there["algorithm"], there["step_size"])
     for name, stored in there.items():
         given = here[name]
         if stored == given or (is_kind(stored, "code") and is_kind(given, "code")):
             continue
         # a constant ε does not depend on how many meta-iterations there will be
-        if name == "num_iterations" and isinstance(there["meta_step_size"], int | float):
+        if name == "num_iterations" and isinstance(epsilon, int | float):
             continue
         yield f"{name}: {_shown(stored)} in the checkpoint, {_shown(given)} here"
 

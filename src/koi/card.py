@@ -30,7 +30,8 @@ def model_card(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]] =
             loads it; without one the weights adapt from fresh moments, also where ``results`` were
             measured with those of the training), ``command`` and ``versions`` (package -> version).
         results: what was measured, each with ``task`` ("5-way 1-shot"), ``metric`` ("accuracy"),
-            ``value`` and, if there is one, ``interval``, the half-width of its 95 % interval.
+            ``value`` and, if there are any, ``interval``, the half-width of its 95 % interval, and
+            ``num_skipped``, how many tasks were left out as not finite.
 
     Raises:
         ConfigurationError: something that is needed is missing.
@@ -119,9 +120,9 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     rows = ["| task | metric | value | 95 % interval |", "| :-- | :-- | --: | --: |"]
     for result in results:
         interval = f"± {result['interval']:.2g}" if "interval" in result else ""
-        rows.append(
-            f"| {result['task']} | {result['metric']} | {result['value']:.4g} | {interval} |"
-        )
+        skipped = result.get("num_skipped", 0)
+        task = result["task"] + (f" ({skipped:,} tasks left out as not finite)" if skipped else "")
+        rows.append(f"| {task} | {result['metric']} | {result['value']:.4g} | {interval} |")
     return "\n".join(rows)
 
 

@@ -24,7 +24,7 @@ from koi.agreement import (
     is_kind,
     tensors_of,
 )
-from koi.configuration import STORED, inner_factory
+from koi.configuration import inner_factory
 from koi.errors import CheckpointError, annotate
 from koi.inner.optimizers import OptimizerFactory, make_optimizer
 from koi.inner.scaling import LossScale
@@ -33,6 +33,7 @@ from koi.meta import MetaOptimizerFactory, MetaUpdate
 from koi.parameters import Learned, Tensors
 from koi.randomness import States
 from koi.records import Record
+from koi.settings import STORED
 from koi.state import Phi
 
 Data = dict[str, Any]
@@ -86,8 +87,6 @@ class Learner(Protocol):
     _ruled_out: set[str]
     _drawn_seed: int | None
     _scale: LossScale | None
-
-    def _phi(self, learned: Learned) -> Phi: ...
 
 
 AnyLearner = TypeVar("AnyLearner", bound=Learner)
@@ -292,7 +291,7 @@ def put(
         raise CheckpointError(
             f"the checkpoint {saved.path} does not fit; make these as they were:\n{lines}"
         )
-    phi = koi._phi(Learned.of(koi.model))
+    phi = _phi(koi)
     update = _meta_update(koi, phi, saved)
     moments = _moments(saved, phi.params) if koi.inner_state == "carry" else None
     sources = [saved.params[name] for name in Learned.of(koi.model).params]
@@ -324,7 +323,7 @@ def _optimizer_problems(koi: Learner, saved: Saved, free: tuple[str, ...]) -> It
     if saved.moments and koi.inner_state == "carry":
         here = _inner_description(koi)
         yield from different_optimizer("inner_optimizer", saved.inner_optimizer, here, free)
-    meta = MetaUpdate(koi.algorithm, koi._phi(Learned.of(koi.model)), koi.meta_optimizer).optimizer
+    meta = MetaUpdate(koi.algorithm, _phi(koi), koi.meta_optimizer).optimizer
     if saved.meta_optimizer is not None and meta is not None:
         here = arguments_of(meta)
         yield from different_optimizer("meta_optimizer", saved.meta_optimizer, here)
@@ -369,6 +368,12 @@ def _moments(saved: Saved, params: Tensors) -> Tensors | None:
     now = {there: p.device for there, p in zip(saved.devices, params, strict=True)}
     pairs = zip(saved.moments, saved.moment_devices, strict=True)
     return [moment.to(now.get(device, "cpu")) for moment, device in pairs]
+
+
+def _phi(koi: Learner) -> Phi:
+    learned, model = Learned.of(koi.model), koi.model
+    buffers, constants = learned.buffers_of(model), learned.constants_of(model)
+    return Phi(learned.params_of(model), buffers, constants, None, learned)
 
 
 def _column(values: list[Any]) -> Tensor:

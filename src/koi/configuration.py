@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -14,12 +12,10 @@ from torch import nn
 
 from koi.errors import ConfigurationError, did_you_mean
 from koi.inner.base import InnerLoop
-from koi.inner.granted import frozen
 from koi.inner.optimizers import FACTORIES, OptimizerFactory, layout_of, make_optimizer
 from koi.inner.recognition import update_rule, why_no_rule
 from koi.inner.scaling import LossScale
-from koi.meta import MetaOptimizerFactory, Schedule
-from koi.parameters import Learned, Tensors
+from koi.parameters import Learned
 
 ALGORITHMS = ("reptile", "fomaml", "maml")
 INNER_STATES = ("carry", "reset")
@@ -80,99 +76,52 @@ def check_settings(
         raise ConfigurationError(found)
 
 
-# What `koi.Koi` is given besides the model; each is an attribute of that name.
-SETTINGS = tuple(name for name in inspect.signature(check_settings).parameters if name != "model")
-# What a checkpoint holds: the others have no influence on φ.
-STORED = tuple(name for name in SETTINGS if name != "check")
+def check_surroundings(model: nn.Module) -> None:
+    """Check that no mode of torch that is on around the call would act on a part of it.
 
-
-def _normalised(name: str, value: Any) -> Any:
-    """Return a checked setting as Koi keeps it: NumPy's numbers become Python's own."""
-    if name == "step_size":
-        return float(value)
-    counts = ("num_steps", "num_iterations", "meta_batch_size", "seed", "chunk_size")
-    return int(value) if name in counts and value is not None else value
-
-
-def of_engines(koi: Any) -> Any:
-    """Return the settings that engines are made of, in a form to be compared."""
-    return tuple(frozen(getattr(koi, name)) for name in _OF_ENGINES)
-
-
-def optimizer_now(koi: Any) -> Any:
-    """Return the settings of the inner optimizer as a factory that may read others makes it now.
-
-    A name, a class or a partial of one always makes the same.
+    Raises:
+        ConfigurationError: torch.inference_mode or torch.autocast is on.
     """
-    factory = koi.inner_optimizer
-    if isinstance(factory, str | type) or (
-        isinstance(factory, functools.partial) and isinstance(factory.func, type)
-    ):
-        return ()
-    params = Learned.of(koi.model).params_of(koi.model)
-    optimizer = make_optimizer(factory, params, koi.step_size)
-    groups = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
-    return type(optimizer), frozen(groups)
-
-
-_OF_ENGINES = (
-    *("algorithm", "step_size", "inner_optimizer", "vectorize", "compile"),
-    *("on_nonfinite", "chunk_size", "autocast", "check"),
-)
-
-
-class Configured:
-    """Settings as attributes, which go through the same checks whenever they are set.
-
-    What is set takes effect at the next meta-iteration, in all that depends on it.
-    """
-
-    model: nn.Module
-    step_size: float
-    num_steps: int
-    num_iterations: int
-    meta_step_size: float | Schedule | None
-    meta_batch_size: int
-    inner_optimizer: str | OptimizerFactory
-    inner_state: str
-    meta_optimizer: MetaOptimizerFactory | None
-    algorithm: str
-    vectorize: str | bool
-    compile: bool | str
-    seed: int | None
-    on_nonfinite: str
-    chunk_size: int | None
-    autocast: torch.dtype | None
-    check: bool
-    _changes: int  # how often a setting has been set
-    _moments: Tensors | None
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        check_settings(**given)
-        self.__dict__.update({name: _normalised(name, value) for name, value in given.items()})
-        self.__dict__["_changes"] = 0
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute.
-
-        Raises:
-            ConfigurationError: a setting cannot work, or it is the model, which stays.
-        """
-        if name in SETTINGS:
-            now = {other: getattr(self, other) for other in ("model", *SETTINGS)}
-            check_settings(**{**now, name: value})
-            if name == "inner_optimizer" and value is not self.inner_optimizer:
-                self._moments = None  # of another optimizer
-            value = _normalised(name, value)
-            self._changes += 1
-        elif name == "model" and value is not self.model:
+    if torch.is_inference_mode_enabled():
+        raise ConfigurationError(
+            [
+                "torch.inference_mode() is on, in which there are no gradients to adapt by: leave "
+                "it for this call, or take torch.no_grad(), in which Koi works"
+            ]
+        )
+    for device_type in {param.device.type for param in model.parameters()}:
+        available = torch.amp.is_autocast_available(device_type)
+        if available and torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
             raise ConfigurationError(
-                ["koi.model cannot be replaced: its weights are φ; make a new Koi for a new model"]
+                [
+                    "torch.autocast is on, and would act on more than the losses, in some engines "
+                    f"only: leave it for this call, and give autocast={dtype} to Koi"
+                ]
             )
-        super().__setattr__(name, value)
+
+
+def check_sparse(model: nn.Module, algorithm: str, optimizer: torch.optim.Optimizer) -> None:
+    """Check that nothing which torch has for dense gradients alone meets sparse ones.
+
+    Raises:
+        ConfigurationError: MAML, or Adam inside, and an embedding with sparse=True.
+    """
+    if algorithm == "maml":
+        what, other = "algorithm='maml'", "algorithm='fomaml'"
+    elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        what, other = f"{type(optimizer).__name__} inside", "inner_optimizer='sgd'"
+    else:
+        return
+    for name, part in model.named_modules():
+        sparse = isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        if sparse and part.weight.requires_grad:
+            raise ConfigurationError(
+                [
+                    f"{what} does not work with the sparse gradients of the {type(part).__name__} "
+                    f"{name!r}: make it with sparse=False, or take {other}"
+                ]
+            )
 
 
 def check_differentiable(optimizer: torch.optim.Optimizer) -> None:
@@ -228,6 +177,7 @@ def inner_loop(koi: Any, scale: LossScale | None) -> InnerLoop:
     second_order = koi.algorithm == "maml"
     if second_order:
         check_differentiable(optimizer)
+    check_sparse(koi.model, koi.algorithm, optimizer)
     return InnerLoop(
         learned,
         koi.algorithm,

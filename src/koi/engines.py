@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-from koi import configuration
+from koi import configuration, settings
 from koi.inner.base import InnerLoop
 from koi.inner.dispatch import Dispatch
 from koi.inner.granted import Look, environment
@@ -88,7 +88,7 @@ class Engines:
         if self._look is None or self._look.module is not koi.model or not self._look.unchanged():
             self._look = Look(koi.model)
         if self._settings[0] != koi._changes:
-            self._settings = koi._changes, configuration.of_engines(koi)
+            self._settings = koi._changes, settings.of_engines(koi)
         graph = (self._look.classes(), environment()) if koi.compile else ()
-        optimizer = configuration.optimizer_now(koi)
+        optimizer = settings.optimizer_now(koi)
         return self._settings[1], optimizer, self._look.held, scale, seeded, graph

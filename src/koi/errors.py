@@ -63,6 +63,12 @@ def did_you_mean(given: object, allowed: Iterable[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
+def is_end(error: BaseException) -> bool:
+    """Return whether ``error`` is a StopIteration, or what a generator makes of one (PEP 479)."""
+    passed_on = type(error) is RuntimeError and isinstance(error.__cause__, StopIteration)
+    return passed_on or isinstance(error, StopIteration)
+
+
 def annotate(error: BaseException, note: str) -> None:
     """Tell where ``error`` happened without changing its type, so that users can still catch it.
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from koi.errors import NonFiniteError
 from koi.randomness import Place
-from koi.tasks import TaskBatch, draw
+from koi.sampling import draw
+from koi.tasks import TaskBatch
 
 # Tasks of an evaluation are drawn and, where they can be, adapted to so many at a time.
 _BLOCK = 100
@@ -26,6 +29,20 @@ def blocks(
     for block, first in enumerate(range(0, num_tasks, _BLOCK)):
         place = Place(seed, "evaluation block", block)
         yield place, draw(distribution, min(_BLOCK, num_tasks - first), place)
+
+
+def stacked(rows: Sequence[Tensor], num_tasks: int) -> Tensor:
+    """Return the rows of those of ``num_tasks`` tasks that were kept, as one tensor.
+
+    Raises:
+        NonFiniteError: none was kept.
+    """
+    if not rows:
+        raise NonFiniteError(
+            f"all of the {num_tasks} tasks were left out as not finite, so that nothing can be "
+            "said of them: try a smaller step_size"
+        )
+    return torch.stack(list(rows))
 
 
 def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,12 +64,23 @@ def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:
     return mean, values.std(0) * (_NORMAL_95 / math.sqrt(count))
 
 
+def counted(num_tasks: int, num_skipped: int, what: str = "tasks") -> str:
+    """Return how many tasks a mean is over, and how many were left out, in words.
+
+    >>> counted(1000, 0), counted(98, 2)
+    ('1,000 tasks', '98 tasks; 2 left out as not finite')
+    """
+    left_out = f"; {num_skipped:,} left out as not finite" if num_skipped else ""
+    return f"{num_tasks:,} {what}{left_out}"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The loss on each task's query set, before adaptation and after each inner step.
 
     Args:
         losses: shape (num_tasks, num_steps + 1); column k is after k inner steps.
+        num_skipped: how many tasks more were left out, since a loss of theirs was not finite.
 
     >>> import torch
     >>> evaluation = Evaluation(torch.tensor([[4.0, 1.0], [2.0, 1.0]]))
@@ -66,10 +94,11 @@ class Evaluation:
     """
 
     losses: Tensor
+    num_skipped: int = 0
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks were adapted to."""
+        """How many tasks the means are over."""
         return self.losses.shape[0]
 
     @property
@@ -103,7 +132,7 @@ class Evaluation:
         mean, interval = self.mean, self.interval
         for step in doubling(self.num_steps):
             rows.append(f"{step:>5}   {mean[step]:>10.4g}   {f'± {interval[step]:.2g}':>13}")
-        return "\n".join([*rows, f"(mean over {self.num_tasks} tasks)"])
+        return "\n".join([*rows, f"(mean over {counted(self.num_tasks, self.num_skipped)})"])
 
 
 def doubling(last: int) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,24 @@ from torch import Tensor, nn
 from koi import checkpoint
 from koi.autosave import Autosave
 from koi.checkpoint import Pending
-from koi.configuration import Configured, check_count, check_tasks
+from koi.configuration import check_count, check_surroundings, check_tasks
 from koi.distributed import Ranks
 from koi.engines import Engines, Ready
-from koi.evaluation import Evaluation, blocks
-from koi.inner.base import Metric
+from koi.evaluation import Evaluation, blocks, stacked
+from koi.inner.base import InnerLoop, Metric, finite_rows
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory
 from koi.inner.scaling import LossScale
 from koi.interrupts import Interrupts
 from koi.logs import Log
-from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
-from koi.parameters import Learned, Tensors, same_tensors
+from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, schedule_of, value_at
+from koi.parameters import Tensors, same_tensors
 from koi.progress import ProgressBar
 from koi.randomness import Place, preserved_generators
 from koi.records import Record, mean_ends
+from koi.sampling import draw
+from koi.settings import Configured
 from koi.state import Outcome, Phi
-from koi.tasks import draw
 from koi.watch import Watch
 
 log = logging.getLogger("koi")
@@ -53,15 +55,15 @@ class Koi(Configured):
         step_size: learning rate of the inner optimizer.
         num_steps: inner steps on each task.
         num_iterations: meta-iterations.
-        meta_step_size: ε, a number or a schedule of the fraction done in [0, 1], such as
-            ``koi.linear(1.0, 0.0)``; None: step_size.
+        meta_step_size: ε, a number or a schedule of the fraction done in [0, 1]; None:
+            ``koi.linear(1.0, 0.0)`` for Reptile, step_size for FOMAML and MAML.
         meta_batch_size: tasks in each meta-iteration.
         inner_optimizer: "sgd", "adam" (both as torch.optim's defaults have them), or a callable
             (params, lr) that returns a ``torch.optim.Optimizer``.
         inner_state: whether momentum and adaptive moments live on from task to task ("carry", as
             in the paper's code; over a meta-batch they are averaged) or start afresh ("reset").
         meta_optimizer: None, or a callable (params) that returns a ``torch.optim.Optimizer``; it
-            is fed the gradient φ − mean(φ̃) and replaces ε (for the parameters).
+            is fed the gradient φ − mean(φ̃) and replaces ε (for the parameters; buffers follow ε).
         algorithm: "reptile"; "fomaml" and "maml" move φ against the gradient of the query loss at
             φ̃, taken with respect to φ̃ or, through all inner steps, to φ.
         seed: makes runs repeatable, bit for bit on one machine, and independent of the global
@@ -126,7 +128,7 @@ class Koi(Configured):
         self.engine = "none yet"
         self._ruled_out: set[str] = set()
         self._engines = Engines()
-        self._ready()  # so that a mistake shows here, not after the first sampling
+        self._find_engines()  # so that a mistake shows here, not after the first sampling
 
     def train(
         self,
@@ -166,7 +168,7 @@ class Koi(Configured):
         """
         check_tasks(tasks)
         ready = self._ready()
-        device = self._phi(ready.inner.learned).params[0].device
+        device = self._phi(ready.inner).params[0].device
         carry = self.inner_state == "carry"
         ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
         callbacks = tuple(callbacks)
@@ -198,15 +200,15 @@ class Koi(Configured):
             num_steps: inner steps; None: as in training.
 
         Raises:
-            TaskError, NonFiniteError: as in `train`.
+            TaskError, NonFiniteError: as in `train`, also with ``on_nonfinite="skip"``.
         """
         num_steps = self._steps(num_steps)
-        inner = self._ready().inner
+        inner = replace(self._ready().inner, skip_nonfinite=False)
         engine = EagerEngine(self.model, inner, share=False)
         self.engine = "eager"
         place = Place(self.seed, "adaptation", 0)
         with preserved_generators(self.seed):
-            return engine.adapt(self._phi(inner.learned), task, num_steps, place)
+            return engine.adapt(self._phi(inner), task, num_steps, place)
 
     def evaluate(
         self, tasks: Any, num_tasks: int = 100, num_steps: int | None = None
@@ -220,8 +222,14 @@ class Koi(Configured):
             tasks: a task distribution.
             num_tasks: how many tasks to sample.
             num_steps: inner steps on each; None: as in training.
+
+        Raises:
+            TaskError: as in `train`.
+            NonFiniteError: a query loss is NaN or infinite; with ``on_nonfinite="skip"`` the task
+                is left out and counted, and it is an error only if all are.
         """
-        return Evaluation(self._over_tasks("evaluate", tasks, num_tasks, num_steps))
+        rows = self._over_tasks("evaluate", tasks, num_tasks, num_steps)
+        return Evaluation(rows, num_tasks - len(rows))
 
     def measure(
         self, tasks: Any, metric: Metric, num_tasks: int = 100, num_steps: int | None = None
@@ -240,7 +248,11 @@ class Koi(Configured):
             num_steps: inner steps on each; None: as in training.
 
         Returns:
-            The metrics, shape (num_tasks, …).
+            The metrics, shape (kept, …), one for each task that is kept: all, but for those that
+            ``on_nonfinite="skip"`` leaves out, an adapted parameter being NaN or infinite.
+
+        Raises:
+            TaskError, NonFiniteError: as in `evaluate`, or the metric returned no tensor.
 
         >>> from koi.problems import Lines
         >>> koi = Koi(torch.nn.Linear(1, 1), step_size=0.02)
@@ -300,7 +312,8 @@ class Koi(Configured):
         seed, engine, update = self._seed, ready.engines, self._meta_update(ready)
         ranks.adjust(update.phi, self.meta_batch_size, self.inner_state == "carry")
         place = Place(seed, "meta-iteration", self.iteration)
-        epsilon = value_at(self._schedule(), self.iteration / self.num_iterations)
+        schedule = schedule_of(self.meta_step_size, self.algorithm, self.step_size)
+        epsilon = value_at(schedule, self.iteration / self.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draw(tasks, self.meta_batch_size, place).part(start, end)
@@ -324,41 +337,43 @@ class Koi(Configured):
     def _over_tasks(
         self, what: str, tasks: Any, num_tasks: int, num_steps: int | None, *more: Any
     ) -> Tensor:
-        """Draw tasks block by block and return what the engine makes of them, a row for each."""
+        """Draw tasks block by block; return what the engine makes of them, a row for each kept."""
         check_tasks(tasks)
         check_count("num_tasks", num_tasks)
         num_steps = self._steps(num_steps)
         ready = self._ready()
-        engine, phi = ready.engines, self._phi(ready.inner.learned)
+        inner, engine, phi = ready.inner, ready.engines, self._phi(ready.inner)
+        kept: Tensors = []
         with preserved_generators(self.seed):
-            rows = [
-                getattr(engine, what)(phi, batch, num_steps, place, *more)
-                for place, batch in blocks(tasks, num_tasks, self.seed)
-            ]
+            for place, batch in blocks(tasks, num_tasks, self.seed):
+                rows = getattr(engine, what)(phi, batch, num_steps, place, *more)
+                kept += finite_rows(rows, place, inner) if what == "evaluate" else rows
         self.engine = engine.name
-        return torch.cat(rows)
+        return stacked(kept, num_tasks)
 
     @property
     def _seed(self) -> int | None:
         """What meta-iterations draw from: several ranks without a seed have drawn one."""
         return self._drawn_seed if self.seed is None else self.seed
 
-    def _schedule(self) -> float | Schedule:
-        return self.step_size if self.meta_step_size is None else self.meta_step_size
-
     def _ready(self, before: Ready | None = None) -> Ready:
         """Return the engines for the settings and the model as they are now."""
-        if self.autocast is not torch.float16:
-            self._scale = None
-        elif self._scale is None:
-            self._scale = LossScale()
+        check_surroundings(self.model)
+        return self._find_engines(before)
+
+    def _find_engines(self, before: Ready | None = None) -> Ready:
+        half = self.autocast is torch.float16
+        self._scale = (self._scale or LossScale()) if half else None
         return self._engines.ready(self, self._scale, self._seed is not None, before)
 
-    def _phi(self, learned: Learned) -> Phi:
+    def _phi(self, inner: InnerLoop) -> Phi:
+        learned, rule = inner.learned, inner.rule
         params = learned.params_of(self.model)
         if self._moments is not None and not same_tensors(params, self._moments_of):
-            log.warning("what learns has changed: the inner optimizer's moments start afresh")
-            self._moments = None
+            log.warning("what learns has changed: inner moments of what is new start afresh")
+            old, before = self._moments, self._moments_of
+            self._moments = rule.carried(old, before, params) if rule else None
+            self._moments_of = params
         return Phi(
             params,
             learned.buffers_of(self.model),
@@ -369,7 +384,7 @@ class Koi(Configured):
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:
         """Return the meta-update, the same as before where φ and meta_optimizer are the same."""
-        phi, update = self._phi(ready.inner.learned), self._update
+        phi, update = self._phi(ready.inner), self._update
         if (
             update is None
             or update.make_optimizer is not self.meta_optimizer

@@ -37,6 +37,22 @@ class linear:  # noqa: N801 (reads as a function, compares and prints as data)
         return (1 - fraction) * self.start + fraction * self.end
 
 
+def schedule_of(
+    meta_step_size: float | Schedule | None, algorithm: str, step_size: float
+) -> float | Schedule:
+    """Return ε as it was given, or what is right for the algorithm where it was not.
+
+    Reptile's ε is a fraction of the way to φ̃, so that it begins with all of it and ends at 0, by
+    when φ no longer follows single tasks. Of FOMAML and MAML it is the rate of a gradient.
+
+    >>> schedule_of(None, "reptile", step_size=0.02), schedule_of(None, "maml", step_size=0.02)
+    (linear(start=1.0, end=0.0), 0.02)
+    """
+    if meta_step_size is not None:
+        return meta_step_size
+    return linear(1.0, 0.0) if algorithm == "reptile" else step_size
+
+
 def value_at(schedule: float | Schedule, fraction: float) -> float:
     """Return ε at the fraction done, checking what the user's schedule gives.
 

@@ -34,7 +34,8 @@ class Learned:
         """Read the names off ``module``.
 
         Raises:
-            ModelError: no parameter can learn, lazy ones have no shape yet, or they are sharded.
+            ModelError: no parameter can learn, lazy ones have no shape yet, they are sharded, or
+                a copy would not do what the module does (`check_plain`).
         """
         named = dict(module.named_parameters())
         everything = (*named.items(), *module.named_buffers())
@@ -51,6 +52,7 @@ class Learned:
                 f"the model {what}, and Koi shares out tasks, not parameters, to processes: give "
                 "it the plain module, on one device of each, and start the script by torchrun"
             )
+        check_plain(module)
         params = tuple(name for name, p in named.items() if p.requires_grad)
         if not params:
             raise ModelError(
@@ -83,6 +85,47 @@ class Learned:
     def put(self, module: nn.Module, tensors: Sequence[Tensor]) -> None:
         """Overwrite parameters, buffers and constants of ``module``, given in this order."""
         copy_([t.detach() for t in self.tensors_of(module)], tensors)
+
+
+def check_plain(module: nn.Module) -> None:
+    """Check that other tensors can take the place of the module's own without a loss.
+
+    Raises:
+        ModelError: it is scripted, was made in inference mode, or has hooks on parameters.
+    """
+    scripted = [n for n, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        part = f"its part {scripted[0]!r}" if scripted[0] else "it"
+        raise ModelError(
+            f"the model cannot be adapted, as {part} is a torch.jit.ScriptModule, in which no "
+            "other weights can be put for each task: give the plain module, before it was scripted "
+            "or traced (compile=True makes it fast)"
+        )
+    params = dict(module.named_parameters())
+    tensors = (*params.items(), *module.named_buffers())
+    inference = [name for name, tensor in tensors if tensor.is_inference()]
+    if inference:
+        raise ModelError(
+            f"the model has tensors made under torch.inference_mode() ({_named(inference)}), which "
+            "nothing can learn or change later: make or load it outside, or under torch.no_grad()"
+        )
+    hooked = [name for name, p in params.items() if p.requires_grad and _has_hooks(p)]
+    if hooked:
+        raise ModelError(
+            f"the model has hooks on its parameters ({_named(hooked)}), which the copies that "
+            "tasks adapt do not have: change the gradient in an inner_optimizer of your own, or "
+            "mask the parameter in forward"
+        )
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    # both are None, or dictionaries that are empty again once the hooks are removed
+    hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
+    return any(hooks)
+
+
+def _named(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def copy_module(module: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:

@@ -16,8 +16,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from koi.errors import ConfigurationError, EngineError, TaskError, annotate
-from koi.randomness import Place
+from koi.errors import ConfigurationError, EngineError, TaskError
 
 _TASK_MARK = "__koi_tensor_task__"
 TaskClass = TypeVar("TaskClass", bound=type)
@@ -250,51 +249,6 @@ class TaskBatch:
         if "stacked" in self.__dict__:
             return len(next(iter(tensors_of(self.stacked).values())))
         return len(self.tasks)
-
-
-def draw(distribution: Any, num_tasks: int, place: Place) -> TaskBatch:
-    """Draw ``num_tasks`` tasks: several at once where the distribution has ``sample_batch``.
-
-    With a seed the global generators are set before the draw: for each task where tasks are drawn
-    apart, once where they are drawn together. The caller puts the generators back.
-    """
-    alone = num_tasks == 1 and hasattr(distribution, "sample")
-    if hasattr(distribution, "sample_batch") and not alone:
-        place.set("sample")
-        try:
-            stacked = distribution.sample_batch(num_tasks)
-        except BaseException as error:
-            annotate(error, f"while sampling the tasks of {place}")
-            raise
-        if not is_tensor_task(stacked):
-            raise TaskError(
-                f"sample_batch of {type(distribution).__name__} returned "
-                f"{type(stacked).__name__}: it must return one tensor task (@koi.tensor_task) "
-                "whose tensors have the tasks along their first dimension"
-            )
-        given = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_of(stacked).values()}
-        if given != {num_tasks}:
-            raise TaskError(
-                f"sample_batch({num_tasks}) of {type(distribution).__name__} gave "
-                f"{' and '.join(map(str, sorted(given))) or 'no'} tasks: every tensor must have "
-                f"{num_tasks} along its first dimension"
-            )
-        return TaskBatch(stacked=stacked)
-    tasks = []
-    for number in range(num_tasks):
-        place.set("sample", number)
-        try:
-            task = distribution.sample()
-        except BaseException as error:
-            annotate(error, f"while sampling task {number} of {place}")
-            raise
-        if not callable(getattr(task, "loss", None)):
-            raise TaskError(
-                f"sample of {type(distribution).__name__} returned {type(task).__name__}, which "
-                "has no method loss(model): a task must have one"
-            )
-        tasks.append(task)
-    return TaskBatch(tasks=tasks)
 
 
 def views(task: Any, num_steps: int) -> Iterable[Any]:

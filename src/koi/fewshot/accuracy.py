@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from koi.evaluation import mean_and_interval
+from koi.evaluation import counted, mean_and_interval
 from koi.supervised import SupervisedTask
 
 
@@ -35,16 +35,18 @@ class Accuracy:
 
     Args:
         fractions: shape (num_tasks, 2): transductive, inductive.
+        num_skipped: how many tasks more were left out, as what came of them was not finite.
 
     >>> print(Accuracy(torch.tensor([[1.0, 0.8], [0.8, 0.8]])))
     transductive 90.00 ± 19.60 %, inductive 80.00 ± 0.00 % (2 tasks)
     """
 
     fractions: Tensor
+    num_skipped: int = 0
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks were adapted to."""
+        """How many tasks the means are over."""
         return self.fractions.shape[0]
 
     @property
@@ -62,9 +64,8 @@ class Accuracy:
         return Estimate(mean.item(), interval.item())
 
     def __str__(self) -> str:
-        return (
-            f"transductive {self.transductive}, inductive {self.inductive} ({self.num_tasks} tasks)"
-        )
+        tasks = counted(self.num_tasks, self.num_skipped)
+        return f"transductive {self.transductive}, inductive {self.inductive} ({tasks})"
 
 
 class Learner(Protocol):
@@ -73,7 +74,7 @@ class Learner(Protocol):
     def measure(
         self, tasks: Any, metric: Any, num_tasks: int = ..., num_steps: int | None = ...
     ) -> Tensor:
-        """Adapt to tasks and return the metric of each."""
+        """Adapt to tasks and return the metric of each that is kept."""
 
 
 def accuracy(
@@ -93,6 +94,10 @@ def accuracy(
         num_tasks: how many to sample; the paper takes 10,000.
         num_steps: inner steps on each; None: as in training.
 
+    Raises:
+        NonFiniteError: an adapted parameter is NaN or infinite; with ``on_nonfinite="skip"`` the
+            task is left out and counted, and it is an error only if all are.
+
     >>> from koi import Koi
     >>> from koi.fewshot import Episodes
     >>> inputs, labels = torch.eye(4).repeat(5, 1), torch.arange(4).repeat(5)
@@ -101,7 +106,8 @@ def accuracy(
     >>> accuracy(koi, episodes, num_tasks=10).inductive.mean
     1.0
     """
-    return Accuracy(koi.measure(episodes, both_ways, num_tasks, num_steps))
+    fractions = koi.measure(episodes, both_ways, num_tasks, num_steps)
+    return Accuracy(fractions, num_tasks - len(fractions))
 
 
 def both_ways(model: nn.Module, task: SupervisedTask) -> Tensor:

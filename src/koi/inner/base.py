@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from koi.errors import NonFiniteError, TaskError, annotate
+from koi import parameters
+from koi.errors import NonFiniteError, TaskError, annotate, is_end
 from koi.inner.optimizers import Layout, OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
-from koi.parameters import Learned
+from koi.parameters import Learned, Tensors
 from koi.randomness import Place
 from koi.state import Outcome, Phi
 from koi.tasks import TaskBatch, views
@@ -94,16 +95,30 @@ class Engine(Protocol):
 
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
-    ) -> Tensor:
-        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
+    ) -> Tensors:
+        """Return ``metric(adapted module, task)`` of each task that is not skipped."""
 
 
-def measured(metric: Metric, model: nn.Module, task: Any) -> Tensor:
-    """Return what the user's metric gives, which must be a tensor.
+def metrics_of(
+    metric: Metric, model: nn.Module, task: Any, inner: InnerLoop, number: int, place: Place
+) -> Tensors:
+    """Return what the user's metric gives, in a list that is empty if the task is skipped.
+
+    Args:
+        metric: what is called.
+        model: the module adapted to the task.
+        task: the task.
+        inner: the settings, which say whether a task of which nothing finite came is skipped.
+        number: the number of the task.
+        place: where this is, for the error.
 
     Raises:
-        TaskError: it is none.
+        NonFiniteError: an adapted parameter is not finite.
+        TaskError: the metric returned no tensor.
     """
+    size = parameters.norm([p.detach() for p in inner.learned.params_of(model)]).item()
+    if not finite_tasks([[]], [size], number, place, inner.skip_nonfinite):
+        return []
     with torch.no_grad():
         value = metric(model, task)
     if not isinstance(value, Tensor):
@@ -111,7 +126,7 @@ def measured(metric: Metric, model: nn.Module, task: Any) -> Tensor:
             f"the metric returned {type(value).__name__}: metric(model, task) must return a "
             "tensor, of the same shape for every task"
         )
-    return value
+    return [value]
 
 
 def scalar(loss: Any, task: Any, step: int) -> Tensor:
@@ -155,7 +170,7 @@ def finite_tasks(
     """Return which tasks have finite losses at every step and a finite result.
 
     Args:
-        losses: of each task, in the order of its steps.
+        losses: of each task, in the order of its steps; none where they are not known.
         norms: of each task, a norm of what came of it.
         first: the number of the first task.
         place: where this is, for the error.
@@ -175,25 +190,65 @@ def finite_tasks(
             what = "what came of the last step is not finite" if bad is None else "the loss is "
             value = "" if bad is None else values[bad]
             step = len(values) - 1 if bad is None else bad
+            where = f"{place}, task {first + row}" + (f", inner step {step}" if values else "")
             raise NonFiniteError(
-                f"{what}{value} at {place}, task {first + row}, inner step {step}: φ is as it was "
-                "before; try a smaller step_size, or on_nonfinite='skip' to leave such tasks out"
+                f"{what}{value} at {where}: φ is as it was before; try a smaller step_size, or "
+                "on_nonfinite='skip' to leave such tasks out"
             )
     return kept
 
 
-@contextmanager
-def explained(place: Place, first: int, count: int) -> Iterator[None]:
-    """Say of an error in the block where it happened."""
-    try:
-        yield
-    except NonFiniteError:
-        raise
-    except BaseException as error:
-        last = first + count - 1
-        tasks = f"task {first}" if count == 1 else f"tasks {first} to {last}, run at once"
-        annotate(error, f"at {place}, {tasks}; φ is as it was before")
-        raise
+def finite_rows(curves: Tensor, place: Place, inner: InnerLoop) -> Tensors:
+    """Return those rows of an evaluation, one for each task, that are finite.
+
+    Args:
+        curves: shape (tasks, steps + 1).
+        place: where this is, for the error.
+        inner: the settings, which say whether the other tasks are skipped.
+
+    Raises:
+        NonFiniteError: naming the place, the task and the inner step.
+    """
+    zeros = [0.0] * len(curves)
+    kept = finite_tasks(curves.tolist(), zeros, 0, place, inner.skip_nonfinite)
+    return [curves[row] for row in kept]
+
+
+class explained:  # noqa: N801 (reads as a function)
+    """A context that says of an error in its block where it happened.
+
+    It is no ``@contextmanager``: that would take a `TaskError`, which is a RuntimeError, for a
+    generator's own way to pass a StopIteration on, and raise the latter.
+
+    Raises:
+        TaskError: in the place of a StopIteration, which would end a loop somewhere as if all
+            was well.
+    """
+
+    def __init__(self, place: Place, first: int, count: int) -> None:
+        self._place, self._first, self._last = place, first, first + count - 1
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or isinstance(error, NonFiniteError):
+            return
+        first, last = self._first, self._last
+        tasks = f"task {first}" if first == last else f"tasks {first} to {last}, run at once"
+        where = f"at {self._place}, {tasks}; φ is as it was before"
+        if is_end(error):
+            raise TaskError(
+                "the loss or the minibatches of a task raised StopIteration: an iterator that "
+                f"they read has come to its end, so begin it again there ({where})"
+            ) from error
+        annotate(error, where)
+        if "inference tensor" in str(error).lower():
+            annotate(
+                error,
+                "the task holds tensors that were made under torch.inference_mode(), in which "
+                "autograd cannot save them: make tasks under torch.no_grad(), or clone the tensors",
+            )
 
 
 def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> list[list[Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from koi.errors import EngineError
-from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, measured
+from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, metrics_of
 from koi.inner.catalogue import Catalogue, Request
 from koi.inner.compiler import AsItStands, Graph
 from koi.inner.graph import State
@@ -20,6 +20,7 @@ from koi.inner.products import layers_as_products
 from koi.inner.recurrence import map_recurrence
 from koi.inner.workers import Call, Workers
 from koi.inner.working import WorkingCopy
+from koi.parameters import Tensors
 from koi.randomness import Place
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch
@@ -105,9 +106,10 @@ class CompiledEngine:
 
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
-    ) -> Tensor:
-        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
-        size, values = self._first_rows(len(batch)), []
+    ) -> Tensors:
+        """Return ``metric(adapted module, task)`` of each task that is not skipped."""
+        size = self._first_rows(len(batch))
+        values: Tensors = []
         with closing(self._results("adapt", phi, batch, size, num_steps, place)) as results:
             for call, tensors in results:
                 with explained(place, call.first, call.count):
@@ -116,8 +118,9 @@ class CompiledEngine:
                         rows = [t[row] for t in tensors] if self.together else tensors
                         self.copy.begin(phi)
                         self.inner.learned.put(self.copy.module, rows)
-                        values.append(measured(metric, self.copy.module, task))
-        return torch.stack(values)
+                        number, model = call.first + row, self.copy.module
+                        values += metrics_of(metric, model, task, self.inner, number, place)
+        return values
 
     def _results(
         self, purpose: str, phi: Phi, batch: TaskBatch, size: int, num_steps: int, place: Place

@@ -16,6 +16,7 @@ from koi.inner.eager import EagerEngine
 from koi.inner.recurrence import faster_alone
 from koi.inner.selfcheck import DisagreementError, Request, SelfCheck
 from koi.inner.vectorized import VectorizedEngine
+from koi.parameters import Tensors
 from koi.randomness import Place, capture, restore
 from koi.state import Outcome, Phi
 from koi.tasks import TaskBatch, is_tensor_task
@@ -90,8 +91,8 @@ class Dispatch:
 
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
-    ) -> Tensor:
-        """Return ``metric(adapted module, task)`` of each task."""
+    ) -> Tensors:
+        """Return ``metric(adapted module, task)`` of each task that is not skipped."""
         request = Request(self._forms(batch)[0], False, phi, batch, num_steps, place)
         return self._run(request, lambda e: e.measure(phi, batch, num_steps, place, metric))
 

@@ -21,7 +21,7 @@ from koi.inner.base import (
     depends_on_model,
     explained,
     finite_tasks,
-    measured,
+    metrics_of,
     scalar,
 )
 from koi.inner.bound import bound_optimizer
@@ -102,16 +102,17 @@ class EagerEngine(StepwiseEngine):
     @torch.enable_grad()
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
-    ) -> Tensor:
-        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
-        values = []
+    ) -> Tensors:
+        """Return ``metric(adapted module, task)`` of each task that is not skipped."""
+        values: Tensors = []
         for number, task in enumerate(batch.tasks):
             with explained(place, number, 1):
                 place.set("inner", number)
                 self.adapt_to(phi, views(task, num_steps))
                 self.copy.check()
-                values.append(measured(metric, self.copy.module, task))
-        return torch.stack(values)
+                module = self.copy.module
+                values += metrics_of(metric, module, task, self.inner, number, place)
+        return values
 
     def begin(self, phi: Phi) -> None:
         """Set the working copy to φ."""

@@ -61,6 +61,23 @@ class UpdateRule(ABC):
         without_data = [torch.empty_like(p, device="meta") for p in params]
         return [moment.shape for moment in self.initial(without_data)]
 
+    def carried(
+        self, moments: Tensors, before: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> Tensors:
+        """Return the moments of ``params``: those they had ``before``, fresh where they are new."""
+        fresh = self.initial(params)
+        places = {id(param): place for place, param in enumerate(before)}
+        counts = slice(self.num_slots * len(params), None), slice(-1, None)
+        for i, param in enumerate(params):
+            place = places.get(id(param))
+            if place is None:
+                continue
+            for slot in range(self.num_slots):
+                fresh[slot * len(params) + i] = moments[slot * len(before) + place]
+            for count, old in zip(fresh[counts[0]], moments[counts[1]], strict=False):
+                count[i] = old[place]
+        return fresh
+
     def dense(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the gradients, those that are sparse (of ``Embedding(sparse=True)``) as dense."""
         return [g.to_dense() if g.is_sparse else g for g in grads]

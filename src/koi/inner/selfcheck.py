@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from koi.errors import EngineError, ModelError
 from koi.inner.base import Engine, InnerLoop
+from koi.inner.internals import step_hooks
+from koi.inner.optimizers import make_optimizer
 from koi.inner.plain import Plain
 from koi.parameters import Tensors, difference, norm
 from koi.randomness import Place, States, capture, restore
@@ -93,10 +95,16 @@ class SelfCheck:
         states = capture()
         try:
             tasks = self._copies(self._request.batch.tasks[:2])
-            if tasks and self._request.num_steps > 0:
+            if tasks and self._request.num_steps > 0 and not self._is_watched():
                 self._look(tasks, states)
         finally:
             restore(states)
+
+    def _is_watched(self) -> bool:
+        """Return whether the optimizer's steps have effects of the user's, such as hooks."""
+        params = [p.detach().clone().requires_grad_() for p in self._request.phi.params]
+        optimizer = make_optimizer(self._inner.factory, params, self._inner.step_size)
+        return any(step_hooks(optimizer)) or "step" in vars(optimizer)
 
     def _look(self, tasks: list[Any], states: States) -> None:
         start = self._request.phi.params
@@ -134,7 +142,7 @@ class SelfCheck:
         where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
         if request.training:
             return self._engine.meta_batch(fresh, *where).params
-        values = self._engine.measure(fresh, *where, self._parameters)
+        values = torch.stack(self._engine.measure(fresh, *where, self._parameters))
         parts = values.mean(0).split([p.numel() for p in phi.params])
         return [part.view_as(p).to(p.dtype) for part, p in zip(parts, phi.params, strict=True)]
 

@@ -27,7 +27,7 @@ from koi.inner.base import (
     drawn_views,
     explained,
     finite_tasks,
-    measured,
+    metrics_of,
     scalar,
 )
 from koi.inner.bound import BoundOptimizer, bound_optimizer
@@ -113,9 +113,9 @@ class VectorizedEngine(StepwiseEngine):
     @torch.enable_grad()
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
-    ) -> Tensor:
-        """Return ``metric(adapted module, task)`` of each task, shape (tasks, …)."""
-        values = []
+    ) -> Tensors:
+        """Return ``metric(adapted module, task)`` of each task that is not skipped."""
+        values: Tensors = []
         for first, chunk in self._chunks(phi, batch):
             with explained(place, first, len(chunk)), self._running():
                 place.set("inner", first or None)
@@ -124,8 +124,10 @@ class VectorizedEngine(StepwiseEngine):
                 self.copy.begin(phi)
                 rows = [t[row] for t in (*self.params, *self.buffers, *self.constants)]
                 self.inner.learned.put(self.copy.module, rows)
-                values.append(measured(metric, self.copy.module, task))
-        return torch.stack(values)
+                number, module = first + row, self.copy.module
+                with explained(place, number, 1):
+                    values += metrics_of(metric, module, task, self.inner, number, place)
+        return values
 
     def begin(self, phi: Phi) -> None:
         """Set every row to φ."""

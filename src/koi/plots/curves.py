@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from koi.evaluation import Evaluation
+from koi.evaluation import Evaluation, counted
 from koi.plots.style import HUES, draw_curve, new_figure
 from koi.records import Record
 
@@ -72,9 +72,9 @@ def adaptation_curves(curves: Mapping[str, Evaluation], ylabel: str = "query los
         draw_curve(axes, title, curve, hue)
     _finish(axes, [value for curve in curves.values() for value in curve.mean])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    counts = sorted({curve.num_tasks for curve in curves.values()})
-    tasks = " or ".join(f"{count:,}" for count in counts)
-    axes.set(xlabel=f"inner steps (mean over {tasks} tasks)", ylabel=ylabel)
+    counts = sorted({(curve.num_tasks, curve.num_skipped) for curve in curves.values()})
+    tasks = " or ".join(counted(*count) for count in counts)
+    axes.set(xlabel=f"inner steps (mean over {tasks})", ylabel=ylabel)
     axes.legend(frameon=False)
     return figure
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
-from koi.evaluation import Evaluation, doubling
+from koi.evaluation import Evaluation, counted, doubling
 from koi.plots.style import HUES, draw_curve, new_figure
 
 # The further a network has adapted, the fuller its line.
@@ -71,7 +71,7 @@ def _draw_wave(axes: Axes, wave: Wave, hue: str) -> None:
 
 
 def _label_curves(axes: Axes, curve: Evaluation) -> None:
-    axes.set_title(f"error on {curve.num_tasks} new waves")
+    axes.set_title(f"error on {counted(curve.num_tasks, curve.num_skipped, 'new waves')}")
     axes.set(xlabel="gradient steps on 10 points", ylabel="mean squared error", yscale="log")
     axes.set_xticks([step for step in doubling(curve.num_steps) if step == 0 or step >= 4])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -124,4 +124,5 @@ def _results(run: Run, iteration: int) -> Any:
                 "metric": "accuracy",
                 "value": mean,
                 "interval": interval,
+                "num_skipped": result.get("num_skipped", 0),
             }

@@ -30,7 +30,8 @@ def measure(run: Run, num_shots: int, num_tasks: int = 1000, progress: bool | No
         progress: whether to show a progress bar; None: where there is a terminal.
 
     Returns:
-        The result as it is kept: both accuracies with their intervals, in [0, 1].
+        The result as it is kept: both accuracies with their intervals, in [0, 1], and how many
+        tasks they are over or were left out as not finite.
     """
     config = run.config()
     checkpoint = newest_checkpoint(run)
@@ -40,7 +41,8 @@ def measure(run: Run, num_shots: int, num_tasks: int = 1000, progress: bool | No
     result = {
         "transductive": list(found.transductive),
         "inductive": list(found.inductive),
-        "num_tasks": num_tasks,
+        "num_tasks": found.num_tasks,
+        "num_skipped": found.num_skipped,
         "iteration": learner.iteration,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -51,7 +53,8 @@ def measure(run: Run, num_shots: int, num_tasks: int = 1000, progress: bool | No
 def measuring_learner(checkpoint: Path, config: Config, num_shots: int) -> Koi:
     """Return a learner that adapts as the recipe's test tasks want it, from a checkpoint.
 
-    It is not compiled: a graph for each number of shots would take longer than it saves.
+    It is not compiled: a graph for each number of shots would take longer than it saves. A task on
+    which it diverges is left out and counted: it must not end a training that is being watched.
     """
     recipe: FewShotRecipe = config.recipe
     return Koi.load(
@@ -62,6 +65,7 @@ def measuring_learner(checkpoint: Path, config: Config, num_shots: int) -> Koi:
         compile=False,
         vectorize="auto",
         chunk_size=_CHUNK,
+        on_nonfinite="skip",
     )
 
 
@@ -83,7 +87,8 @@ def measured(
             bar.update()
             return both_ways(model, task)
 
-        return Accuracy(learner.measure(episodes, metric, num_tasks))
+        fractions = learner.measure(episodes, metric, num_tasks)
+    return Accuracy(fractions, num_tasks - len(fractions))
 
 
 def newest_checkpoint(run: Run) -> Path:

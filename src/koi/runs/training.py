@@ -83,6 +83,7 @@ class Watcher:
         for num_shots, found in self._accuracies(koi).items():
             line[f"{num_shots}-shot transductive"] = found.transductive.mean
             line[f"{num_shots}-shot inductive"] = found.inductive.mean
+            line[f"{num_shots}-shot num_skipped"] = found.num_skipped
         append(self._run.validation, line)
         shots = min(self._config.recipe.adaptations)
         self._bar.note = f"validation {100 * line[f'{shots}-shot inductive']:.1f} %"

@@ -1,0 +1,67 @@
+"""Drawing tasks from a distribution, the user's random generators set before each draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from koi.errors import TaskError, annotate, is_end
+from koi.randomness import Place
+from koi.tasks import TaskBatch, is_tensor_task, tensors_of
+
+
+def draw(distribution: Any, num_tasks: int, place: Place) -> TaskBatch:
+    """Draw ``num_tasks`` tasks: several at once where the distribution has ``sample_batch``.
+
+    With a seed the global generators are set before the draw: for each task where tasks are drawn
+    apart, once where they are drawn together. The caller puts the generators back.
+    """
+    alone = num_tasks == 1 and hasattr(distribution, "sample")
+    if hasattr(distribution, "sample_batch") and not alone:
+        place.set("sample")
+        stacked = asked(distribution.sample_batch, f"the tasks of {place}", num_tasks)
+        if not is_tensor_task(stacked):
+            raise TaskError(
+                f"sample_batch of {type(distribution).__name__} returned "
+                f"{type(stacked).__name__}: it must return one tensor task (@koi.tensor_task) "
+                "whose tensors have the tasks along their first dimension"
+            )
+        given = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_of(stacked).values()}
+        if given != {num_tasks}:
+            raise TaskError(
+                f"sample_batch({num_tasks}) of {type(distribution).__name__} gave "
+                f"{' and '.join(map(str, sorted(given))) or 'no'} tasks: every tensor must have "
+                f"{num_tasks} along its first dimension"
+            )
+        return TaskBatch(stacked=stacked)
+    tasks = []
+    for number in range(num_tasks):
+        place.set("sample", number)
+        task = asked(distribution.sample, f"task {number} of {place}")
+        if not callable(getattr(task, "loss", None)):
+            raise TaskError(
+                f"sample of {type(distribution).__name__} returned {type(task).__name__}, which "
+                "has no method loss(model): a task must have one"
+            )
+        tasks.append(task)
+    return TaskBatch(tasks=tasks)
+
+
+def asked(method: Callable[..., Any], what: str, *arguments: Any) -> Any:
+    """Call a distribution's method, saying of an error what was being sampled.
+
+    Raises:
+        TaskError: in the place of a StopIteration, which would end a loop somewhere as if all
+            was well.
+    """
+    try:
+        return method(*arguments)
+    except BaseException as error:
+        if is_end(error):
+            name = getattr(method, "__qualname__", type(method).__qualname__)
+            raise TaskError(
+                f"the distribution has no more tasks ({name} raised StopIteration) for {what}: it "
+                "must give some as long as it is asked, so go through them again"
+            ) from error
+        annotate(error, f"while sampling {what}")
+        raise
