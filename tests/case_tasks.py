@@ -140,6 +140,14 @@ class Decayed(Fit):
         return super().loss(model) + 0.1 * sum(p.square().sum() for p in weights)
 
 
+class DecayedQuery(Fit):
+    """The same where it is measured."""
+
+    @property
+    def query(self):
+        return Decayed(self.x, self.y)
+
+
 @koi.tensor_task
 @dataclass
 class Typed(Fit):
@@ -154,7 +162,7 @@ class Typed(Fit):
 
 for cls in (Shadowed, Unlearning, UnlearningQuery, ReadsGlobal, ReadsClass):
     koi.tensor_task(cls)
-for cls in (InputDerivative, InputJacobian, GradientPenalty, Decayed):
+for cls in (InputDerivative, InputJacobian, GradientPenalty, Decayed, DecayedQuery):
     koi.tensor_task(cls)
 
 
