@@ -324,7 +324,24 @@ def test_sparse_gradients(options):
 
 
 def test_adam_refuses_sparse_gradients():
-    koi = Koi(Words(), **SETTINGS, inner_optimizer="adam", vectorize=False, check=False)
+    """When the learner is made, where a module says it; where a function does, at the step."""
+    with pytest.raises(ConfigurationError, match=r"Adam inside .* sparse gradients .*'sgd'"):
+        Koi(Words(), **SETTINGS, inner_optimizer="adam")
+
+    class Function(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = Words()
+            self.words.embedding.sparse = False
+
+        def forward(self, x):
+            self.words.embedding.sparse = True
+            try:
+                return self.words(x)
+            finally:
+                self.words.embedding.sparse = False
+
+    koi = Koi(Function(), **SETTINGS, inner_optimizer="adam", vectorize=False, check=False)
     with pytest.raises(ConfigurationError, match=r"Adam, which takes no sparse gradients.*'sgd'"):
         koi.train(sentences())
 

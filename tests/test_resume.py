@@ -155,6 +155,8 @@ def assert_same_training(koi, whole):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_resumed_run_equals_the_uninterrupted_one(case, vectorize, tmp_path):
     """Stopped in the middle of a meta-iteration; and, on the way there, between two of them."""
+    if vectorize and case.get("autocast") is torch.float16:
+        pytest.skip("float16 runs one task at a time")
     whole = uninterrupted(case, vectorize)
 
     reseed(1)

@@ -6,7 +6,13 @@ import torch
 from koi import CheckpointError, ConfigurationError, Koi, KoiWarning
 from toys import Regressions, assert_same, small_net, snapshot
 
-SETTINGS = {"step_size": 0.1, "num_steps": 2, "num_iterations": 8, "seed": 0}
+SETTINGS = {
+    "step_size": 0.1,
+    "num_steps": 2,
+    "num_iterations": 8,
+    "meta_step_size": 0.1,
+    "seed": 0,
+}
 
 
 class Stop(Exception):  # noqa: N818

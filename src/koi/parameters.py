@@ -119,6 +119,7 @@ def check_plain(module: nn.Module) -> None:
 
 
 def has_hooks(tensor: Tensor) -> bool:
+    """Return whether a tensor calls something of the user's when it gets a gradient."""
     # both are None, or dictionaries that are empty again once the hooks are removed
     hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
     return any(hooks)
@@ -210,6 +211,11 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm over all the tensors together, as one scalar."""
     total: Tensor = torch.linalg.vector_norm(norms(tensors))
     return total
+
+
+def largest(tensor: Tensor) -> float:
+    """Return the largest absolute value, 0 of an empty tensor."""
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 class RunningMean:

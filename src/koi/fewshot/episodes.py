@@ -44,7 +44,7 @@ class Episodes:
     >>> data = labelled((torch.rand(12, 8), torch.arange(12) % 4))
     >>> episodes = Episodes(data, num_ways=3, num_shots=2, num_queries=1)
     >>> task = episodes.sample()
-    >>> task.support_inputs.shape, task.query_targets
+    >>> task.support_inputs.shape, task.query_targets.sort().values
     (torch.Size([6, 8]), tensor([0, 1, 2]))
     >>> episodes.sample_batch(5).support_inputs.shape
     torch.Size([5, 6, 8])

@@ -33,6 +33,12 @@ SHARED_DRAWS = (
 _ADVICE = {
     ".item()": "keep tensors as they are, without .item(), float() or if on their values",
     "data-dependent": "write torch.where in the place of if on a tensor's values",
+    "escaped from inside": "what is computed again or kept for later (torch.utils.checkpoint) is "
+    "of many tasks then: switch that off, or use vectorize=False",
+    "saved tensor hooks": "switch off what computes activations again (torch.utils.checkpoint), or "
+    "use vectorize=False, compile=False",
+    "setup_context": "give the torch.autograd.Function a setup_context and generate_vmap_rule (of "
+    "torch.utils.checkpoint take use_reentrant=False), or use vectorize=False",
     # a tensor that stands for many tasks has no memory that NumPy could read
     "data pointer": "compute with torch, or in sample(), what is now computed with NumPy",
 }

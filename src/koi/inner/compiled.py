@@ -13,6 +13,7 @@ from koi.errors import EngineError
 from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, metrics_of
 from koi.inner.catalogue import Catalogue, Request
 from koi.inner.compiler import AsItStands, Graph
+from koi.inner.embedding import map_padding
 from koi.inner.graph import State
 from koi.inner.moments import check_moments
 from koi.inner.normalisation import map_normalisation, map_weight_norm
@@ -156,6 +157,7 @@ class CompiledEngine:
         if self.together:
             map_normalisation(module, self.inner.autocast is not None, join=False)
         map_recurrence(module, kernel=False)
+        map_padding(module)
         if self.inner.algorithm == "maml":
             map_weight_norm(module)
 

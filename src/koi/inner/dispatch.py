@@ -65,7 +65,7 @@ class Dispatch:
         self._seeded = seeded
         self._alone = not compile and inner.algorithm != "maml" and faster_alone(model)
         self._check = check
-        self._checked: set[tuple[str, bool, type]] = set()
+        self._checked: set[tuple[str, str, type]] = set()
         self._engines: dict[str, Engine] = {}
         self.refused: set[str] = set()
         self._seconds: dict[str, list[float]] = {}
@@ -82,19 +82,19 @@ class Dispatch:
                 seconds.append(time.perf_counter() - began)
             return outcome
 
-        request = Request(self._turn(batch), True, phi, batch, num_steps, place)
+        request = Request(self._turn(batch), "train", phi, batch, num_steps, place)
         return self._run(request, work)
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
         """Return each task's query loss before and after each step."""
-        request = Request(self._forms(batch)[0], False, phi, batch, num_steps, place)
+        request = Request(self._forms(batch)[0], "evaluate", phi, batch, num_steps, place)
         return self._run(request, lambda e: e.evaluate(phi, batch, num_steps, place))
 
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
     ) -> Tensors:
         """Return ``metric(adapted module, task)`` of each task that is not skipped."""
-        request = Request(self._forms(batch)[0], False, phi, batch, num_steps, place)
+        request = Request(self._forms(batch)[0], "measure", phi, batch, num_steps, place)
         return self._run(request, lambda e: e.measure(phi, batch, num_steps, place, metric))
 
     def _forms(self, batch: TaskBatch) -> list[str]:
@@ -175,7 +175,7 @@ class Dispatch:
 
     def _compare(self, engine: Engine, request: Request) -> None:
         """Compare a form with the plainest way, before it first does such work on such tasks."""
-        key = request.form, request.training, type(request.batch.example)
+        key = request.form, request.purpose, type(request.batch.example)
         if not self._check or key in self._checked or self._inner.scale is not None:
             return
         rows = 1

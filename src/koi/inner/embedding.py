@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from koi.inner.granted import is_torchs_own
 
 
 class EmbeddingPadding(TorchFunctionMode):
@@ -49,3 +52,19 @@ def _embedding(
         return rows
     index = padding_idx if padding_idx >= 0 else weight.shape[0] + padding_idx
     return torch.where((input == index).unsqueeze(-1), rows.detach(), rows)
+
+
+def map_padding(module: nn.Module) -> None:
+    """Write the embeddings of ``module``, a copy to work on, as `EmbeddingPadding` does.
+
+    For graphs, in which that mode has no place.
+    """
+    layer: Any
+    for layer in module.modules():
+        if is_torchs_own(layer, nn.Embedding) and layer.padding_idx is not None:
+            layer.forward = partial(_looked_up, layer)
+
+
+def _looked_up(layer: nn.Embedding, input: Tensor) -> Tensor:
+    settings = layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
+    return _embedding(input, layer.weight, layer.padding_idx, *settings)

@@ -33,7 +33,8 @@ _FORWARDS = {
     if isinstance(kind, type) and issubclass(kind, nn.Module)
 }
 
-_OF_MODULE = frozenset(vars(nn.Module()))
+# What every module has, and what recurrent layers keep beside it: their weights once more.
+_OF_MODULE = frozenset({*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"})
 _HOOKS = tuple(
     name for name in vars(nn.Module()) if name.endswith("hooks") and "state_dict" not in name
 )
@@ -59,11 +60,14 @@ class Content:
     """A plain tensor at a moment: equal while it is the same tensor with the same values."""
 
     def __init__(self, tensor: Tensor) -> None:
-        strided = tensor.layout is torch.strided and not tensor.is_meta
-        self._tensor = tensor
-        self._form = form(tensor), tensor._version, tensor.data_ptr() if strided else 0
-        small = strided and tensor.numel() <= _SMALL
-        self._values = tensor.detach().clone() if small else None
+        self._tensor, self._values = tensor, None
+        self._form: tuple[Any, ...] = form(tensor), tensor._version
+        try:
+            self._form += (tensor.data_ptr(),)
+        except RuntimeError:  # a sparse one, or one that stands for many tasks
+            return
+        if tensor.numel() <= _SMALL and not tensor.is_meta:
+            self._values = tensor.detach().clone()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Content) or self._tensor is not other._tensor:
@@ -204,7 +208,7 @@ def _row(part: nn.Module, depth: int, seen: frozenset[int]) -> tuple[Any, ...]:
     own = part.__dict__
     return (
         type(part),
-        own["training"],
+        part.training,
         tuple(
             (name, None if tensor is None else (Same(tensor), form(tensor), has_hooks(tensor)))
             for name, tensor in (*own["_parameters"].items(), *own["_buffers"].items())

@@ -18,7 +18,7 @@ from koi.inner.base import InnerLoop, scalar
 from koi.inner.optimizers import make_optimizer
 from koi.parameters import Tensors, copy_module
 from koi.randomness import Place, capture, same_states
-from koi.tasks import outer_view, views
+from koi.tasks import outer_view, query_of, views
 
 
 @dataclass
@@ -28,10 +28,12 @@ class Plain:
     Args:
         model: the user's module.
         inner: the settings of the inner loop.
-        algorithm: what is asked for: φ̃ ("reptile"), or the query loss and its gradient at φ̃.
+        algorithm: what is asked for: φ̃ ("reptile"), the query loss at φ̃ ("maml") and its gradient
+            there ("fomaml"), or the query losses before and after each step ("evaluation").
         num_steps: inner steps.
         place: where this is, for the draws.
         together: whether losses draw as those of tasks that run at once do.
+        steps: whether the optimizer steps at all.
         noisy: whether a loss has drawn at random.
     """
 
@@ -41,6 +43,7 @@ class Plain:
     num_steps: int
     place: Place
     together: bool
+    steps: bool = True
     noisy: bool = False
 
     @torch.enable_grad()
@@ -55,22 +58,27 @@ class Plain:
         Raises:
             ModelError: the loss reaches the user's module in the place of the copy it is given.
         """
-        shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
-        model = copy_module(self.model, shared)
+        model = self._copied(self.model)
         params = self.inner.learned.params_of(model)
         with torch.no_grad():
             for param, value in zip(params, start, strict=True):
                 param.copy_(value)
         optimizer = make_optimizer(self.inner.factory, params, self.inner.step_size)
         view, loss = task, torch.zeros(())
-        for step, view in enumerate(self._views(task, number)):
+        steps = self._views(task, number)
+        curve = [self._measured(task, model, 0)]
+        for step, view in enumerate(steps):
             loss = self._loss(view, model, step)
             if step == 0:
                 self._check_reach(loss)
             optimizer.zero_grad()
             for param, grad in zip(params, _gradients(loss, params), strict=True):
                 param.grad = grad
-            optimizer.step()
+            if self.steps:
+                optimizer.step()
+            curve.append(self._measured(task, model, step + 1))
+        if self.algorithm == "evaluation":
+            return [torch.stack(curve)], loss.item()
         if self.algorithm == "reptile":
             return [p.detach() for p in params], loss.item()
         loss = self._loss(outer_view(task, view), model, self.num_steps)
@@ -78,6 +86,16 @@ class Plain:
             return [], loss.item()
         pairs = zip(params, _gradients(loss, params), strict=True)
         return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in pairs], loss.item()
+
+    def _copied(self, model: nn.Module) -> nn.Module:
+        """Return a deep copy; what is frozen is not copied."""
+        return copy_module(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+    def _measured(self, task: Any, model: nn.Module, step: int) -> Tensor:
+        """Return the query loss, where that is asked for, of a copy."""
+        if self.algorithm != "evaluation":
+            return torch.zeros(())
+        return self._loss(query_of(task), self._copied(model), step).detach()
 
     def _views(self, task: Any, number: int) -> Iterable[Any]:
         """Return what each step sees, the generators set as the engine's are."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from koi.errors import EngineError, ModelError
 from koi.inner.base import Engine, InnerLoop
+from koi.inner.differences import Losses
+from koi.inner.eager import EagerEngine
 from koi.inner.internals import step_hooks
 from koi.inner.optimizers import make_optimizer
 from koi.inner.plain import Plain
-from koi.parameters import Tensors, difference, norm
+from koi.parameters import Tensors, difference, largest
 from koi.randomness import Place, States, capture, restore
 from koi.state import Phi
 from koi.tasks import TaskBatch
@@ -31,20 +34,12 @@ class DisagreementError(EngineError):
     """An engine that gives something else than the plainest way."""
 
 
-@runtime_checkable
-class Compiled(Protocol):
-    """An engine that draws as torch does only where it is not compiled."""
-
-    def uncompiled(self) -> Engine:
-        """Return the engine without the compiler."""
-
-
 class Request(NamedTuple):
     """What an engine is asked for.
 
     Args:
         form: the engine's name.
-        training: what a meta-batch gives, or else where adaptation ends.
+        purpose: "train", "evaluate" or "measure".
         phi: where the tasks start.
         batch: the tasks.
         num_steps: inner steps.
@@ -52,11 +47,38 @@ class Request(NamedTuple):
     """
 
     form: str
-    training: bool
+    purpose: str
     phi: Phi
     batch: TaskBatch
     num_steps: int
     place: Place
+
+
+# From the parameters to begin with, a task and its number to what it gives, and its last loss.
+Way = Callable[[Sequence[Tensor], Any, int], tuple[Tensors, float]]
+
+
+class Eagerly:
+    """MAML's gradient one task at a time: where torch's autograd is right, it is the plain way."""
+
+    def __init__(self, model: nn.Module, inner: InnerLoop, request: Request) -> None:
+        self._engine, self._request = EagerEngine(model, inner), request
+
+    def __call__(self, start: Sequence[Tensor], task: Any, number: int) -> tuple[Tensors, float]:
+        """Return the gradient and the query loss."""
+        phi = self._request.phi
+        at = Phi(list(start), phi.buffers, phi.constants, None, phi.names)
+        batch = TaskBatch(tasks=[task], first=number)
+        outcome = self._engine.meta_batch(at, batch, self._request.num_steps, self._request.place)
+        return outcome.params, outcome.losses[0][-1] if outcome.losses else math.nan
+
+
+@runtime_checkable
+class Compiled(Protocol):
+    """An engine that draws as torch does only where it is not compiled."""
+
+    def uncompiled(self) -> Engine:
+        """Return the engine without the compiler."""
 
 
 class SelfCheck:
@@ -79,11 +101,14 @@ class SelfCheck:
     ) -> None:
         self._model, self._inner, self._engine = model, inner, engine
         self._request, self._rows = request, rows
-        self._algorithm = inner.algorithm if request.training else "reptile"
+        given = {"train": inner.algorithm, "evaluate": "evaluation", "measure": "reptile"}
+        self._algorithm = given[request.purpose]
         self._together = request.form.startswith("vectorized")
         self._plain = Plain(
             *(model, inner, self._algorithm, request.num_steps, request.place, self._together)
         )
+
+        self._reference: Way = self._plain
 
     def run(self) -> None:
         """Compare.
@@ -117,6 +142,9 @@ class SelfCheck:
         if self._plain.noisy and self._together:  # a single task's draws can be repeated
             tasks, self._rows = tasks[:1], 1
             expected, loss = self._plainly(start, tasks, states)
+        elif self._algorithm == "maml" and self._request.form != "eager":
+            self._reference = Eagerly(self._model, self._inner, self._request)
+            expected, loss = self._plainly(start, tasks, states)
         if self._plain.noisy and isinstance(self._engine, Compiled):
             self._engine = self._engine.uncompiled()
         if not torch.tensor(loss).isfinite() or not all(e.isfinite().all() for e in expected):
@@ -125,12 +153,14 @@ class SelfCheck:
         given = self._given(self._copies(tasks))
         if not given:  # all tasks were skipped, which will be told
             return
-        if self._algorithm == "maml":
-            wrong = self._against_differences(given, tasks, states)
-        else:
-            wrong = self._beyond_rounding(given, expected, tasks, states)
+        wrong = self._beyond_rounding(given, expected, tasks, states) if expected else []
+        if self._algorithm == "maml" and not wrong:
+            loss_of = Losses(self._plainly, self._plain, start, tasks, states)
+            wrong = loss_of.contradict(given)
         if wrong:
-            names = [self._inner.learned.params[i] for i in wrong]
+            losses = ("the query losses",)
+            every = losses if self._algorithm == "evaluation" else self._inner.learned.params
+            names = [every[i] for i in wrong]
             shown = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
             raise DisagreementError(
                 f"the engine {self._request.form!r} does not give for {type(tasks[0]).__name__} "
@@ -142,8 +172,10 @@ class SelfCheck:
         request, phi = self._request, self._request.phi
         fresh = Phi(phi.params, phi.buffers, phi.constants, None, phi.names)
         where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
-        if request.training:
+        if request.purpose == "train":
             return self._engine.meta_batch(fresh, *where).params
+        if request.purpose == "evaluate":
+            return [self._engine.evaluate(fresh, *where).mean(0)]
         values = self._engine.measure(fresh, *where, self._parameters)
         if not values:
             return []
@@ -154,16 +186,19 @@ class SelfCheck:
         return torch.cat([p.detach().flatten() for p in self._inner.learned.params_of(model)])
 
     def _plainly(
-        self, start: Sequence[Tensor], tasks: list[Any], states: States
+        self,
+        start: Sequence[Tensor],
+        tasks: list[Any],
+        states: States,
+        plain: Way | None = None,
     ) -> tuple[Tensors, float]:
         """Return the plain results' mean, the first task counting as often as it fills up."""
+        plain = plain or self._reference
         restore(states)
         repeated = max(self._rows, len(tasks)) - len(tasks) + 1
         weights = [repeated] + [1] * (len(tasks) - 1)
         total = sum(weights)
-        results = [
-            self._plain(start, task, number) for number, task in enumerate(self._copies(tasks))
-        ]
+        results = [plain(start, task, number) for number, task in enumerate(self._copies(tasks))]
         means = [
             sum((w / total) * t for w, t in zip(weights, tensors, strict=True))
             for tensors in zip(*(tensors for tensors, _ in results), strict=True)
@@ -177,12 +212,12 @@ class SelfCheck:
         start = self._request.phi.params
         moved = difference(expected, start) if self._algorithm == "reptile" else expected
         away = [largest(a - b) for a, b in zip(given, expected, strict=True)]
-        eps = [torch.finfo(p.dtype).eps for p in start]
+        eps = max(torch.finfo(p.dtype).eps for p in start)
         allowed = [
-            e * (_ROUNDING * largest(m) + 10 * largest(p))
-            for e, m, p in zip(eps, moved, start, strict=True)
+            eps * (_ROUNDING * largest(m) + 10 * largest(e))
+            for m, e in zip(moved, expected, strict=True)
         ]
-        unit = torch.finfo(self._inner.autocast).eps if self._inner.autocast else max(eps)
+        unit = torch.finfo(self._inner.autocast).eps if self._inner.autocast else eps
         for attempt, size in enumerate((unit, unit, 10 * unit, 100 * unit)):
             wrong = [i for i in range(len(away)) if not away[i] <= allowed[i]]
             if not wrong:
@@ -197,50 +232,6 @@ class SelfCheck:
                 allowed[i] = max(allowed[i], _NOISE * largest(a - b))
         return [i for i in range(len(away)) if not away[i] <= allowed[i]]
 
-    def _against_differences(
-        self, gradient: Tensors, tasks: list[Any], states: States
-    ) -> list[int]:
-        """Return in which tensors a gradient is not that of the loss after the inner loop.
-
-        Central differences (f(φ + hv) − f(φ − hv)) / 2h, of two sizes h, whose own error they tell.
-        """
-        start = self._request.phi.params
-        eps = max(torch.finfo(p.dtype).eps for p in start)
-        unit = torch.finfo(self._inner.autocast).eps if self._inner.autocast else eps
-        tolerance = max(unit, eps) ** 0.25
-
-        def slope(direction: Tensors, h: float) -> float:
-            ends = [
-                self._plainly(
-                    [p + s * h * v for p, v in zip(start, direction, strict=True)], tasks, states
-                )[1]
-                for s in (1, -1)
-            ]
-            return (ends[0] - ends[1]) / (2 * h)
-
-        def agrees(direction: Tensors) -> bool:
-            h = eps ** (1 / 3) * (1 + max(map(largest, start)))
-            coarse, fine = slope(direction, h), slope(direction, h / 2)
-            products = zip(gradient, direction, strict=True)
-            expected = sum((g.conj() * v).real.sum().item() for g, v in products)
-            length = norm(gradient).item() * norm(direction).item()
-            return bool(abs(fine - expected) <= tolerance * length + 10 * abs(coarse - fine))
-
-        generator = torch.Generator().manual_seed(0)
-        direction = [
-            torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) / p.numel() ** 0.5
-            for p in start
-        ]
-        size = max(norm(gradient).item(), torch.finfo(start[0].dtype).tiny)
-        direction = [v + g / size for v, g in zip(direction, gradient, strict=True)]
-        if agrees(direction):
-            return []
-        apart = [
-            [v if i == j else torch.zeros_like(v) for j, v in enumerate(direction)]
-            for i in range(len(direction))
-        ]
-        return [i for i, own in enumerate(apart) if not agrees(own)] or list(range(len(start)))
-
     def _copies(self, tasks: list[Any]) -> list[Any]:
         """Return copies that share the user's module; none where a task cannot be copied."""
         shared: dict[int, Any] = {id(part): part for part in self._model.modules()}
@@ -250,11 +241,6 @@ class SelfCheck:
         except Exception:  # whatever the user's own class raises
             return []
         return copies
-
-
-def largest(tensor: Tensor) -> float:
-    """Return the largest absolute value, 0 of an empty tensor."""
-    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def perturbed(tensors: Sequence[Tensor], unit: float, attempt: int) -> Tensors:

@@ -223,8 +223,12 @@ class VectorizedEngine(StepwiseEngine):
         self.copy.watch()
         device = self.params[0].device.type
         padding = EmbeddingPadding() if self._padded else nullcontext()
-        with attention_kernel(self.inner, True, device), padding:
-            yield
+        try:
+            with attention_kernel(self.inner, True, device), padding:
+                yield
+        except RuntimeError:
+            self.copy.untouched()  # names what torch meets as a tensor that has escaped
+            raise
         self.copy.untouched()
 
     def _prepare(self, module: nn.Module) -> None:

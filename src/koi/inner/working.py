@@ -61,8 +61,7 @@ class WorkingCopy:
 
     def begin(self, phi: Phi) -> None:
         """Set the copy to φ and to what the user's module holds besides."""
-        for slot in self._buffers:
-            slot.place[slot.key] = slot.tensor  # where forward has assigned another
+        self._put_buffers_back()
         if not self._look.unchanged():
             theirs = self.learned.tensors_of(self._model)
             shared: dict[int, Tensor] = {id(p): p for p in self._frozen.values()}
@@ -129,6 +128,7 @@ class WorkingCopy:
             EngineError: naming what has.
         """
         self.check()
+        self._put_buffers_back()
         if not self._look.unchanged():
             what = difference(self.module, self._look.held, held(self.module))
             raise EngineError(
@@ -162,6 +162,10 @@ class WorkingCopy:
                 f"the query loss changes {difference(self.module, before, after)} from inside, "
                 "which Koi cannot undo before the next inner step: let it assign a new value"
             )
+
+    def _put_buffers_back(self) -> None:
+        for slot in self._buffers:  # where forward has assigned another
+            slot.place[slot.key] = slot.tensor
 
     def _copy(self, shared: dict[int, Tensor]) -> nn.Module:
         """Return a fresh copy of the module, with ``shared`` in the place of tensors, by id."""
