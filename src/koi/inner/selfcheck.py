@@ -86,7 +86,8 @@ class SelfCheck:
 
     Nothing is drawn from the user's generators, φ is left alone, and the tasks are copies; those
     that cannot be copied are not compared. Of rounding as much is allowed as a change of φ's last
-    digit makes in the plain way. MAML's gradient is compared with differences of the loss.
+    digit makes in the plain way. MAML's gradient is compared with that of one task at a time, and
+    with differences of the loss.
 
     Args:
         model: the user's module.
@@ -107,7 +108,6 @@ class SelfCheck:
         self._plain = Plain(
             *(model, inner, self._algorithm, request.num_steps, request.place, self._together)
         )
-
         self._reference: Way = self._plain
 
     def run(self) -> None:
