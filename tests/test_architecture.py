@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"watch"},
     "checkpoint": BASE
     | {"agreement", "configuration", "frozen", "inner", "interrupts", "meta", "records"}
-    | {"stateful", "storage"},
+    | {"settings", "stateful", "storage"},
     "agreement": BASE | {"meta"},
     "frozen": BASE | {"memory"},
     "stateful": BASE,

@@ -122,16 +122,16 @@ class TestLossScale:
     """float16, whose gradients vanish or overflow unless the loss is scaled."""
 
     @pytest.mark.usefixtures("float64")
-    @pytest.mark.parametrize("engine", ["eager", "vectorized"])
-    def test_a_training_with_it_is_one_without(self, engine, monkeypatch):
+    def test_a_training_with_it_is_one_without(self, monkeypatch):
         """A power of two changes no digit of float64."""
-        plain = trained(engine, start := mlp(), Fits())
+        plain = trained("eager", start := mlp(), Fits())
         monkeypatch.setattr("koi.inner.base.InnerLoop.precision", lambda *_: no_autocast())
-        scaled = trained(engine, start, Fits(), autocast=torch.float16)
+        scaled = trained("eager", start, Fits(), autocast=torch.float16)
         assert_agree(plain, scaled, tolerance=0)
 
-    def test_cannot_be_compiled(self):
-        koi = Koi(mlp(), compile=True, autocast=torch.float16, num_iterations=1)
+    @pytest.mark.parametrize("how", [{"compile": True}, {"vectorize": True}])
+    def test_runs_one_by_one_and_uncompiled(self, how):
+        koi = Koi(mlp(), autocast=torch.float16, num_iterations=1, **how)
         with pytest.raises(EngineError, match=r"use autocast=torch\.bfloat16"):
             koi.train(Fits())
 

@@ -174,35 +174,43 @@ def test_masks_of_different_tasks(engine):
     assert len(set((losses[:, 1] - losses[:, 0]).tolist())) > 8
 
 
+def test_the_engine_is_that_of_the_last_call():
+    learner = Koi(mlp(), seed=0)
+    for call, engine in (
+        (lambda: learner.evaluate(Fits(), 3), "vectorized"),
+        (lambda: learner.adapt(Fits().sample()), "eager"),
+        (lambda: learner.measure(Fits(), lambda model, task: torch.ones(()), 3), "vectorized"),
+    ):
+        call()
+        assert learner.engine == engine
+
+
+PRECISIONS = set()
+
+
 class Watching(nn.Module):
     """Says in which precision its product is."""
 
     def __init__(self):
         super().__init__()
         self.layers = mlp()
-        self.seen = set()
 
     def forward(self, x):
         product = self.layers(x)
-        self.seen.add(product.dtype)
+        PRECISIONS.add(product.dtype)
         return product.float()
-
-    def __deepcopy__(self, memo):  # copies say it to the same set
-        other = Watching()
-        other.load_state_dict(self.state_dict())
-        other.seen = self.seen
-        return other
 
 
 @pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bfloat16(engine, algorithm):
+    PRECISIONS.clear()
     start = Watching()
     full, half = (
         trained(engine, start, Fits(), algorithm=algorithm, num_iterations=8, autocast=dtype)
         for dtype in (None, torch.bfloat16)
     )
-    assert start.seen == {torch.float32, torch.bfloat16}
+    assert {torch.float32, torch.bfloat16} == PRECISIONS
     assert moved(half, start)
     values = everything(half)[0].values()
     assert {value.dtype for value in values} == {torch.float32}

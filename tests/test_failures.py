@@ -275,6 +275,31 @@ def test_fault_in_the_meta_optimizer(error):
     assert model[0].weight.grad is kept
 
 
+def test_moments_of_a_meta_optimizer_that_fails():
+    """It has moved its own moments when it fails; that is taken back too."""
+
+    class Broken(torch.optim.Adam):
+        fails = False
+
+        def step(self, closure=None):
+            super().step()
+            if self.fails:
+                raise MyError
+
+    whole, parts = (Koi(small_net(), meta_optimizer=Broken, **SETTINGS) for _ in range(2))
+    parts.model.load_state_dict(whole.model.state_dict())
+    whole.train(Regressions())
+
+    def fail_next(koi, record):
+        koi._update.optimizer.fails = record.iteration == 1
+
+    with pytest.raises(MyError):
+        parts.train(Regressions(), callbacks=[fail_next])
+    parts._update.optimizer.fails = False
+    parts.train(Regressions())
+    assert_same(parts.model, whole.model)
+
+
 def test_meta_update_that_is_not_finite():
     model = Point(1e5)
     koi = Koi(model, meta_optimizer=partial(torch.optim.SGD, lr=1e38), num_steps=2)

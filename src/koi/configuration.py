@@ -76,7 +76,7 @@ def check_settings(
         raise ConfigurationError(found)
 
 
-def check_surroundings(model: nn.Module) -> None:
+def check_surroundings(device_type: str) -> None:
     """Check that no mode of torch that is on around the call would act on a part of it.
 
     Raises:
@@ -89,10 +89,9 @@ def check_surroundings(model: nn.Module) -> None:
                 "it for this call, or take torch.no_grad(), in which Koi works"
             ]
         )
-    for device_type in {param.device.type for param in model.parameters()}:
-        available = torch.amp.is_autocast_available(device_type)
-        if available and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
+    for kind in {"cpu", "cuda", device_type}:
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
             raise ConfigurationError(
                 [
                     "torch.autocast is on, and would act on more than the losses, in some engines "

@@ -10,6 +10,7 @@ from koi.inner.base import InnerLoop
 from koi.inner.dispatch import Dispatch
 from koi.inner.granted import Look, environment
 from koi.inner.scaling import LossScale
+from koi.parameters import Learned, Tensors
 
 log = logging.getLogger("koi")
 
@@ -18,11 +19,12 @@ _KEPT = 8
 
 
 class Ready(NamedTuple):
-    """Engines, and what they were made of."""
+    """Engines, what they were made of, and φ's parameters, buffers and constants."""
 
     key: Any
     inner: InnerLoop
     engines: Dispatch
+    tensors: tuple[Tensors, Tensors, Tensors]
 
 
 class Engines:
@@ -80,12 +82,18 @@ class Engines:
         )
         if before is not None and before.key[0] == key[0]:
             engines.refused |= before.engines.refused
-        ready = Ready(key, inner, engines)
+        learned, model = inner.learned, koi.model
+        tensors = (
+            *(learned.params_of(model), learned.buffers_of(model)),
+            learned.constants_of(model),
+        )
+        ready = Ready(key, inner, engines, tensors)
         self._kept = [ready, *self._kept[: _KEPT - 1 if koi.compile else 0]]
         return ready
 
     def _key(self, koi: Any, scale: LossScale | None, seeded: bool) -> Any:
         if self._look is None or self._look.module is not koi.model or not self._look.unchanged():
+            Learned.of(koi.model)  # says what cannot be looked at, such as a scripted module
             self._look = Look(koi.model)
         if self._settings[0] != koi._changes:
             self._settings = koi._changes, settings.of_engines(koi)

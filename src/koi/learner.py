@@ -20,7 +20,7 @@ from koi.configuration import check_count, check_surroundings, check_tasks
 from koi.distributed import Ranks
 from koi.engines import Engines, Ready
 from koi.evaluation import Evaluation, blocks, stacked
-from koi.inner.base import InnerLoop, Metric, finite_rows
+from koi.inner.base import Metric, finite_rows
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers import OptimizerFactory
 from koi.inner.scaling import LossScale
@@ -168,7 +168,7 @@ class Koi(Configured):
         """
         check_tasks(tasks)
         ready = self._ready()
-        device = self._phi(ready.inner).params[0].device
+        device = self._phi(ready).params[0].device
         carry = self.inner_state == "carry"
         ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
         callbacks = tuple(callbacks)
@@ -203,12 +203,13 @@ class Koi(Configured):
             TaskError, NonFiniteError: as in `train`, also with ``on_nonfinite="skip"``.
         """
         num_steps = self._steps(num_steps)
-        inner = replace(self._ready().inner, skip_nonfinite=False)
+        ready = self._ready()
+        inner = replace(ready.inner, skip_nonfinite=False)
         engine = EagerEngine(self.model, inner, share=False)
         self.engine = "eager"
         place = Place(self.seed, "adaptation", 0)
         with preserved_generators(self.seed):
-            return engine.adapt(self._phi(inner), task, num_steps, place)
+            return engine.adapt(self._phi(ready), task, num_steps, place)
 
     def evaluate(
         self, tasks: Any, num_tasks: int = 100, num_steps: int | None = None
@@ -342,7 +343,7 @@ class Koi(Configured):
         check_count("num_tasks", num_tasks)
         num_steps = self._steps(num_steps)
         ready = self._ready()
-        inner, engine, phi = ready.inner, ready.engines, self._phi(ready.inner)
+        inner, engine, phi = ready.inner, ready.engines, self._phi(ready)
         kept: Tensors = []
         with preserved_generators(self.seed):
             for place, batch in blocks(tasks, num_tasks, self.seed):
@@ -358,33 +359,28 @@ class Koi(Configured):
 
     def _ready(self, before: Ready | None = None) -> Ready:
         """Return the engines for the settings and the model as they are now."""
-        check_surroundings(self.model)
-        return self._find_engines(before)
+        ready = self._find_engines(before)
+        check_surroundings(ready.tensors[0][0].device.type)
+        return ready
 
     def _find_engines(self, before: Ready | None = None) -> Ready:
         half = self.autocast is torch.float16
         self._scale = (self._scale or LossScale()) if half else None
         return self._engines.ready(self, self._scale, self._seed is not None, before)
 
-    def _phi(self, inner: InnerLoop) -> Phi:
-        learned, rule = inner.learned, inner.rule
-        params = learned.params_of(self.model)
+    def _phi(self, ready: Ready) -> Phi:
+        rule, (params, buffers, constants) = ready.inner.rule, ready.tensors
         if self._moments is not None and not same_tensors(params, self._moments_of):
             log.warning("what learns has changed: inner moments of what is new start afresh")
             old, before = self._moments, self._moments_of
             self._moments = rule.carried(old, before, params) if rule else None
             self._moments_of = params
-        return Phi(
-            params,
-            learned.buffers_of(self.model),
-            learned.constants_of(self.model),
-            self._moments if self.inner_state == "carry" else None,
-            learned,
-        )
+        moments = self._moments if self.inner_state == "carry" else None
+        return Phi(params, buffers, constants, moments, ready.inner.learned)
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:
         """Return the meta-update, the same as before where φ and meta_optimizer are the same."""
-        phi, update = self._phi(ready.inner), self._update
+        phi, update = self._phi(ready), self._update
         if (
             update is None
             or update.make_optimizer is not self.meta_optimizer

@@ -109,7 +109,7 @@ def check_plain(module: nn.Module) -> None:
             f"the model has tensors made under torch.inference_mode() ({_named(inference)}), which "
             "nothing can learn or change later: make or load it outside, or under torch.no_grad()"
         )
-    hooked = [name for name, p in params.items() if p.requires_grad and _has_hooks(p)]
+    hooked = [name for name, p in params.items() if p.requires_grad and has_hooks(p)]
     if hooked:
         raise ModelError(
             f"the model has hooks on its parameters ({_named(hooked)}), which the copies that "
@@ -118,7 +118,7 @@ def check_plain(module: nn.Module) -> None:
         )
 
 
-def _has_hooks(tensor: Tensor) -> bool:
+def has_hooks(tensor: Tensor) -> bool:
     # both are None, or dictionaries that are empty again once the hooks are removed
     hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
     return any(hooks)

@@ -156,7 +156,7 @@ def stack(tasks: Sequence[Any]) -> Any:
     settings = settings_of(first)
     for task in tasks[1:]:
         others = settings_of(task)
-        for name in {**settings, **others}:
+        for name in {**settings, **others}.keys() - set(names):
             if not (name in settings and name in others and _same(settings[name], others[name])):
                 raise EngineError(
                     f"the field {name!r} of {type(first).__name__} is no tensor and differs "

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from koi.errors import EngineError, KoiError, NonFiniteError
@@ -182,6 +183,8 @@ class Dispatch:
             request.batch.stacked  # noqa: B018 (says why where it cannot be done)
         if request.form == "vectorized+compiled":  # a graph is for one number of tasks
             rows = self._chunk_size or len(request.batch)
+        elif request.form == "compiled":  # threads that share tasks are as many as at first
+            rows = min(len(request.batch), torch.get_num_threads())
         SelfCheck(self._model, self._inner, engine, request, rows).run()
         self._checked.add(key)
 

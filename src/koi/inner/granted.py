@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 import types
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koi.parameters import unchanged
+from koi.parameters import has_hooks, unchanged
 
 # Up to this many elements a plain tensor is compared by value: `.data` leaves no other trace.
 _SMALL = 2**16
@@ -191,8 +192,8 @@ def is_torchs_own(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def held(module: nn.Module, depth: int = 0, seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
     """Return what a module holds, a row for each of its parts, in the order of ``modules()``.
 
-    That is the mode, the parameters and buffers (by form; frozen parameters are the very objects),
-    hooks, and all other attributes; not the values of what Koi sets before each task.
+    That is the mode, the parameters and buffers (which tensors they are, not their values), hooks,
+    and all other attributes.
     """
     parts = list(module.modules())
     seen = seen | set(map(id, parts))
@@ -205,10 +206,9 @@ def _row(part: nn.Module, depth: int, seen: frozenset[int]) -> tuple[Any, ...]:
         type(part),
         own["training"],
         tuple(
-            (name, p if p is None else form(p) if p.requires_grad else (Same(p), form(p)))
-            for name, p in own["_parameters"].items()
+            (name, None if tensor is None else (Same(tensor), form(tensor), has_hooks(tensor)))
+            for name, tensor in (*own["_parameters"].items(), *own["_buffers"].items())
         ),
-        tuple((name, b if b is None else form(b)) for name, b in own["_buffers"].items()),
         tuple(own["_modules"]),
         tuple(frozen(hook) for name in _HOOKS if own.get(name) for hook in own[name].values()),
         tuple(
@@ -244,28 +244,34 @@ class Look:
             for name, value in part.__dict__.items()
             if name not in _OF_MODULE
         )
-        self._objects, self._forms = self._gather()
+        self._remember()
 
     def unchanged(self) -> bool:
         """Return whether the module holds what it held when this was made."""
-        objects, forms = self._gather()
-        same = len(objects) == len(self._objects) and forms == self._forms
-        if same and not self.deep and all(map(operator.is_, objects, self._objects)):
-            return True
+        if not self.deep and self._sizes() == self._counts and self._forms() == self._known:
+            values = itertools.chain.from_iterable(map(dict.values, self._places))
+            if all(map(operator.is_, values, self._objects)):
+                return True
         if held(self.module) != self.held:
             return False
-        self._objects, self._forms = objects, forms
+        self._remember()
         return True
 
     def classes(self) -> tuple[Any, ...]:
         """Return what the classes of the module's parts hold now."""
         return tuple(of_class(kind) for kind in self._classes)
 
-    def _gather(self) -> tuple[list[Any], list[Any]]:
-        objects = [value for place in self._places for value in place.values()]
-        forms: list[Any] = [(p.requires_grad, p.data_ptr()) for p in self._params]
-        forms.extend(map(len, self._hooks))
-        return objects, forms
+    def _remember(self) -> None:
+        self._objects = [value for place in self._places for value in place.values()]
+        self._counts, self._known = self._sizes(), self._forms()
+
+    def _sizes(self) -> list[int]:
+        return [*map(len, self._places), *map(len, self._hooks)]
+
+    def _forms(self) -> list[Any]:
+        addresses = [p.data_ptr() for p in self._params]  # other where .data or .to() put others
+        learn = [p.requires_grad for p in self._params]
+        return [*addresses, *learn, *map(has_hooks, self._params)]
 
 
 def _changes_inside(value: Any) -> bool:
@@ -286,7 +292,7 @@ def difference(module: nn.Module, before: tuple[Any, ...], after: tuple[Any, ...
         where = f" of the submodule {name!r}" if name else ""
         if one[1] != other[1]:
             return f"the mode{where}"
-        for what, index in (("parameter", 2), ("buffer", 3), ("attribute", 6)):
+        for what, index in (("tensor", 2), ("attribute", 5)):
             names = [key for key, _ in set(one[index]) ^ set(other[index])]
             if names:
                 return f"the {what} {names[0]!r}{where}"
@@ -315,12 +321,12 @@ def of_class(kind: type) -> tuple[Any, ...]:
 
 def environment() -> tuple[Any, ...]:
     """Return torch's own switches, which a graph takes in when it is traced."""
+    cudnn = torch.backends.cudnn
+    on_cuda = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
     return (
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        torch.empty(0).device,  # the default one, whose own question takes longer
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.enabled,
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
+        on_cuda if torch.cuda.is_initialized() else (),
     )

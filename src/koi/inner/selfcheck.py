@@ -123,6 +123,8 @@ class SelfCheck:
             return
         restore(states)
         given = self._given(self._copies(tasks))
+        if not given:  # all tasks were skipped, which will be told
+            return
         if self._algorithm == "maml":
             wrong = self._against_differences(given, tasks, states)
         else:
@@ -142,8 +144,10 @@ class SelfCheck:
         where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
         if request.training:
             return self._engine.meta_batch(fresh, *where).params
-        values = torch.stack(self._engine.measure(fresh, *where, self._parameters))
-        parts = values.mean(0).split([p.numel() for p in phi.params])
+        values = self._engine.measure(fresh, *where, self._parameters)
+        if not values:
+            return []
+        parts = torch.stack(values).mean(0).split([p.numel() for p in phi.params])
         return [part.view_as(p).to(p.dtype) for part, p in zip(parts, phi.params, strict=True)]
 
     def _parameters(self, model: nn.Module, _: Any) -> Tensor:

@@ -61,14 +61,14 @@ class WorkingCopy:
 
     def begin(self, phi: Phi) -> None:
         """Set the copy to φ and to what the user's module holds besides."""
+        for slot in self._buffers:
+            slot.place[slot.key] = slot.tensor  # where forward has assigned another
         if not self._look.unchanged():
             theirs = self.learned.tensors_of(self._model)
             shared: dict[int, Tensor] = {id(p): p for p in self._frozen.values()}
             shared |= {id(t): own for t, own in zip(theirs, self._own, strict=True)}
             self.module = self._copy(shared)
             self._made()
-        for slot in self._buffers:
-            slot.place[slot.key] = slot.tensor  # where forward has assigned another
         parameters.copy_(self.values, phi.params)
         count = len(self.params)
         parameters.copy_(self._own[count:], [*phi.buffers, *phi.constants])
