@@ -287,8 +287,11 @@ def scripted():
 
 
 class Bert(nn.Module):
-    def __init__(self):
+    """With ``masked`` attention leaves the padding out, otherwise it is read as any word."""
+
+    def __init__(self, masked):
         super().__init__()
+        self.masked = masked
         import transformers
 
         config = transformers.BertConfig(
@@ -304,8 +307,8 @@ class Bert(nn.Module):
         self.bert, self.head = transformers.BertModel(config).double(), nn.Linear(4, 2)
 
     def forward(self, ids):
-        states = self.bert(ids, attention_mask=(ids != 0).long()).last_hidden_state
-        return self.head(states.mean(1))
+        mask = (ids != 0).long() if self.masked else None
+        return self.head(self.bert(ids, attention_mask=mask).last_hidden_state.mean(1))
 
 
 class Llama(nn.Module):
@@ -326,15 +329,14 @@ class Llama(nn.Module):
         self.llama, self.head = transformers.LlamaModel(config).double(), nn.Linear(4, 2)
 
     def forward(self, ids):
-        states = self.llama(ids, attention_mask=(ids != 0).long()).last_hidden_state
-        return self.head(states[:, -1])
+        return self.head(self.llama(ids).last_hidden_state[:, -1])
 
 
 def lora():
     """A network whose weights are frozen, with adapters that learn."""
     import peft
 
-    config = peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    config = peft.LoraConfig(r=2, lora_alpha=1, target_modules=["0", "2"], init_lora_weights=False)
     return peft.get_peft_model(mlp(), config).double()
 
 

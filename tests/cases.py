@@ -121,7 +121,9 @@ MODELS = {
     "closure": Model(models.Closing, refusals=(Refusal("module that Koi was given"),)),
     "weight norm": Model(models.with_weight_norm),
     "spectral norm": Model(
-        models.with_spectral_norm, refusals=(Refusal("div.out", TOGETHER),), differences=False
+        models.with_spectral_norm,
+        refusals=(Refusal("div.out", TOGETHER), Refusal("normalize", TOGETHER, traced=True)),
+        differences=False,
     ),
     # torch's vmapped gradient of its default map differs
     "orthogonal": Model(models.with_orthogonal, refusals=(Refusal("does not give", TOGETHER),)),
@@ -151,7 +153,23 @@ MODELS = {
         partial(models.Checkpointed, reentrant=True), refusals=(Refusal("reentrant"),)
     ),
     "scripted part": Model(models.scripted, refusals=(Refusal("script"),)),
-    "bert": Model(models.Bert, WORDS, differences=False, slow=True, needs="transformers"),
+    "bert": Model(
+        partial(models.Bert, masked=False),
+        WORDS,
+        differences=False,
+        slow=True,
+        needs="transformers",
+    ),
+    # which asks whether anything is masked, but not while it is traced
+    "bert with a mask": Model(
+        partial(models.Bert, masked=True),
+        WORDS,
+        (Refusal("data-dependent", ("vectorized",)),),
+        differences=False,
+        untraced=False,
+        slow=True,
+        needs="transformers",
+    ),
     "llama": Model(models.Llama, WORDS, differences=False, slow=True, needs="transformers"),
     "lora": Model(models.lora, slow=True, needs="peft"),
 }
