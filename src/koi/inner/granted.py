@@ -316,7 +316,7 @@ def of_class(kind: type) -> tuple[Any, ...]:
     return (
         kind,
         *(
-            (name, Same(value) if callable(value) else frozen(value))
+            (name, frozen(value))
             for name, value in list(vars(kind).items())
             if not name.startswith(("__", "_abc_"))
         ),
