@@ -31,7 +31,7 @@ SETTINGS = {
 }
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 # What the compiler is given is the same for every change; these are traced in earnest each time.
-TRACED = ["frozen weight in place"]
+TRACED = ["frozen weight in place", "default argument"]
 
 
 @pytest.fixture
