@@ -125,8 +125,7 @@ MODELS = {
         refusals=(Refusal("div.out", TOGETHER), Refusal("normalize", TOGETHER, traced=True)),
         differences=False,
     ),
-    # torch's vmapped gradient of its default map differs
-    "orthogonal": Model(models.with_orthogonal, refusals=(Refusal("does not give", TOGETHER),)),
+    "orthogonal": Model(models.with_orthogonal),
     "layer norm": Model(lambda: models.around(nn.LayerNorm(4))),
     "group norm": Model(lambda: models.wide(nn.GroupNorm(1, 2))),
     "instance norm": Model(models.instance_norm),

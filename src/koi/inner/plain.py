@@ -35,6 +35,7 @@ class Plain:
         together: whether losses draw as those of tasks that run at once do.
         steps: whether the optimizer steps at all.
         noisy: whether a loss has drawn at random.
+        draws: whether minibatches of tasks that run at once have.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Plain:
     together: bool
     steps: bool = True
     noisy: bool = False
+    draws: bool = False
 
     @torch.enable_grad()
     def __call__(self, start: Sequence[Tensor], task: Any, number: int) -> tuple[Tensors, float]:
@@ -104,7 +106,8 @@ class Plain:
             return views(task, self.num_steps)
         before = capture()
         steps = list(views(task, self.num_steps))
-        self.place.set("inner" if same_states(before, capture()) else "inner loss", None)
+        self.draws = not same_states(before, capture())
+        self.place.set("inner loss" if self.draws else "inner", None)
         return steps
 
     def _loss(self, view: Any, model: nn.Module, step: int) -> Tensor:
