@@ -14,7 +14,7 @@ from koi.errors import EngineError
 from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
 from koi.inner.compiler import AsItStands, Graph
 from koi.inner.functional import PureLoss
-from koi.inner.granted import frozen, of_class, users_classes
+from koi.inner.granted import ClassLook, frozen
 from koi.inner.graph import InnerGraph, State, TensorDict
 from koi.inner.optimizers import UpdateRule
 from koi.inner.programs import Program, Stepwise
@@ -86,6 +86,7 @@ class Catalogue:
         self._pure = PureLoss(copy.module, inner.learned)
         # each step through time is written out, in every inner step
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in copy.module.modules())
+        self._classes: dict[type, ClassLook] = {}
         self._plans: dict[Any, Plan] = {}
         self._programs: dict[Any, Program] = {}
         self._stepwises: dict[Any, Stepwise] = {}
@@ -96,11 +97,12 @@ class Catalogue:
         with explained(place, first, count):
             place.set("inner", (first or None) if self._together else first)
             task = self._tensors(request.chunk)
-            plan = self._plan(request.chunk, request.num_steps)
+            forms = forms_of(task)
+            plan = self._plan(request.chunk, forms, request.num_steps)
             shared = workers is not None and not plan.noisy
             threads = workers.num_threads if workers and shared else torch.get_num_threads()
             find = self._written_out if self._in_one_graph(request) else self._stepwise
-            program, steps = find(request, task, plan, threads)
+            program, steps = find(request, task, forms, plan, threads)
         return Call(place, first, count, program, (start, task, steps), shared)
 
     def _in_one_graph(self, request: Request) -> bool:
@@ -112,12 +114,12 @@ class Catalogue:
         return small or self._inner.algorithm == "maml"
 
     def _written_out(
-        self, request: Request, task: TensorDict, plan: Plan, threads: int
+        self, request: Request, task: TensorDict, forms: Any, plan: Plan, threads: int
     ) -> tuple[Program, list[TensorDict] | None]:
         """Return a graph of `InnerGraph.train`, made for one number of steps."""
         num_steps = request.num_steps
         steps = self._drawn(request) if plan.draws else None
-        key = (num_steps, plan.form, forms_of(task, *(steps or [])), threads)
+        key = (num_steps, plan.form, forms, forms_of(*(steps or [])), threads)
         if key not in self._programs:
             graph = plan.graph
 
@@ -130,13 +132,13 @@ class Catalogue:
         return self._programs[key], steps
 
     def _stepwise(
-        self, request: Request, task: TensorDict, plan: Plan, threads: int
+        self, request: Request, task: TensorDict, forms: Any, plan: Plan, threads: int
     ) -> tuple[Program, list[TensorDict]]:
         """Return graphs of the parts of an inner step, for any number of them."""
         draws = plan.draws and request.num_steps > 0
         drawn = self._drawn(request) if draws else plan.graph.prepare(task, request.num_steps)
         steps = [{name: t.contiguous() for name, t in tensors.items()} for tensors in drawn]
-        key = (plan.form, forms_of(task, *steps[:1]), threads)
+        key = (plan.form, forms, forms_of(*steps[:1]), threads)
         if key not in self._stepwises:
             self._stepwises[key] = Stepwise(plan.graph, partial(self._graph, plan, lean=True))
         return self._stepwises[key].program(request.purpose), steps
@@ -150,17 +152,25 @@ class Catalogue:
         steps = [stack(step) for step in zip(*each, strict=True)] if self._together else each[0]
         return [tensors_of(view) for view in steps]
 
-    def _plan(self, chunk: TaskBatch, num_steps: int) -> Plan:
+    def _plan(self, chunk: TaskBatch, forms: Any, num_steps: int) -> Plan:
         """Return how tasks like these are traced, found out on the first of them.
 
         What its minibatches and its loss do may depend on its class, settings and shapes.
         """
         example, size = chunk.example, len(chunk) if self._together else None
-        kind = kind_of(example)
-        key = kind, size, forms_of(tensors_of(example)), num_steps
+        kind = self._kind_of(example)
+        key = kind, size, forms, num_steps
         if key not in self._plans:
             self._plans[key] = self._make_plan(kind, chunk.tasks[0], size, num_steps)
         return self._plans[key]
+
+    def _kind_of(self, task: Any) -> tuple[Any, ...]:
+        """Return the class of a tensor task, what its classes hold, and the task's settings."""
+        kind = type(task)
+        if kind not in self._classes:
+            self._classes[kind] = ClassLook([kind])
+        settings = tuple((name, frozen(value)) for name, value in settings_of(task).items())
+        return kind, self._classes[kind].now(), settings
 
     def _make_plan(self, kind: Any, task: Any, size: int | None, num_steps: int) -> Plan:
         before = capture()
@@ -168,7 +178,7 @@ class Catalogue:
         steps = list(views(task, max(num_steps, 1)))
         draws = not same_states(before, capture())
         constant = all(view is task for view in steps)
-        if len({(kind_of(v), shapes_of(v)) for v in steps}) > 1:
+        if len({(self._kind_of(v), shapes_of(v)) for v in steps}) > 1:
             raise EngineError(
                 f"the minibatches of {type(task).__name__} differ in class, settings or shape: a "
                 "compiled inner loop needs them alike; cycle through the data instead of ending "
@@ -193,7 +203,7 @@ class Catalogue:
             num_tasks=size,
             device_type=self._params[0].device.type,
         )
-        form = kind, size, used, None if constant else kind_of(steps[0])
+        form = kind, size, used, None if constant else self._kind_of(steps[0])
         return Plan(form, graph, draws, noisy=not same_states(middle, after))
 
     def _used(self, task: Any, view: Any, num_steps: int) -> tuple[int, ...]:
@@ -270,12 +280,6 @@ def forms_of(*groups: TensorDict) -> tuple[Any, ...]:
     """Return what a graph takes for granted of tensors."""
     tensors = [tensor for group in groups for tensor in group.values()]
     return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-
-
-def kind_of(task: Any) -> tuple[Any, ...]:
-    """Return the class of a tensor task, what its classes hold, and the task's settings."""
-    settings = tuple((name, frozen(value)) for name, value in settings_of(task).items())
-    return tuple(map(of_class, users_classes([type(task)]))), settings
 
 
 def shapes_of(task: Any) -> tuple[Any, ...]:

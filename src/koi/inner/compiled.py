@@ -60,6 +60,7 @@ class CompiledEngine:
         self.together = together
         self.device = inner.learned.params_of(model)[0].device
         self.copy = WorkingCopy(model, inner.learned, prepare=self._prepare)
+        self._shapes = inner.rule.shapes(self.copy.params)
         self._chunk_size = chunk_size
         self._evaluation_rows: int | None = None
         self._catalogue = Catalogue(self.copy, inner, inner.rule, mode, together, make)
@@ -131,7 +132,7 @@ class CompiledEngine:
             moments = self.rule.initial(phi.params)
         else:
             moments = phi.moments
-            check_moments(moments, self.rule.shapes(phi.params))
+            check_moments(moments, self._shapes)
         start = State(phi.params, [*phi.buffers, *phi.constants], moments)
         workers = self._workers_for(purpose, len(batch))
         calls = (

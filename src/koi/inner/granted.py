@@ -241,7 +241,7 @@ class Look:
         ]
         self._hooks = [part.__dict__[name] for part in parts for name in _HOOKS]
         self._params = list(module.parameters())
-        self._classes = users_classes(map(type, parts))
+        self._classes = ClassLook(map(type, parts))
         self.deep = any(map(len, self._hooks)) or any(
             _changes_inside(value)
             for part in parts
@@ -261,9 +261,9 @@ class Look:
         self._remember()
         return True
 
-    def classes(self) -> tuple[Any, ...]:
-        """Return what the classes of the module's parts hold now."""
-        return tuple(of_class(kind) for kind in self._classes)
+    def classes(self) -> Same:
+        """Return what stands for all that the classes of the module's parts hold now."""
+        return self._classes.now()
 
     def _remember(self) -> None:
         self._objects = [value for place in self._places for value in place.values()]
@@ -315,12 +315,51 @@ def of_class(kind: type) -> tuple[Any, ...]:
     """Return what a class holds itself: its functions, and its data by value."""
     return (
         kind,
-        *(
-            (name, frozen(value))
-            for name, value in list(vars(kind).items())
-            if not name.startswith(("__", "_abc_"))
-        ),
+        *((name, frozen(value)) for name, value in list(vars(kind).items()) if _is_own(name)),
     )
+
+
+def _is_own(name: str) -> bool:
+    """Return whether a class's entry is not Python's own."""
+    return not name.startswith(("__", "_abc_"))
+
+
+class ClassLook:
+    """What users' classes hold, and a quick look whether that has changed, as `Look` is."""
+
+    def __init__(self, kinds: Iterable[type]) -> None:
+        self._classes = users_classes(kinds)
+        self._known: dict[Any, Same] = {}
+        self._token, self._objects = self._look()
+
+    def now(self) -> Same:
+        """Return what stands for all that the classes hold now, the same whenever that is."""
+        if self._objects is None or not _identical(self._objects, self._parts()):
+            self._token, self._objects = self._look()
+        return self._token
+
+    def _look(self) -> tuple[Same, list[Any] | None]:
+        content = tuple(map(of_class, self._classes))
+        token = self._known.setdefault(content, Same(object()))
+        parts = self._parts()
+        deep = any(
+            isinstance(part, list | dict | set | Tensor | functools.partial) for part in parts
+        )
+        return token, None if deep else parts
+
+    def _parts(self) -> list[Any]:
+        """Return the very objects that the classes and their functions hold."""
+        values = [v for kind in self._classes for n, v in vars(kind).items() if _is_own(n)]
+        functions = [value for value in values if isinstance(value, types.FunctionType)]
+        for function in functions:
+            values += (function.__code__, *(function.__defaults__ or ()))
+            values += (function.__kwdefaults__ or {}).values()
+            values += _contents(function.__closure__ or ())
+        return values
+
+
+def _identical(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
 def environment() -> tuple[Any, ...]:

@@ -203,7 +203,7 @@ class SelfCheck:
         results = [plain(start, task, number) for number, task in enumerate(self._copies(tasks))]
         if self._plain.draws:  # at another number the first task has other minibatches
             results += [
-                plain(start, *self._copies(tasks[:1]), number)
+                plain(start, self._copies(tasks)[0], number)
                 for number in range(len(tasks), self._rows)
             ]
             weights = [1] * len(results)
