@@ -114,7 +114,7 @@ class Catalogue:
         return small or self._inner.algorithm == "maml"
 
     def _written_out(
-        self, request: Request, task: TensorDict, forms: Any, plan: Plan, threads: int
+        self, request: Request, _: TensorDict, forms: Any, plan: Plan, threads: int
     ) -> tuple[Program, list[TensorDict] | None]:
         """Return a graph of `InnerGraph.train`, made for one number of steps."""
         num_steps = request.num_steps

@@ -306,9 +306,9 @@ def difference(module: nn.Module, before: tuple[Any, ...], after: tuple[Any, ...
 
 
 def users_classes(kinds: Iterable[type]) -> list[type]:
-    """Return the classes, and those they come from, that are neither torch's nor Python's."""
+    """Return the classes, and those they come from, that are neither torch's, Python's nor ours."""
     every = dict.fromkeys(base for kind in dict.fromkeys(kinds) for base in kind.__mro__)
-    return [kind for kind in every if _is_plain(kind)]
+    return [k for k in every if _is_plain(k) and not k.__module__.startswith("koi.")]
 
 
 def of_class(kind: type) -> tuple[Any, ...]:
