@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from koi import configuration, settings
 from koi.inner.base import InnerLoop
 from koi.inner.dispatch import Dispatch
-from koi.inner.granted import Look, environment
+from koi.inner.granted import ClassLook, Look, Same, environment
 from koi.inner.scaling import LossScale
 from koi.parameters import Learned, Tensors
 
@@ -36,6 +36,8 @@ class Engines:
 
     def __init__(self) -> None:
         self._look: Look | None = None
+        self._kinds: frozenset[type] = frozenset()
+        self._classes: dict[frozenset[type], ClassLook] = {}
         self._settings: tuple[int, Any] = (-1, None)
         self._kept: list[Ready] = []
         self._changes = 0  # within one training
@@ -95,8 +97,15 @@ class Engines:
         if self._look is None or self._look.module is not koi.model or not self._look.unchanged():
             Learned.of(koi.model)  # says what cannot be looked at, such as a scripted module
             self._look = Look(koi.model)
+            self._kinds = frozenset(map(type, koi.model.modules()))
         if self._settings[0] != koi._changes:
             self._settings = koi._changes, settings.of_engines(koi)
-        graph = (self._look.classes(), environment()) if koi.compile else ()
+        graph = (self._classes_now(), environment()) if koi.compile else ()
         optimizer = settings.optimizer_now(koi)
         return self._settings[1], optimizer, self._look.held, scale, seeded, graph
+
+    def _classes_now(self) -> Same:
+        """Return what stands for all that the classes of the model's parts hold now."""
+        if self._kinds not in self._classes:
+            self._classes[self._kinds] = ClassLook(self._kinds)
+        return self._classes[self._kinds].now()

@@ -241,7 +241,6 @@ class Look:
         ]
         self._hooks = [part.__dict__[name] for part in parts for name in _HOOKS]
         self._params = list(module.parameters())
-        self._classes = ClassLook(map(type, parts))
         self.deep = any(map(len, self._hooks)) or any(
             _changes_inside(value)
             for part in parts
@@ -260,10 +259,6 @@ class Look:
             return False
         self._remember()
         return True
-
-    def classes(self) -> Same:
-        """Return what stands for all that the classes of the module's parts hold now."""
-        return self._classes.now()
 
     def _remember(self) -> None:
         self._objects = [value for place in self._places for value in place.values()]
