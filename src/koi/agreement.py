@@ -7,9 +7,10 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from koi.meta import linear, schedule_of
+from koi.parameters import in_words
 
 Data = dict[str, Any]
 
@@ -46,10 +47,10 @@ def tensors_of(model: nn.Module) -> dict[str, str]:
     {'weight': 'a parameter of shape (1, 3), float32'}
     """
     params = {
-        name: f"{'a parameter' if p.requires_grad else 'a frozen parameter'} of {_form(p)}"
+        name: f"{'a parameter' if p.requires_grad else 'a frozen parameter'} of {in_words(p)}"
         for name, p in model.named_parameters()
     }
-    return params | {name: f"a buffer of {_form(b)}" for name, b in model.named_buffers()}
+    return params | {name: f"a buffer of {in_words(b)}" for name, b in model.named_buffers()}
 
 
 def arguments_of(optimizer: torch.optim.Optimizer) -> Data:
@@ -97,10 +98,6 @@ def different_optimizer(
     for name in there:  # of another torch it may have others
         if name in here and name not in free and there[name] != here[name]:
             yield f"{what}: {name} = {there[name]!r} in the checkpoint, {here[name]!r} here"
-
-
-def _form(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _shown(value: Any) -> str:

@@ -213,6 +213,15 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def in_words(tensor: Tensor) -> str:
+    """Return a tensor's shape and type, for messages.
+
+    >>> in_words(torch.zeros(2, 3))
+    'shape (2, 3), float32'
+    """
+    return f"shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def largest(tensor: Tensor) -> float:
     """Return the largest absolute value, 0 of an empty tensor."""
     return tensor.abs().max().item() if tensor.numel() else 0.0

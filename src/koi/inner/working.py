@@ -55,8 +55,7 @@ class WorkingCopy:
         self.module = self._copy({id(p): p for p in self._frozen.values()})
         self.params = learned.params_of(self.module)
         self.values = [p.detach() for p in self.params]  # the same memory, without autograd
-        self._own = [*self.params, *learned.buffers_of(self.module)]
-        self._own += learned.constants_of(self.module)
+        self._own = learned.tensors_of(self.module)
         self._made()
 
     def begin(self, phi: Phi) -> None:
@@ -92,10 +91,11 @@ class WorkingCopy:
             strict=True,
         ):
             if form(own)[:3] != form(tensor)[:3]:
+                before, now = parameters.in_words(own), parameters.in_words(tensor)
                 raise ModelError(
-                    f"a task turned the buffer {name!r} of {_form(own)} into one of "
-                    f"{_form(tensor)}, and buffers are averaged over tasks: run one batch through "
-                    "the model before giving it to Koi, or keep what grows in a plain attribute"
+                    f"a task turned the buffer {name!r} of {before} into one of {now}, and buffers "
+                    "are averaged over tasks: run one batch through the model before giving it to "
+                    "Koi, or keep what grows in a plain attribute"
                 )
         return after
 
@@ -149,7 +149,7 @@ class WorkingCopy:
             for part in self.module.modules()
             for own in (part.__dict__, part._buffers, part._parameters)
         ]
-        tensors = [*self.learned.buffers_of(self.module), *self.learned.constants_of(self.module)]
+        tensors = self.learned.tensors_of(self.module)[len(self.params) :]
         values = parameters.clone(tensors)
         yield
         for own, entries in dictionaries:
@@ -193,7 +193,3 @@ def _slot(module: nn.Module, name: str, kind: str) -> Slot:
     place = getattr(module.get_submodule(path), kind)
     address = place[key].data_ptr() if place[key].layout is torch.strided else 0
     return Slot(place, key, place[key], address)
-
-
-def _form(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
