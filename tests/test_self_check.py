@@ -196,6 +196,25 @@ def test_where_things_change_all_the_time_it_looks_now_and_then(looks):
     assert looks == ["vectorized"] * 5  # at first, and after 1, 2, 4 and 8 changes
 
 
+@pytest.mark.usefixtures("untraced")
+def test_after_eight_changes_nothing_more_is_compiled(caplog):
+    model, engines = mlp(), []
+
+    def anneal(koi, record):
+        engines.append(koi.engine)
+        koi.step_size *= 0.9
+
+    settings = SETTINGS | {"num_iterations": 10}
+    compiled = Koi(deepcopy(model), compile=True, **settings)
+    compiled.train(Fits(), callbacks=[anneal])
+    assert engines == ["vectorized+compiled"] * 8 + ["vectorized"] * 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "changed 8 times in this training: running uncompiled" in line
+    eager = Koi(deepcopy(model), vectorize=False, **settings)
+    eager.train(Fits(), callbacks=[anneal])
+    assert_agree(compiled, eager)
+
+
 def test_tasks_are_not_used_up():
     """What a loss does to its task it does to copies, and φ is what it would be without."""
 

@@ -67,11 +67,12 @@ class Engines:
         self._changes = 0 if before is None else self._changes + 1
         compile = koi.compile
         if compile and self._changes >= _KEPT:
-            log.warning(
-                "what a graph takes for granted has changed %d times in this training: running "
-                "uncompiled from here on",
-                self._changes,
-            )
+            if self._changes == _KEPT:  # said once
+                log.warning(
+                    "what a graph takes for granted has changed %d times in this training: running "
+                    "uncompiled from here on",
+                    self._changes,
+                )
             compile = False
         engines = Dispatch(
             koi.model,
