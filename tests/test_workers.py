@@ -106,7 +106,7 @@ class Work:
 
 
 def calls(work, numbers):
-    return [Call(PLACE, n, 1, work, (n,), shared=True) for n in numbers]
+    return [Call(PLACE, n, 1, work, (n,), shared=True, num_threads=1) for n in numbers]
 
 
 def test_order():

@@ -60,9 +60,11 @@ class Engines:
                 after 1, 2, 4, 8 … changes.
         """
         key = self._key(koi, scale, seeded)
-        for place, ready in enumerate(self._kept):
+        for ready in self._kept:
             if ready.key == key:
-                self._kept.insert(0, self._kept.pop(place))
+                if ready is not self._kept[0]:
+                    self._kept.remove(ready)
+                    self._kept.insert(0, ready)
                 return ready
         self._changes = 0 if before is None else self._changes + 1
         compile = koi.compile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,8 +122,7 @@ def check_plain(module: nn.Module) -> None:
 def has_hooks(tensor: Tensor) -> bool:
     """Return whether a tensor calls something of the user's when it gets a gradient."""
     # both are None, or dictionaries that are empty again once the hooks are removed
-    hooks = tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)
-    return any(hooks)
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 def _named(names: Sequence[str], most: int = 5) -> str:
@@ -156,14 +156,14 @@ def clone(tensors: Sequence[Tensor]) -> Tensors:
 
 def same_tensors(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     """Return whether both lists hold the very same tensors."""
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
-@torch.no_grad()
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Overwrite ``targets`` by ``sources``."""
     if targets:
-        torch._foreach_copy_(list(targets), list(sources))
+        with torch.no_grad():
+            torch._foreach_copy_(list(targets), list(sources))
 
 
 def difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
@@ -186,11 +186,11 @@ def movements(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensors:
     ]
 
 
-@torch.no_grad()
 def move_(tensors: Sequence[Tensor], changes: Sequence[Tensor], fraction: float) -> None:
     """Move ``tensors`` in place by fraction · change; what has no change stays bit for bit."""
     for tensor, change in zip(tensors, changes, strict=True):
-        tensor.copy_(torch.where(change == 0, tensor, tensor + fraction * change))
+        with torch.no_grad():
+            tensor.copy_(torch.where(change == 0, tensor, tensor + fraction * change))
 
 
 def interpolate_(start: Sequence[Tensor], end: Sequence[Tensor], fraction: float) -> None:

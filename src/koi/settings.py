@@ -20,6 +20,7 @@ from koi.parameters import Learned, Tensors
 SETTINGS = tuple(name for name in inspect.signature(check_settings).parameters if name != "model")
 # What a checkpoint holds: the others have no influence on φ.
 STORED = tuple(name for name in SETTINGS if name != "check")
+_SETTINGS = frozenset(SETTINGS)
 
 
 def _normalised(name: str, value: Any) -> Any:
@@ -99,7 +100,7 @@ class Configured:
         Raises:
             ConfigurationError: a setting cannot work, or it is the model, which stays.
         """
-        if name in SETTINGS:
+        if name in _SETTINGS:
             now = {other: getattr(self, other) for other in ("model", *SETTINGS)}
             check_settings(**{**now, name: value})
             if name == "inner_optimizer" and value is not self.inner_optimizer:
@@ -110,4 +111,4 @@ class Configured:
             raise ConfigurationError(
                 ["koi.model cannot be replaced: its weights are φ; make a new Koi for a new model"]
             )
-        super().__setattr__(name, value)
+        self.__dict__[name] = value

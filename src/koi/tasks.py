@@ -100,8 +100,8 @@ def tensors_of(task: Any) -> dict[str, Tensor]:
             f"{type(task).__name__} is not a tensor task: make it a dataclass of tensors marked "
             "@koi.tensor_task"
         )
-    values = ((name, getattr(task, name)) for name in field_names(type(task)))
-    return {name: value for name, value in values if isinstance(value, Tensor)}
+    fields = {name: getattr(task, name) for name in field_names(type(task))}
+    return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def with_tensors(task: Any, tensors: dict[str, Tensor]) -> Any:
@@ -120,8 +120,12 @@ def everything_of(task: Any) -> dict[str, Any]:
 
 def settings_of(task: Any) -> dict[str, Any]:
     """Return what a tensor task holds that is no field with a tensor."""
-    tensors = tensors_of(task)
-    return {name: value for name, value in everything_of(task).items() if name not in tensors}
+    fields = field_names(type(task))
+    return {
+        name: value
+        for name, value in everything_of(task).items()
+        if name not in fields or not isinstance(value, Tensor)
+    }
 
 
 def check_fields(task: Any, before: dict[str, Any]) -> None:
@@ -203,8 +207,10 @@ class TaskBatch:
         self.first = first
         if tasks is not None:
             self.tasks = tasks
+            self._size = len(tasks)
         if stacked is not None:
             self.stacked = stacked
+            self._size = len(next(iter(tensors_of(stacked).values())))
 
     @cached_property
     def tasks(self) -> list[Any]:
@@ -243,12 +249,6 @@ class TaskBatch:
 
     def __len__(self) -> int:
         return self._size
-
-    @cached_property
-    def _size(self) -> int:
-        if "stacked" in self.__dict__:
-            return len(next(iter(tensors_of(self.stacked).values())))
-        return len(self.tasks)
 
 
 def views(task: Any, num_steps: int) -> Iterable[Any]:

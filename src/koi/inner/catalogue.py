@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from koi.errors import EngineError
 from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
 from koi.inner.compiler import AsItStands, Graph
 from koi.inner.functional import PureLoss
-from koi.inner.granted import ClassLook, frozen
+from koi.inner.granted import ClassLook, ValuesLook
 from koi.inner.graph import InnerGraph, State, TensorDict
 from koi.inner.optimizers import UpdateRule
 from koi.inner.programs import Program, Stepwise
@@ -36,6 +36,9 @@ from koi.tasks import (
 
 # Inner steps times parameter tensors: up to here a graph with all steps compiles in seconds.
 _MOST_WRITTEN_OUT = 64
+# Parameters times numbers that a step sees, which bounds the products of one task's layers: up to
+# here a second thread costs more than it does.
+_MOST_ALONE = 2**20
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ class Catalogue:
         self._pure = PureLoss(copy.module, inner.learned)
         # each step through time is written out, in every inner step
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in copy.module.modules())
-        self._classes: dict[type, ClassLook] = {}
+        self._looks: dict[type, tuple[ClassLook, ValuesLook]] = {}
         self._plans: dict[Any, Plan] = {}
-        self._programs: dict[Any, Program] = {}
+        self._last: tuple[Any, Plan] | None = None  # equal keys are faster compared than hashed
         self._stepwises: dict[Any, Stepwise] = {}
 
     def call(self, request: Request, start: State, workers: Workers | None) -> Call:
@@ -100,10 +103,13 @@ class Catalogue:
             forms = forms_of(task)
             plan = self._plan(request.chunk, forms, request.num_steps)
             shared = workers is not None and not plan.noisy
-            threads = workers.num_threads if workers and shared else torch.get_num_threads()
-            find = self._written_out if self._in_one_graph(request) else self._stepwise
-            program, steps = find(request, task, forms, plan, threads)
-        return Call(place, first, count, program, (start, task, steps), shared)
+            threads = 1 if plan.light else torch.get_num_threads()
+            threads = workers.num_threads if workers and shared else threads
+            if self._in_one_graph(request):
+                program, steps = self._written_out(request, plan, threads)
+            else:
+                program, steps = self._stepwise(request, task, forms, plan, threads)
+        return Call(place, first, count, program, (start, task, steps), shared, threads)
 
     def _in_one_graph(self, request: Request) -> bool:
         """Return whether one graph is of all inner steps: those of small networks, and MAML's."""
@@ -114,13 +120,13 @@ class Catalogue:
         return small or self._inner.algorithm == "maml"
 
     def _written_out(
-        self, request: Request, _: TensorDict, forms: Any, plan: Plan, threads: int
+        self, request: Request, plan: Plan, threads: int
     ) -> tuple[Program, list[TensorDict] | None]:
         """Return a graph of `InnerGraph.train`, made for one number of steps."""
         num_steps = request.num_steps
         steps = self._drawn(request) if plan.draws else None
-        key = (num_steps, plan.form, forms, forms_of(*(steps or [])), threads)
-        if key not in self._programs:
+        key = (forms_of(*(steps or [])), threads)
+        if key not in plan.programs:
             graph = plan.graph
 
             def train(start: State, task: TensorDict, steps: list[TensorDict] | None) -> Any:
@@ -128,8 +134,8 @@ class Catalogue:
                 return graph.train(start, task, views)
 
             made = self._graph(plan, train, "the inner loop", lean=False)
-            self._programs[key] = Program(made, (made,))
-        return self._programs[key], steps
+            plan.programs[key] = Program(made, (made,))
+        return plan.programs[key], steps
 
     def _stepwise(
         self, request: Request, task: TensorDict, forms: Any, plan: Plan, threads: int
@@ -160,17 +166,19 @@ class Catalogue:
         example, size = chunk.example, len(chunk) if self._together else None
         kind = self._kind_of(example)
         key = kind, size, forms, num_steps
-        if key not in self._plans:
-            self._plans[key] = self._make_plan(kind, chunk.tasks[0], size, num_steps)
-        return self._plans[key]
+        if self._last is None or self._last[0] != key:
+            if key not in self._plans:
+                self._plans[key] = self._make_plan(kind, chunk.tasks[0], size, num_steps)
+            self._last = key, self._plans[key]
+        return self._last[1]
 
     def _kind_of(self, task: Any) -> tuple[Any, ...]:
         """Return the class of a tensor task, what its classes hold, and the task's settings."""
         kind = type(task)
-        if kind not in self._classes:
-            self._classes[kind] = ClassLook([kind])
-        settings = tuple((name, frozen(value)) for name, value in settings_of(task).items())
-        return kind, self._classes[kind].now(), settings
+        if kind not in self._looks:
+            self._looks[kind] = ClassLook([kind]), ValuesLook()
+        classes, values = self._looks[kind]
+        return kind, classes.now(), values.now(settings_of(task))
 
     def _make_plan(self, kind: Any, task: Any, size: int | None, num_steps: int) -> Plan:
         before = capture()
@@ -204,7 +212,9 @@ class Catalogue:
             device_type=self._params[0].device.type,
         )
         form = kind, size, used, None if constant else self._kind_of(steps[0])
-        return Plan(form, graph, draws, noisy=not same_states(middle, after))
+        seen = sum(t.numel() for t in tensors_of(steps[0]).values())
+        light = not self._together and seen * sum(p.numel() for p in self._params) <= _MOST_ALONE
+        return Plan(form, graph, draws, not same_states(middle, after), light)
 
     def _used(self, task: Any, view: Any, num_steps: int) -> tuple[int, ...]:
         """Return which parameters the loss depends on, by computing it once as it stands.
@@ -259,12 +269,16 @@ class Plan:
         graph: the functions that are compiled.
         draws: whether the minibatches are drawn at random.
         noisy: whether the loss draws at random.
+        light: whether the loss is so small that a second thread costs more than it does.
+        programs: the graphs of all steps that have been made for it.
     """
 
     form: Any
     graph: InnerGraph
     draws: bool
     noisy: bool
+    light: bool
+    programs: dict[Any, Program] = field(default_factory=dict)
 
 
 def without_data(task: Any) -> Any:

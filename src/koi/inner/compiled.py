@@ -21,7 +21,7 @@ from koi.inner.products import layers_as_products
 from koi.inner.recurrence import map_recurrence
 from koi.inner.workers import Call, Workers
 from koi.inner.working import WorkingCopy
-from koi.parameters import Tensors
+from koi.parameters import Tensors, clone
 from koi.randomness import Place
 from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch
@@ -81,7 +81,8 @@ class CompiledEngine:
         """Adapt to every task: all in one call, or each chunk or task in its own."""
         size = self._rows(len(batch))
         # a CUDA graph writes its next results over the last ones, so that they must be copied
-        means = OutcomeMean(copy=size < len(batch) or self.device.type == "cuda")
+        whole = size >= len(batch) and self.device.type == "cpu"
+        means = OutcomeMean()
         with closing(self._results("train", phi, batch, size, num_steps, place)) as results:
             for call, output in results:
                 with explained(place, call.first, call.count):
@@ -90,6 +91,10 @@ class CompiledEngine:
                     norms, skip = figures[-call.count :], self.inner.skip_nonfinite
                     kept = finite_tasks(rows, norms, call.first, place, skip)
                     losses = [rows[row] for row in kept]
+                if whole and losses:
+                    constants = clone(output.constants)
+                    parts = output.params, output.buffers, constants, output.moments
+                    return Outcome(*parts, losses, len(batch) - len(losses), distance)
                 if losses:
                     means.add(
                         output.params, output.buffers, output.constants, output.moments, losses

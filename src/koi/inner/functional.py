@@ -31,6 +31,12 @@ class PureLoss:
         self._objective = TaskLoss(model)
         self._params = [f"model.{name}" for name in learned.params]
         self._buffers = [f"model.{name}" for name in (*learned.buffers, *learned.constants)]
+        tensors = (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+        # torch looks for tied tensors in every call, which takes as long as a small layer
+        self._tied = len({id(tensor) for _, tensor in tensors}) < len(tensors)
 
     def __call__(self, params: Sequence[Tensor], task: Any) -> Tensor:
         """Return the loss at ``params``; the module's own buffers move."""
@@ -47,5 +53,5 @@ class PureLoss:
         return loss, [tensors[name].detach() for name in self._buffers]
 
     def _call(self, tensors: dict[str, Tensor], task: Any) -> Tensor:
-        loss: Tensor = functional_call(self._objective, tensors, (task,))
+        loss: Tensor = functional_call(self._objective, tensors, (task,), tie_weights=self._tied)
         return loss

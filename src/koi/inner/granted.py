@@ -251,7 +251,11 @@ class Look:
 
     def unchanged(self) -> bool:
         """Return whether the module holds what it held when this was made."""
-        if not self.deep and self._sizes() == self._counts and self._forms() == self._known:
+        if (
+            not (self.deep or any(self._hooks))
+            and [*map(len, self._places)] == self._counts
+            and self._forms() == self._known
+        ):
             values = itertools.chain.from_iterable(map(dict.values, self._places))
             if all(map(operator.is_, values, self._objects)):
                 return True
@@ -262,15 +266,11 @@ class Look:
 
     def _remember(self) -> None:
         self._objects = [value for place in self._places for value in place.values()]
-        self._counts, self._known = self._sizes(), self._forms()
-
-    def _sizes(self) -> list[int]:
-        return [*map(len, self._places), *map(len, self._hooks)]
+        self._counts, self._known = [*map(len, self._places)], self._forms()
 
     def _forms(self) -> list[Any]:
-        addresses = [p.data_ptr() for p in self._params]  # other where .data or .to() put others
-        learn = [p.requires_grad for p in self._params]
-        return [*addresses, *learn, *map(has_hooks, self._params)]
+        # the address is another where .data or .to() has put other memory in its place
+        return [(p.data_ptr(), p.requires_grad, has_hooks(p)) for p in self._params]
 
 
 def _changes_inside(value: Any) -> bool:
@@ -317,6 +317,25 @@ def of_class(kind: type) -> tuple[Any, ...]:
 def _is_own(name: str) -> bool:
     """Return whether a class's entry is not Python's own."""
     return not name.startswith(("__", "_abc_"))
+
+
+class ValuesLook:
+    """What named values are, and a quick look whether they are still the same, as `Look` is."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._objects: list[Any] | None = None
+        self._frozen: tuple[Any, ...] = ()
+
+    def now(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the values `frozen`, with their names; the same object while nothing changes."""
+        names, objects = tuple(values), list(values.values())
+        known = self._objects is not None and names == self._names
+        if not (known and _identical(self._objects or [], objects)):
+            self._frozen = tuple((name, frozen(value)) for name, value in values.items())
+            self._names = names
+            self._objects = None if any(map(_changes_inside, objects)) else objects
+        return self._frozen
 
 
 class ClassLook:

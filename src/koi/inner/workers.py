@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,9 @@ class Call:
         count: how many tasks it is for.
         program: the program.
         inputs: its arguments.
-        shared: whether it may run on another thread: it was made for such a thread's share of
-            torch's threads, and draws nothing at random, which threads would do in any order.
+        shared: whether it may run on another thread: it draws nothing at random, which threads
+            would do in any order.
+        num_threads: how many threads torch may use for it.
     """
 
     place: Place
@@ -38,10 +38,11 @@ class Call:
     program: Program
     inputs: tuple[Any, ...]
     shared: bool
+    num_threads: int
 
     def __call__(self) -> Any:
         """Return what the program gives."""
-        with explained(self.place, self.first, self.count):
+        with explained(self.place, self.first, self.count), threads(self.num_threads):
             return self.program.run(*self.inputs)
 
 
@@ -91,9 +92,8 @@ class Workers:
         if call.shared and call.program.threadsafe:
             return self._pool.submit(call)
         # what compiles stays here, where an interrupt ends it
-        with threads(self.num_threads if call.shared else torch.get_num_threads()):
-            done: Future[Any] = Future()
-            done.set_result(call())
+        done: Future[Any] = Future()
+        done.set_result(call())
         return done
 
     def _start(self) -> None:
@@ -111,12 +111,17 @@ class Workers:
             wait([self._pool.submit(begin) for _ in range(self._count)])
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Let torch use ``number`` threads for what this thread does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class threads:  # noqa: N801 (reads as a function)
+    """A context in which torch uses ``number`` threads for what this thread does."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        if self._before != self._number:
+            torch.set_num_threads(self._number)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != self._number:
+            torch.set_num_threads(self._before)
