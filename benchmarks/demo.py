@@ -19,8 +19,8 @@ import torch
 import uvicorn
 from harness import environment, load_average
 
-from koi.demo.classifier import SHIPPED, Classifier
-from koi.demo.server import application, listen
+from koi.lab.demo.classifier import SHIPPED, Classifier
+from koi.lab.demo.server import application, listen
 
 NUM_QUESTIONS = 50
 

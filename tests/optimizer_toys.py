@@ -3,9 +3,9 @@
 import torch
 
 from koi.inner.base import InnerLoop
-from koi.inner.optimizers import layout_of, make_optimizer
-from koi.inner.recognition import update_rule
-from koi.parameters import Learned
+from koi.inner.optimizers.recognition import update_rule
+from koi.inner.optimizers.rules import layout_of, make_optimizer
+from koi.phi.parameters import Learned
 
 SHAPES = [(3, 2), (2,), ()]
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import koi
 from koi import CheckpointError, ConfigurationError, Koi
-from koi.card import model_card
+from koi.lab.card import model_card
+from koi.lab.runs import Config, Run, write_card
 from koi.recipes import recipe_named
-from koi.runs import Config, Run, write_card
 from toys import Regressions, small_net
 
 CONFIG = {

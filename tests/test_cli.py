@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from koi import Koi
-from koi.cli.sine import _adapted
+from koi.lab.cli.sine import _adapted
 from koi.models import sine_mlp
 from koi.problems import Sines
 
 
 def koi(*arguments, cwd):
     """Run the command and return what it did."""
-    command = [sys.executable, "-c", "from koi.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from koi.lab.cli import main; main()", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 

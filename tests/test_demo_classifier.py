@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from koi import Koi, SupervisedTask, linear
-from koi.demo.classifier import Classifier, Examples
 from koi.errors import CheckpointError
+from koi.lab.demo.classifier import Classifier, Examples
 from koi.models import omniglot_net
 from koi.recipes.fewshot import adam_without_momentum as adam
 

@@ -65,7 +65,7 @@ AGAIN = {
 @pytest.fixture(scope="module")
 def address():
     """Where `koi demo` serves the page, as it says itself."""
-    command = [sys.executable, "-c", "from koi.cli import main; main()"]
+    command = [sys.executable, "-c", "from koi.lab.cli import main; main()"]
     command += ["demo", "--no-open", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

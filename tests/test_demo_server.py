@@ -17,19 +17,19 @@ import pytest
 import torch
 import uvicorn
 
-import koi.demo
+import koi.lab.demo
 from koi import Koi
-from koi.cli import main
-from koi.demo.classifier import Classifier
-from koi.demo.messages import MAX_BYTES, MAX_POINTS, MAX_STEPS, MAX_STROKES
-from koi.demo.server import application, listen
+from koi.lab.cli import main
+from koi.lab.demo.classifier import Classifier
+from koi.lab.demo.messages import MAX_BYTES, MAX_POINTS, MAX_STEPS, MAX_STROKES
+from koi.lab.demo.server import application, listen
 from koi.models import omniglot_net
 
 LINE = [[[0.1, 0.1], [0.9, 0.2]]]
 HOOK = [[[0.2, 0.1], [0.2, 0.8], [0.6, 0.9]]]
 DOT = [[[0.5, 0.5]]]
 QUESTION = {"examples": [LINE, HOOK, DOT], "query": HOOK, "num_steps": 2}
-KOI = [sys.executable, "-c", "from koi.cli import main; main()", "demo", "--no-open"]
+KOI = [sys.executable, "-c", "from koi.lab.cli import main; main()", "demo", "--no-open"]
 
 
 class Client:
@@ -288,7 +288,7 @@ class TestCommand:
     def test_the_page_is_opened_unless_told_otherwise(self, koi_demo, flag, opened, monkeypatch):
         addresses = queue.Queue()
         monkeypatch.setattr(webbrowser, "open", addresses.put)
-        monkeypatch.setattr("koi.demo.server.serve", lambda classifier, listening: None)
+        monkeypatch.setattr("koi.lab.demo.server.serve", lambda classifier, listening: None)
         assert koi_demo("--port", "0", flag)[0] == 0
         if opened:
             assert addresses.get(timeout=10).startswith("http://127.0.0.1:")
@@ -296,8 +296,8 @@ class TestCommand:
             assert addresses.empty()
 
     def test_without_the_extra_it_says_what_to_install(self, koi_demo, monkeypatch):
-        monkeypatch.delitem(sys.modules, "koi.demo.server")
-        monkeypatch.delattr(koi.demo, "server")
+        monkeypatch.delitem(sys.modules, "koi.lab.demo.server")
+        monkeypatch.delattr(koi.lab.demo, "server")
         monkeypatch.setitem(sys.modules, "uvicorn", None)
         code, error = koi_demo()
         assert code == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from koi.demo.strokes import _MIDDLE, _PEN_RADIUS, INK, PAPER, image
+from koi.lab.demo.strokes import _MIDDLE, _PEN_RADIUS, INK, PAPER, image
 from koi.problems import omniglot
 
 OMNIGLOT = Path(__file__).parents[2] / "shared" / "data" / "omniglot"

@@ -13,7 +13,7 @@ import mortal_run
 import rank_runs
 from engine_toys import ENGINES
 from koi import Koi
-from koi.inner.workers import threads
+from koi.inner.compiled.workers import threads
 from ranks import Failed, Pool
 
 # starting processes takes long where others keep the machine busy

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from koi.cli.commands import app
+from koi.lab.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from koi import EngineError
-from koi.inner.elementwise import check_elementwise
+from koi.inner.optimizers.elementwise import check_elementwise
 from optimizer_toys import Prodigal, Toy, inner_of, leaves, noisy, start_params
 
 pytestmark = pytest.mark.usefixtures("float64")

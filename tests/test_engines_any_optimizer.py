@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
 import naive
 from engine_toys import ENGINES, SETTINGS, Fit, mlp
 from koi import ConfigurationError, EngineError, Koi
-from koi.inner.recognition import why_no_rule
+from koi.inner.optimizers.recognition import why_no_rule
 from toys import InTurn, assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")

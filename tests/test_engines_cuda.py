@@ -8,9 +8,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from engine_toys import Fits, assert_agree, mlp, trained
 from koi import EngineError, Koi
-from koi.inner.compiled import CompiledEngine
-from koi.inner.compiler import options_for
-from koi.inner.graph import InnerGraph
+from koi.inner.compiled.compiler import options_for
+from koi.inner.compiled.engine import CompiledEngine
+from koi.inner.compiled.graph import InnerGraph
 from koi.randomness import Place, capture, restore, set_generators
 from koi.sampling import draw
 
@@ -39,9 +39,9 @@ class TestCudaGraphs:
         start, tasks = mlp(), Fits()
         settings = {"inner_optimizer": "adam", "num_iterations": 4, "algorithm": algorithm}
         eager = trained("eager", start, tasks, **settings)
-        monkeypatch.setattr("koi.inner.compiler.Graph.__call__", overwriting)
-        monkeypatch.setattr("koi.inner.catalogue._MOST_WRITTEN_OUT", written_out)
-        monkeypatch.setattr("koi.inner.catalogue.InnerGraph", on_cuda(InnerGraph))
+        monkeypatch.setattr("koi.inner.compiled.compiler.Graph.__call__", overwriting)
+        monkeypatch.setattr("koi.inner.compiled.catalogue._MOST_WRITTEN_OUT", written_out)
+        monkeypatch.setattr("koi.inner.compiled.catalogue.InnerGraph", on_cuda(InnerGraph))
         make = CompiledEngine.__init__
 
         def engine_on_cuda(self, *args, **settings):

@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from koi import Koi, parameters
+from koi import Koi
+from koi.phi import parameters
 from toys import InTurn, Point, Quadratic, Regression, assert_same, small_net
 
 SETTINGS = {"step_size": 0.5, "num_steps": 2, "meta_step_size": 0.5}

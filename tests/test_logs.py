@@ -9,9 +9,9 @@ from dataclasses import asdict
 
 import pytest
 
-import koi.logs
+import koi.training.logs
 from koi import ConfigurationError, Koi, KoiWarning
-from koi.logs import append
+from koi.training.logs import append
 from toys import InTurn, Point, Quadratic, Regressions, assert_same, small_net
 
 SETTINGS = {"step_size": 0.1, "num_steps": 2, "num_iterations": 6, "meta_step_size": 0.5, "seed": 0}
@@ -79,7 +79,7 @@ def test_curves_in_tensorboard(tmp_path):
 
 
 def test_curves_of_a_long_training_are_means(tmp_path, monkeypatch):
-    monkeypatch.setattr(koi.logs, "_POINTS", 3)
+    monkeypatch.setattr(koi.training.logs, "_POINTS", 3)
     learned = learner()
     with pytest.raises(Stop):
         learned.train(Regressions(), callbacks=[stops_after(3)], log_dir=tmp_path)
@@ -128,7 +128,7 @@ class TestWhoseLog:
 
     @pytest.fixture(autouse=True)
     def at_every_record(self, monkeypatch):
-        monkeypatch.setattr(koi.logs, "_PATIENCE", -1)
+        monkeypatch.setattr(koi.training.logs, "_PATIENCE", -1)
 
     @pytest.fixture(params=["one folder", "two folders"])
     def killed(self, request, tmp_path):
@@ -276,7 +276,7 @@ def test_no_number_where_all_tasks_were_skipped(tmp_path):
 
 
 def test_records_are_gathered_and_there_when_a_checkpoint_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(koi.logs, "_PATIENCE", float("inf"))
+    monkeypatch.setattr(koi.training.logs, "_PATIENCE", float("inf"))
     seen = []
     learned = learner()
     look = lambda *_: seen.append(len(lines(tmp_path)))  # noqa: E731
@@ -288,7 +288,7 @@ def test_records_are_gathered_and_there_when_a_checkpoint_is(tmp_path, monkeypat
 
 
 def test_records_wait_only_so_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(koi.logs, "_PATIENCE", -1)
+    monkeypatch.setattr(koi.training.logs, "_PATIENCE", -1)
     seen = []
     look = lambda *_: seen.append(len(lines(tmp_path)))  # noqa: E731
     learner().train(Regressions(), callbacks=[look], log_dir=tmp_path)
@@ -298,7 +298,7 @@ def test_records_wait_only_so_long(tmp_path, monkeypatch):
 class TestFaults:
     @pytest.fixture(autouse=True)
     def at_every_record(self, monkeypatch):
-        monkeypatch.setattr(koi.logs, "_PATIENCE", -1)
+        monkeypatch.setattr(koi.training.logs, "_PATIENCE", -1)
 
     @pytest.fixture
     def whole(self):

@@ -7,7 +7,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from engine_toys import ALGORITHMS, Fits, assert_agree, trained
-from koi.inner.normalisation import JoinedNorm, map_normalisation
+from koi.inner.layers.normalisation import JoinedNorm, map_normalisation
 
 pytestmark = pytest.mark.usefixtures("float64")
 TASKS = 3

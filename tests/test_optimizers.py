@@ -8,10 +8,10 @@ import torch
 from koi import ConfigurationError, Koi
 from koi.inner import optimizers
 from koi.inner.base import InnerLoop
-from koi.inner.bound import bound_optimizer
-from koi.inner.optimizers import make_optimizer
-from koi.inner.recognition import update_rule, why_no_rule
-from koi.parameters import Learned
+from koi.inner.optimizers.bound import bound_optimizer
+from koi.inner.optimizers.recognition import update_rule, why_no_rule
+from koi.inner.optimizers.rules import make_optimizer
+from koi.phi.parameters import Learned
 
 pytestmark = pytest.mark.usefixtures("float64")
 

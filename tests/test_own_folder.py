@@ -11,11 +11,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from koi import CheckpointError, ConfigurationError, DataError, Koi
-from koi.cli import main
+from koi.lab.cli import main
+from koi.lab.runs import Classifier, Config, Run
+from koi.lab.runs.measuring import newest_checkpoint
 from koi.models import omniglot_net
 from koi.recipes import RECIPES, own_folder
-from koi.runs import Classifier, Config, Run
-from koi.runs.measuring import newest_checkpoint
 
 SIDE = 40
 

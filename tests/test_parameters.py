@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from koi import parameters
-from koi.parameters import Learned, RunningMean
+from koi.phi import parameters
+from koi.phi.parameters import Learned, RunningMean
 
 
 def test_interpolation_is_exact_at_its_ends():

@@ -11,9 +11,9 @@ from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from koi.inner.convolution import patches_product
-from koi.inner.products import layers_as_products, linear_product
-from koi.inner.small_products import SmallProducts
+from koi.inner.compiled.convolution import patches_product
+from koi.inner.compiled.products import layers_as_products, linear_product
+from koi.inner.compiled.small_products import SmallProducts
 
 pytestmark = pytest.mark.usefixtures("float64")
 small = partial(st.integers, 1)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine_toys import ALGORITHMS, FAST, SETTINGS, Fit, Fits, assert_agree, moved, trained
 from koi import EngineError, Koi
-from koi.inner.recurrence import LSTMKernel, map_recurrence
+from koi.inner.layers.recurrence import LSTMKernel, map_recurrence
 from koi.randomness import capture, same_states
 
 STEPS, BATCH, INPUTS, HIDDEN, TASKS = 3, 2, 3, 5, 3

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import koi.runs.training
+import koi.lab.runs.training
 from koi import CheckpointError, ConfigurationError, Koi, NonFiniteError
 from koi.fewshot import Episodes, LabelledData, Splits
+from koi.lab.runs import Config, Run, export, markdown_table, measure, train, write_card
+from koi.lab.runs.folder import environment
+from koi.lab.runs.measuring import measuring_learner, newest_checkpoint
 from koi.models import omniglot_net
 from koi.recipes import RECIPES, Adaptation, FewShotRecipe
-from koi.runs import Config, Run, export, markdown_table, measure, train, write_card
-from koi.runs.folder import environment
-from koi.runs.measuring import measuring_learner, newest_checkpoint
 
 SMALL = replace(
     RECIPES["omniglot-5way"],
@@ -35,8 +35,8 @@ def small_data(monkeypatch):
     data = LabelledData(images, names, [7] * 18)
     splits = Splits(*data.split(6, 6, 6))
     monkeypatch.setattr(Config, "splits", lambda config: splits)
-    monkeypatch.setattr(koi.runs.training, "_LEAST_DISTANCE", 2)
-    monkeypatch.setattr(koi.runs.training, "_VALIDATION_TASKS", 3)
+    monkeypatch.setattr(koi.lab.runs.training, "_LEAST_DISTANCE", 2)
+    monkeypatch.setattr(koi.lab.runs.training, "_VALIDATION_TASKS", 3)
 
 
 def test_a_run_leaves_all_that_is_wanted(tmp_path):
@@ -69,19 +69,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     class StoppedError(Exception):
         pass
 
-    original = koi.runs.training.Watcher.__call__
+    original = koi.lab.runs.training.Watcher.__call__
 
     def stop(watcher, learner, record):
         original(watcher, learner, record)
         if learner.iteration == 3:
             raise StoppedError
 
-    monkeypatch.setattr(koi.runs.training.Watcher, "__call__", stop)
+    monkeypatch.setattr(koi.lab.runs.training.Watcher, "__call__", stop)
     stopped = Run.begun(tmp_path / "stopped", Config(SMALL))
     with pytest.raises(StoppedError):
         train(stopped)
     assert not stopped.weights.exists()
-    monkeypatch.setattr(koi.runs.training.Watcher, "__call__", original)
+    monkeypatch.setattr(koi.lab.runs.training.Watcher, "__call__", original)
     train(Run.begun(tmp_path / "stopped", Config(SMALL)))
     assert stopped.validations() == whole.validations()
     there, here = load_file(stopped.weights), load_file(whole.weights)

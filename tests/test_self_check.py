@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import koi as package
 from engine_toys import ALGORITHMS, ENGINES, SETTINGS, Fit, Fits, assert_agree, mlp, trained
 from koi import EngineError, Koi, ModelError
-from koi.inner.selfcheck import SelfCheck
+from koi.inner.checks.selfcheck import SelfCheck
 from koi.randomness import capture, same_states
 from toys import InTurn
 

@@ -41,7 +41,7 @@ def test_a_link_out_of_the_documentation():
     def linked(link):
         return site.linked(file, site.OUTSIDE.search(f"[a]({link})"))
 
-    assert linked("../../src/koi/meta.py#L3") == Path("src/koi/meta.py")
+    assert linked("../../src/koi/phi/update.py#L3") == Path("src/koi/phi/update.py")
     assert linked("../../benchmarks") == Path("benchmarks")
     assert linked("../engines.md") is None
     assert site.OUTSIDE.search("[a](https://example.org/../x)") is None

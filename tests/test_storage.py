@@ -5,7 +5,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from koi import CheckpointError, Koi, memory, storage
+from koi import CheckpointError, Koi, storage
+from koi.phi import memory
 from toys import InTurn, assert_same
 
 GIB = 2**30

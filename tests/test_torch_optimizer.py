@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from koi import ConfigurationError
-from koi.inner.bound import bound_optimizer
-from koi.inner.torch_optimizer import TorchOptimizer
+from koi.inner.optimizers.bound import bound_optimizer
+from koi.inner.optimizers.torch_optimizer import TorchOptimizer
 from optimizer_toys import Prodigal, Toy, gradients, inner_of, leaves, noisy, start_params
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine_toys import ALGORITHMS, Fits, assert_agree, conv, everything, mlp, trained
 from koi import NonFiniteError
-from koi.inner.workers import Call, Workers, threads
+from koi.inner.compiled.workers import Call, Workers, threads
 from koi.randomness import Place
 from test_engines_chunks import Failures
 

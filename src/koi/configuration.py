@@ -12,10 +12,10 @@ from torch import nn
 
 from koi.errors import ConfigurationError, did_you_mean
 from koi.inner.base import InnerLoop
-from koi.inner.optimizers import FACTORIES, OptimizerFactory, layout_of, make_optimizer
-from koi.inner.recognition import update_rule, why_no_rule
+from koi.inner.optimizers.recognition import update_rule, why_no_rule
+from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, layout_of, make_optimizer
 from koi.inner.scaling import LossScale
-from koi.parameters import Learned
+from koi.phi.parameters import Learned
 
 ALGORITHMS = ("reptile", "fomaml", "maml")
 INNER_STATES = ("carry", "reset")

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from koi import configuration, settings
 from koi.inner.base import InnerLoop
+from koi.inner.checks.granted import ClassLook, Look, Same, environment
 from koi.inner.dispatch import Dispatch
-from koi.inner.granted import ClassLook, Look, Same, environment
 from koi.inner.scaling import LossScale
-from koi.parameters import Learned, Tensors
+from koi.phi.parameters import Learned, Tensors
 
 log = logging.getLogger("koi")
 
@@ -31,7 +31,7 @@ class Engines:
     """Makes engines, and makes them anew where anything that they take for granted has changed.
 
     That is each setting, what the model holds besides the values of parameters and buffers, and,
-    for a graph, what its classes hold and torch's own switches (`koi.inner.granted`).
+    for a graph, what its classes hold and torch's own switches (`koi.inner.checks.granted`).
     """
 
     def __init__(self) -> None:

@@ -13,28 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koi import checkpoint
-from koi.autosave import Autosave
-from koi.checkpoint import Pending
 from koi.configuration import check_count, check_surroundings, check_tasks
-from koi.distributed import Ranks
 from koi.engines import Engines, Ready
 from koi.evaluation import Evaluation, blocks, stacked
 from koi.inner.base import Metric, finite_rows
 from koi.inner.eager import EagerEngine
-from koi.inner.optimizers import OptimizerFactory
+from koi.inner.optimizers.rules import OptimizerFactory
 from koi.inner.scaling import LossScale
-from koi.interrupts import Interrupts
-from koi.logs import Log
-from koi.meta import MetaOptimizerFactory, MetaUpdate, Schedule, schedule_of, value_at
-from koi.parameters import Tensors, same_tensors
-from koi.progress import ProgressBar
+from koi.phi.outcome import Outcome, Phi
+from koi.phi.parameters import Tensors, same_tensors
+from koi.phi.update import MetaOptimizerFactory, MetaUpdate, Schedule, schedule_of, value_at
 from koi.randomness import Place, preserved_generators
+from koi.ranks.group import Ranks
 from koi.records import Record, mean_ends
 from koi.sampling import draw
 from koi.settings import Configured
-from koi.state import Outcome, Phi
-from koi.watch import Watch
+from koi.training import checkpoint
+from koi.training.autosave import Autosave
+from koi.training.checkpoint import Pending
+from koi.training.interrupts import Interrupts
+from koi.training.logs import Log
+from koi.training.progress import ProgressBar
+from koi.training.watch import Watch
 
 log = logging.getLogger("koi")
 Callback = Callable[["Koi", Record], None]

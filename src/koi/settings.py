@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from koi.configuration import check_settings
 from koi.errors import ConfigurationError
-from koi.inner.granted import frozen
-from koi.inner.optimizers import OptimizerFactory, layout_of, make_optimizer
-from koi.meta import MetaOptimizerFactory, Schedule
-from koi.parameters import Learned, Tensors
+from koi.inner.checks.granted import frozen
+from koi.inner.optimizers.rules import OptimizerFactory, layout_of, make_optimizer
+from koi.phi.parameters import Learned, Tensors
+from koi.phi.update import MetaOptimizerFactory, Schedule
 
 # What `koi.Koi` is given besides the model; each is an attribute of that name.
 SETTINGS = tuple(name for name in inspect.signature(check_settings).parameters if name != "model")

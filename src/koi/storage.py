@@ -8,21 +8,19 @@ that a file that was cut or changed is found out. Nothing in it is ever executed
 from __future__ import annotations
 
 import base64
-import contextlib
-import errno
 import hashlib
 import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from koi import memory
 from koi.errors import CheckpointError
+from koi.files import replacing
+from koi.phi import memory
 
 # Every format begins with the checksum, so that an intact file of a newer Koi is told from damage.
 FORMAT = 1
@@ -74,39 +72,13 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
     """
     start, tensors = _start_of(data)
     try:
-        with _replacing(path) as file:
+        with replacing(path) as file:
             _write(file, start, tensors)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be written ({error.strerror or error}): φ and earlier "
             "checkpoints are as they were; make room or choose another folder, and go on"
         ) from error
-
-
-def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file that takes its name once its content has reached the disk, or not at all.
-
-    Raises:
-        OSError: it cannot be written; an earlier file of that name is as it was.
-    """
-    with _replacing(path) as file:
-        file.writelines(pieces)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[io.BufferedIOBase]:
-    target = Path(os.path.realpath(path))
-    temporary = temporary_name(target)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -143,11 +115,6 @@ def unpack(content: bytes, path: Path | str) -> dict[str, Any]:
         CheckpointError: the content is damaged, of another program or of a newer Koi.
     """
     return _read(io.BytesIO(content), path)
-
-
-def temporary_name(target: Path) -> Path:
-    """Return where this process writes a file before it takes its name."""
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
@@ -343,17 +310,3 @@ def _digest(file: io.BufferedIOBase) -> str:
     while piece := file.read(memory.PIECE):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the new name reach the disk, where the system lets a folder be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
-            raise
-    finally:
-        os.close(handle)

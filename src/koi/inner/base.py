@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from koi import parameters
 from koi.errors import NonFiniteError, TaskError, annotate, is_end
-from koi.inner.optimizers import Layout, OptimizerFactory, UpdateRule
+from koi.inner.optimizers.rules import Layout, OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
-from koi.parameters import Learned, Tensors
+from koi.phi import parameters
+from koi.phi.outcome import Outcome, Phi
+from koi.phi.parameters import Learned, Tensors
 from koi.randomness import Place
-from koi.state import Outcome, Phi
 from koi.tasks import TaskBatch, views
 
 # What is measured of a module that was adapted to a task.

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from koi.errors import EngineError, KoiError, NonFiniteError
 from koi.inner.base import Engine, InnerLoop, Metric, advice_on, reason_of
+from koi.inner.checks.selfcheck import DisagreementError, Request, SelfCheck
 from koi.inner.eager import EagerEngine
-from koi.inner.recurrence import faster_alone
-from koi.inner.selfcheck import DisagreementError, Request, SelfCheck
+from koi.inner.layers.recurrence import faster_alone
 from koi.inner.vectorized import VectorizedEngine
-from koi.parameters import Tensors
+from koi.phi.outcome import Outcome, Phi
+from koi.phi.parameters import Tensors
 from koi.randomness import Place, capture, restore
-from koi.state import Outcome, Phi
 from koi.tasks import TaskBatch, is_tensor_task
 
 log = logging.getLogger("koi")
@@ -163,7 +163,7 @@ class Dispatch:
             return EagerEngine(self._model, self._inner)
         if form == "vectorized":
             return VectorizedEngine(self._model, self._inner, self._chunk_size)
-        from koi.inner.compiled import CompiledEngine
+        from koi.inner.compiled.engine import CompiledEngine
 
         return CompiledEngine(
             self._model,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from koi import parameters
 from koi.inner.base import (
     InnerLoop,
     Metric,
@@ -24,14 +23,15 @@ from koi.inner.base import (
     metrics_of,
     scalar,
 )
-from koi.inner.bound import bound_optimizer
 from koi.inner.functional import PureLoss
-from koi.inner.normalisation import map_weight_norm
+from koi.inner.layers.normalisation import map_weight_norm
+from koi.inner.optimizers.bound import bound_optimizer
 from koi.inner.stepwise import Adapted, StepwiseEngine
 from koi.inner.working import WorkingCopy
-from koi.parameters import Tensors
+from koi.phi import parameters
+from koi.phi.outcome import Outcome, OutcomeMean, Phi
+from koi.phi.parameters import Tensors
 from koi.randomness import Place
-from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import TaskBatch, query_of, views
 
 

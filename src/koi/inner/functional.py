@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from koi.parameters import Learned, Tensors
+from koi.phi.parameters import Learned, Tensors
 
 
 class TaskLoss(nn.Module):

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from koi.errors import ModelError
 from koi.inner.base import InnerLoop
-from koi.inner.bound import BoundOptimizer, RuleOptimizer
-from koi.parameters import Tensors
-from koi.state import Phi
+from koi.inner.optimizers.bound import BoundOptimizer, RuleOptimizer
+from koi.phi.outcome import Phi
+from koi.phi.parameters import Tensors
 from koi.tasks import outer_view
 
 _RECOMPUTED = (

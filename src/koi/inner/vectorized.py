@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from koi import parameters
 from koi.errors import EngineError
 from koi.inner.base import (
     SHARED_DRAWS,
@@ -30,17 +29,18 @@ from koi.inner.base import (
     metrics_of,
     scalar,
 )
-from koi.inner.bound import BoundOptimizer, bound_optimizer
-from koi.inner.elementwise import check_elementwise
-from koi.inner.embedding import EmbeddingPadding
 from koi.inner.functional import PureLoss
-from koi.inner.normalisation import map_normalisation, map_weight_norm
-from koi.inner.recurrence import map_recurrence
+from koi.inner.layers.embedding import EmbeddingPadding
+from koi.inner.layers.normalisation import map_normalisation, map_weight_norm
+from koi.inner.layers.recurrence import map_recurrence
+from koi.inner.optimizers.bound import BoundOptimizer, bound_optimizer
+from koi.inner.optimizers.elementwise import check_elementwise
 from koi.inner.stepwise import Adapted, StepwiseEngine
 from koi.inner.working import WorkingCopy
-from koi.parameters import Tensors
+from koi.phi import parameters
+from koi.phi.outcome import Outcome, OutcomeMean, Phi
+from koi.phi.parameters import Tensors
 from koi.randomness import Place, capture, same_host_draws
-from koi.state import Outcome, OutcomeMean, Phi
 from koi.tasks import (
     TaskBatch,
     check_fields,

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from koi import parameters
 from koi.errors import EngineError, ModelError
-from koi.inner.granted import Look, difference, form, held
-from koi.parameters import Learned, Tensors
-from koi.state import Phi
+from koi.inner.checks.granted import Look, difference, form, held
+from koi.phi import parameters
+from koi.phi.outcome import Phi
+from koi.phi.parameters import Learned, Tensors
 
 
 class Slot(NamedTuple):

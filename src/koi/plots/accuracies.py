@@ -21,7 +21,7 @@ def learning_curve(
     Args:
         validations: for points of the training ``"iteration"`` and accuracies in [0, 1] named
             such as ``"1-shot inductive"``, on validation classes.
-        results: number of shots -> what `koi.runs.measure` found on test classes.
+        results: number of shots -> what `koi.lab.runs.measure` found on test classes.
     """
     shots = sorted({int(n.split("-")[0]) for line in validations for n in line if "-shot" in n})
     shots = sorted({*shots, *results})

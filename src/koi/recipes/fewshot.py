@@ -12,8 +12,8 @@ from torch import nn
 from koi.errors import ConfigurationError, did_you_mean
 from koi.fewshot import Episodes, LabelledData
 from koi.fewshot.sources import ImageForm
-from koi.meta import linear
 from koi.models import mini_imagenet_net, omniglot_net
+from koi.phi.update import linear
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "omniglot": omniglot_net,

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from koi.meta import linear
 from koi.models import sine_mlp
+from koi.phi.update import linear
 from koi.problems import Sines
 from koi.tasks import TaskDistribution
 

@@ -1,0 +1,56 @@
+"""Files that are written wholly or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that takes its name once its content has reached the disk, or not at all.
+
+    Raises:
+        OSError: it cannot be written; an earlier file of that name is as it was.
+    """
+    with replacing(path) as file:
+        file.writelines(pieces)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[io.BufferedIOBase]:
+    """Yield a file that takes its name once its content has reached the disk, or not at all."""
+    target = Path(os.path.realpath(path))
+    temporary = temporary_name(target)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_name(target: Path) -> Path:
+    """Return where this process writes a file before it takes its name."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the new name reach the disk, where the system lets a folder be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""What engines take for granted, and whether they agree with the plainest way."""

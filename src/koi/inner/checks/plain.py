@@ -1,0 +1,137 @@
+"""The inner loop in the plainest way there is, which every engine is compared with.
+
+A deep copy of the module, the user's own loss, the optimizer as the factory makes it, torch's own
+backward: what a user would write after reading the paper, and nothing that is clever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koi.errors import ModelError
+from koi.inner.base import InnerLoop, scalar
+from koi.inner.optimizers.rules import make_optimizer
+from koi.phi.parameters import Tensors, copy_module
+from koi.randomness import Place, capture, same_states
+from koi.tasks import outer_view, query_of, views
+
+
+@dataclass
+class Plain:
+    """Adapts to one task after the other.
+
+    Args:
+        model: the user's module.
+        inner: the settings of the inner loop.
+        algorithm: what is asked for: φ̃ ("reptile"), the query loss at φ̃ ("maml") and its gradient
+            there ("fomaml"), or the query losses before and after each step ("evaluation").
+        num_steps: inner steps.
+        place: where this is, for the draws.
+        together: whether losses draw as those of tasks that run at once do.
+        steps: whether the optimizer steps at all.
+        noisy: whether a loss has drawn at random.
+        draws: whether minibatches of tasks that run at once have.
+    """
+
+    model: nn.Module
+    inner: InnerLoop
+    algorithm: str
+    num_steps: int
+    place: Place
+    together: bool
+    steps: bool = True
+    noisy: bool = False
+    draws: bool = False
+
+    @torch.enable_grad()
+    def __call__(self, start: Sequence[Tensor], task: Any, number: int) -> tuple[Tensors, float]:
+        """Return φ̃ or the gradient at φ̃, and the last loss, from ``start``.
+
+        Args:
+            start: the parameters.
+            task: the task.
+            number: its number in the meta-batch.
+
+        Raises:
+            ModelError: the loss reaches the user's module in the place of the copy it is given.
+        """
+        model = self._copied(self.model)
+        params = self.inner.learned.params_of(model)
+        with torch.no_grad():
+            for param, value in zip(params, start, strict=True):
+                param.copy_(value)
+        optimizer = make_optimizer(self.inner.factory, params, self.inner.step_size)
+        view, loss = task, torch.zeros(())
+        steps = self._views(task, number)
+        curve = [self._measured(task, model, 0)]
+        for step, view in enumerate(steps):
+            loss = self._loss(view, model, step)
+            if step == 0:
+                self._check_reach(loss)
+            optimizer.zero_grad()
+            for param, grad in zip(params, _gradients(loss, params), strict=True):
+                param.grad = grad
+            if self.steps:
+                optimizer.step()
+            curve.append(self._measured(task, model, step + 1))
+        if self.algorithm == "evaluation":
+            return [torch.stack(curve)], loss.item()
+        if self.algorithm == "reptile":
+            return [p.detach() for p in params], loss.item()
+        loss = self._loss(outer_view(task, view), model, self.num_steps)
+        if self.algorithm == "maml":
+            return [], loss.item()
+        pairs = zip(params, _gradients(loss, params), strict=True)
+        return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in pairs], loss.item()
+
+    def _copied(self, model: nn.Module) -> nn.Module:
+        """Return a deep copy; what is frozen is not copied."""
+        return copy_module(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+    def _measured(self, task: Any, model: nn.Module, step: int) -> Tensor:
+        """Return the query loss, where that is asked for, of a copy."""
+        if self.algorithm != "evaluation":
+            return torch.zeros(())
+        return self._loss(query_of(task), self._copied(model), step).detach()
+
+    def _views(self, task: Any, number: int) -> Iterable[Any]:
+        """Return what each step sees, the generators set as the engine's are."""
+        self.place.set("inner", number)
+        if not self.together:
+            return views(task, self.num_steps)
+        before = capture()
+        steps = list(views(task, self.num_steps))
+        self.draws = not same_states(before, capture())
+        self.place.set("inner loss" if self.draws else "inner", None)
+        return steps
+
+    def _loss(self, view: Any, model: nn.Module, step: int) -> Tensor:
+        before = capture()
+        with self.inner.precision(next(model.parameters()).device):
+            loss = scalar(view.loss(model), view, step)
+        self.noisy = self.noisy or not same_states(before, capture())
+        return loss
+
+    def _check_reach(self, loss: Tensor) -> None:
+        """Check that no gradient arrives at the module that the user gave."""
+        if not loss.requires_grad:
+            return
+        learned = self.inner.learned
+        own = learned.params_of(self.model)
+        grads = torch.autograd.grad(loss, own, allow_unused=True, retain_graph=True)
+        reached = [n for n, g in zip(learned.params, grads, strict=True) if g is not None]
+        if reached:
+            raise ModelError(
+                f"the loss reaches {', '.join(reached)} of the module that Koi was given, and not "
+                "of the copy that loss(model) receives, through a closure, a lambda or a "
+                "reference: take parameters from `model` and, inside of a module, from `self`"
+            )
+
+
+def _gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(loss, params, allow_unused=True)

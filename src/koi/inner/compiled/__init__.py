@@ -1,0 +1,1 @@
+"""The inner loop compiled; imported only where ``compile`` asks for it."""

@@ -1,0 +1,173 @@
+"""One function as a graph: what is asked of ``torch.compile``, and how the graph is called."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from koi.errors import EngineError, KoiError
+from koi.inner.base import advice_on, reason_of
+from koi.inner.compiled.internals import (
+    has_graph,
+    kernels_apart,
+    recurrence_traced,
+    without_lookup,
+)
+
+log = logging.getLogger("koi")
+_numbers = itertools.count()
+
+
+class Graph:
+    """A function that is compiled when it is first called, for what it is then called with.
+
+    The caller answers for it that shapes, types and settings stay as they are. So the compiler's
+    own checks, which cost more than a small network's inner step, are left out but for those on
+    what user's modules hold globally.
+
+    Args:
+        function: what to compile.
+        what: what it computes, for the log.
+        tasks: the name of the tasks' class, for errors.
+        device: "cpu" or "cuda".
+        mode: the argument ``compile`` of `koi.Koi`.
+        lean: whether it is of large tensors, so that it is to hold few of them at a time.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        what: str,
+        tasks: str,
+        device: str,
+        mode: bool | str,
+        lean: bool,
+    ) -> None:
+        self._function = with_own_code(function)
+        self._what, self._tasks, self._device = what, tasks, device
+        self._checked = False
+        self._lean = lean
+        options = {**options_for(device, mode, lean), "guard_filter_fn": self._keep}
+        self._run: Callable[..., Any] = torch.compile(
+            self._function, fullgraph=True, options=options
+        )
+        self._compiled = False
+        self.threadsafe = False  # until there is a graph, which leaves the user's module alone
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph; the first time, which compiles it, with a message.
+
+        Raises:
+            EngineError: it cannot be compiled.
+        """
+        with torch.no_grad():
+            return self._run(*inputs) if self._compiled else self._first_run(*inputs)
+
+    def _first_run(self, *inputs: Any) -> Any:
+        log.info("compiling %s: this takes some seconds, once", self._what)
+        began = time.perf_counter()
+        try:
+            with kernels_apart() if self._lean else nullcontext(), recurrence_traced():
+                result = self._run(*inputs)
+        except KoiError:
+            raise
+        except Exception as error:  # the loss itself has just run without the compiler
+            advice = advice_on(error, "use compile=False")
+            raise EngineError(
+                f"the inner loop of {self._tasks} cannot be compiled ({reason_of(error)}): {advice}"
+            ) from error
+        log.info("compiled in %.0f s", time.perf_counter() - began)
+        self._compiled = True
+        self.threadsafe = has_graph(self._function)
+        # CUDA graphs learn from the look-up that the results of the last call are done with
+        if self._device == "cpu" and not self._checked:
+            self._run = without_lookup(self._function) or self._run
+        return result
+
+    def _keep(self, entries: Sequence[Any]) -> list[bool]:
+        """Choose among the compiler's checks: those on what the user's own modules hold globally.
+
+        All else that a graph takes for granted is in the key that it is found by.
+        """
+        kept = [entry.has_value and of_the_user(entry.name, entry.value) for entry in entries]
+        self._checked = self._checked or any(kept)
+        return kept
+
+
+def of_the_user(name: str, value: Any) -> bool:
+    """Return whether the compiler's ``name`` is of something global that the user may change.
+
+    >>> of_the_user("G['__import_mine'].scale", 2.0), of_the_user("G['__import_torch'].pi", 3.14)
+    (True, False)
+    """
+    module = re.search(r"G\['__import_(\w+)'\]", name)
+    root = module[1].split("_dot_")[0] if module else "koi"
+    if root in ("torch", "koi", "numpy") or root in sys.stdlib_module_names:
+        return False
+    made_by = getattr(value, "__module__", None) or ""
+    return not isinstance(value, types.ModuleType) and not made_by.startswith("torch")
+
+
+class AsItStands:
+    """In the place of a `Graph`: the function without the compiler, to compare draws with."""
+
+    threadsafe = False
+
+    def __init__(self, function: Callable[..., Any], **_: Any) -> None:
+        self._function = function
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the function."""
+        with torch.no_grad():
+            return self._function(*inputs)
+
+
+def with_own_code(function: Any) -> types.FunctionType:
+    """Return ``function`` under a code object and a name of its own.
+
+    The compiler keeps its graphs by code object, and with its checks left out would take one
+    engine's graph for another's. By name it remembers what shapes and numbers came before, and
+    would make symbols of those that differ from another engine's.
+    """
+    return types.FunctionType(
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}"),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, Any]:
+    """Return the compiler's options: what pays on the device, then what the mode asks for.
+
+    On the CPU the graph is called through C++, which halves the time of a small network's
+    meta-iteration, products and sums are rounded once instead of twice, and small matrix products
+    are fused. A lean graph computes a normalised activation again for its gradient (up to eight
+    tensors are read for that) instead of keeping it. On CUDA the default is CUDA graphs.
+    """
+    named = mode if isinstance(mode, str) else ("reduce-overhead" if device == "cuda" else None)
+    options: dict[str, Any] = (
+        {} if named is None else dict(torch._inductor.list_mode_options(named))
+    )
+    if device == "cpu":
+        from koi.inner.compiled.small_products import SmallProducts
+
+        options |= {
+            "post_grad_custom_pre_pass": SmallProducts(),
+            "cpp_wrapper": True,
+            "cpp.enable_floating_point_contract_flag": "fast",
+        }
+        if lean:
+            options["realize_reads_threshold"] = 8
+    return options

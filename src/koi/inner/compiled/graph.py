@@ -1,0 +1,285 @@
+"""The inner loop as functions of tensors that the compiler can turn into graphs.
+
+Either one graph is of all that a meta-batch takes, the inner steps written out one after the
+other, which lets the compiler join what they share; or it is of one inner step, which serves any
+number of them (`koi.inner.compiled.programs`). Gradients and optimizer are part of it, so that it
+needs no autograd when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, vmap
+
+from koi.inner.base import InnerLoop, attention_kernel
+from koi.inner.functional import PureLoss
+from koi.inner.optimizers.rules import UpdateRule
+from koi.inner.stepwise import filled
+from koi.phi.parameters import Tensors, movements
+from koi.tasks import query_of, tensors_of, views, with_tensors
+
+TensorDict = dict[str, Tensor]
+Target = Callable[[TensorDict], Any]
+
+
+class State(NamedTuple):
+    """What an inner step changes: parameters, buffers, the optimizer's moments."""
+
+    params: Tensors
+    buffers: Tensors
+    moments: Tensors
+
+
+class TrainOutput(NamedTuple):
+    """An `Outcome`, its losses, the tasks' norms and ‖mean(φ̃) − φ‖ in one tensor."""
+
+    params: Tensors
+    buffers: Tensors
+    constants: Tensors
+    moments: Tensors
+    figures: Tensor
+
+
+@dataclass(frozen=True)
+class InnerGraph:
+    """Functions of φ and the tensors of a task, or of many stacked; only `step_` changes any.
+
+    Args:
+        pure: the loss as a function of parameters and buffers.
+        inner: the settings of the inner loop.
+        rule: the inner optimizer.
+        used: which of the learned parameters the loss uses; the others stay as they are.
+        task: a task whose class and settings all tasks share.
+        view: likewise for what an inner step sees of a task; None: the task itself, always.
+        num_tasks: rows of the stacked tensors; None: one task, not stacked.
+        device_type: where the tensors are, "cpu" or "cuda".
+    """
+
+    pure: PureLoss
+    inner: InnerLoop
+    rule: UpdateRule
+    used: tuple[int, ...]
+    task: Any
+    view: Any
+    num_tasks: int | None
+    device_type: str
+
+    def attention(self) -> AbstractContextManager[Any]:
+        """Return the context in which all that has a loss runs."""
+        return attention_kernel(self.inner, self.num_tasks is not None, self.device_type)
+
+    def prepare(self, task: TensorDict, num_steps: int) -> list[TensorDict]:
+        """Return the tensors of each inner step's view; none where that is the task."""
+
+        def split(tensors: TensorDict) -> list[TensorDict]:
+            return [tensors_of(v) for v in views(with_tensors(self.task, tensors), num_steps)]
+
+        if self.view is None:
+            return [{}] * num_steps
+        return split(task) if self.num_tasks is None else vmap(split)(task)
+
+    def train(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> TrainOutput:
+        """Return what a meta-batch gives, the inner steps written out."""
+        start = self._spread(phi)
+        if self.inner.algorithm == "maml":
+            return self.outcome(phi, *self._second_order(start, task, steps))
+        after, losses = self._after(start, task, steps)
+        if self.inner.algorithm == "fomaml":
+            grads, loss = self.outer_gradient(after, task, steps[-1])
+            return self.outcome(phi, after, grads, [*losses, loss])
+        return self.outcome(phi, after, after.params, losses)
+
+    def begin(self, phi: State) -> State:
+        """Return φ as every task starts from it, in memory of its own, for `step_`."""
+        return State(*[[self._laid_out(t) for t in part] for part in self._spread(phi)])
+
+    def step_(self, state: State, task: TensorDict, tensors: TensorDict) -> Tensor:
+        """Do an inner step in place, so that there is never a second state; return the losses."""
+        after, losses = self._step(task, state, tensors)
+        for part, following in zip(state, after, strict=True):
+            for tensor, value in zip(part, following, strict=True):
+                if value is not tensor:
+                    tensor.copy_(value)
+        return losses
+
+    def query_loss(self, state: State, task: TensorDict) -> Tensor:
+        """Return the losses on the held-out data."""
+        return self._loss(state, self._query, task)
+
+    def outer_gradient(
+        self, state: State, task: TensorDict, last: TensorDict
+    ) -> tuple[Tensors, Tensor]:
+        """Return FOMAML's gradient at φ̃, and the losses there; ``last`` is the last step's view."""
+        every = tuple(range(len(state.params)))
+        grads, losses, _ = self._gradients(state, *self._outer_target(task, last), every)
+        return filled(grads, state.params), losses
+
+    def outcome(self, phi: State, after: State, result: Tensors, losses: Tensors) -> TrainOutput:
+        """Return the means over the tasks of φ̃ or the meta-gradient, and of what goes with it."""
+        curves = torch.stack(losses)
+        norms = self._norms(result)
+        kept = curves.isfinite().all(0) & norms.isfinite()
+        split = self.rule.num_slots * len(phi.params)
+        moments = self._means(after.moments[:split], kept)
+        moments += [count.clone() for count in after.moments[split:]]
+        params = self._means(result, kept)
+        count = len(self.inner.learned.buffers)
+        moved = movements(after.buffers[:count], phi.buffers[:count])
+        away = [m - p for m, p in zip(params, phi.params, strict=True)]
+        distance = torch.stack([_squares(m).sum() for m in away]).sum().sqrt()
+        figures = [curves.flatten(), norms.flatten(), distance.flatten()]
+        return TrainOutput(
+            params,
+            self._means(moved, kept),
+            self._last(after.buffers[count:], kept),
+            moments,
+            torch.cat([f.to(curves.dtype) for f in figures]),
+        )
+
+    def _after(
+        self, state: State, task: TensorDict, steps: Sequence[TensorDict]
+    ) -> tuple[State, Tensors]:
+        """Return the state after all steps, and the losses before each."""
+        losses = []
+        for tensors in steps:
+            state, loss = self._step(task, state, tensors)
+            losses.append(loss)
+        return state, losses
+
+    def _second_order(
+        self, start: State, task: TensorDict, steps: Sequence[TensorDict]
+    ) -> tuple[State, Tensors, Tensors]:
+        """MAML: the gradient at φ of the query loss after all steps."""
+
+        def after_all(params: Tensors) -> tuple[Tensor, tuple[State, Tensors]]:
+            first = State(params, start.buffers, start.moments)
+            state, losses = self._after(first, task, steps)
+            outer = self._loss(state, *self._outer_target(task, steps[-1]))
+            return outer.sum(), (state, [*losses, outer])
+
+        grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
+        return state, grads, losses
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        """Return a copy: of convolutions' weights on the CPU with the channels last.
+
+        So `patches_product` reads them and makes their gradient.
+        """
+        own_dims = tensor.dim() - (self.num_tasks is not None)
+        if own_dims == 4 and self.device_type == "cpu":
+            moved = tensor.movedim(-3, -1)
+            return moved.clone(memory_format=torch.contiguous_format).movedim(-1, -3)
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    def _step(self, task: TensorDict, state: State, tensors: TensorDict) -> tuple[State, Tensor]:
+        """Return the state after one inner step, and the loss before it."""
+        seen = task if self.view is None else tensors
+        grads, loss, buffers = self._gradients(state, self._seen, seen, self.used)
+        params, moments = self.rule.step(grads, state.params, state.moments)
+        return State(params, buffers, moments), loss
+
+    def _gradients(
+        self, state: State, target: Target, tensors: TensorDict, used: tuple[int, ...]
+    ) -> tuple[list[Tensor | None], Tensor, Tensors]:
+        """Return the gradients (None where unused), the losses, the buffers after them."""
+
+        def loss_of(
+            learning: Tensors, params: Tensors, buffers: Tensors, tensors: TensorDict
+        ) -> tuple[Tensor, Tensors]:
+            params = list(params)
+            for index, param in zip(used, learning, strict=True):
+                params[index] = param
+            return self._one_loss(params, buffers, target, tensors)
+
+        def total(learning: Tensors, *others: Any) -> tuple[Tensor, tuple[Tensor, Tensors]]:
+            losses, moved = self._mapped(loss_of)(learning, *others)
+            return losses.sum(), (losses, moved)
+
+        given = [state.params[index] for index in used], state.params, state.buffers, tensors
+        if self.inner.algorithm == "maml":
+            # vmap inside of both derivatives: torch 2.13 gets second derivatives of affine
+            # normalisations wrong in grad(vmap(grad(…)))
+            found, (loss, moved) = grad(total, has_aux=True)(*given)
+        else:
+            found, (loss, moved) = self._mapped(grad_and_value(loss_of, has_aux=True))(*given)
+        grads: list[Tensor | None] = [None] * len(state.params)
+        for index, gradient in zip(used, found, strict=True):
+            grads[index] = gradient
+        return grads, loss, moved
+
+    def _loss(self, state: State, target: Target, tensors: TensorDict) -> Tensor:
+        def loss_of(params: Tensors, buffers: Tensors, tensors: TensorDict) -> Tensor:
+            return self._one_loss(params, buffers, target, tensors)[0]
+
+        losses: Tensor = self._mapped(loss_of)(state.params, state.buffers, tensors)
+        return losses
+
+    def _one_loss(
+        self, params: Tensors, buffers: Tensors, target: Target, tensors: TensorDict
+    ) -> tuple[Tensor, Tensors]:
+        with self.inner.precision(torch.device(self.device_type)):
+            return self.pure.with_buffers(params, buffers, target(tensors))
+
+    def _seen(self, tensors: TensorDict) -> Any:
+        """Return what an inner step sees."""
+        return with_tensors(self.task if self.view is None else self.view, tensors)
+
+    def _query(self, tensors: TensorDict) -> Any:
+        """Return the task on its held-out data."""
+        return query_of(with_tensors(self.task, tensors))
+
+    def _outer_target(self, task: TensorDict, last: TensorDict) -> tuple[Target, TensorDict]:
+        """Return what FOMAML and MAML differentiate, as `koi.tasks.outer_view` does."""
+        if hasattr(self.task, "query"):
+            return self._query, task
+        if self.view is None:
+            return self._seen, task
+        return self._seen, last
+
+    def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self.num_tasks is None else vmap(function, randomness="different")
+
+    def _spread(self, phi: State) -> State:
+        """Return φ as every task starts from it."""
+        if self.num_tasks is None:
+            return phi
+        split = self.rule.num_slots * len(phi.params)
+        rows = [
+            [t.expand(self.num_tasks, *t.shape) for t in group]
+            for group in (phi.params, phi.buffers, phi.moments[:split])
+        ]
+        return State(rows[0], rows[1], rows[2] + phi.moments[split:])
+
+    def _norms(self, tensors: Tensors) -> Tensor:
+        """Return the Euclidean norm of each task's tensors, shape ([tasks])."""
+        first = 0 if self.num_tasks is None else 1
+        return torch.stack([_squares(t).flatten(first).sum(-1) for t in tensors]).sum(0).sqrt()
+
+    def _last(self, tensors: Tensors, kept: Tensor) -> Tensors:
+        """Return those of the last task that is kept."""
+        if self.num_tasks is None:
+            return [t.clone() for t in tensors]
+        if not self.inner.skip_nonfinite:
+            return [t[-1].clone() for t in tensors]
+        last = (torch.arange(self.num_tasks, device=kept.device) * kept).max().reshape(1)
+        return [t.index_select(0, last)[0] for t in tensors]
+
+    def _means(self, tensors: Tensors, kept: Tensor) -> Tensors:
+        if self.num_tasks is None:
+            return [t.contiguous() for t in tensors]
+        if not self.inner.skip_nonfinite:
+            return [t.mean(0).contiguous() for t in tensors]
+        weights = [kept.reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
+        pairs = zip(tensors, weights, strict=True)
+        return [(torch.where(w, t, 0).sum(0) / kept.sum()).contiguous() for t, w in pairs]
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """Return squares, of complex numbers |z|²."""
+    return tensor.abs().square() if tensor.is_complex() else tensor.square()

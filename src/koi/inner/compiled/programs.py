@@ -1,0 +1,101 @@
+"""What is called to run a chunk of tasks: one graph, or the graphs of single steps in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koi.inner.compiled.compiler import AsItStands, Graph
+from koi.inner.compiled.graph import InnerGraph, State, TensorDict, TrainOutput
+from koi.phi.parameters import Tensors
+
+MakeGraph = Callable[[Callable[..., Any], str], Graph | AsItStands]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Something to call, and the graphs that it calls."""
+
+    run: Callable[..., Any]
+    graphs: tuple[Graph | AsItStands, ...]
+
+    @property
+    def threadsafe(self) -> bool:
+        """Whether nothing is left to be compiled, which touches the user's module."""
+        return all(graph.threadsafe for graph in self.graphs)
+
+
+class Stepwise:
+    """The inner loop as graphs of one step, of the query loss and of FOMAML's gradient.
+
+    The steps are done in place: memory holds each task's state once. What is compiled for one
+    number of steps, or for evaluation, serves every other.
+
+    Args:
+        pure: the functions that are compiled.
+        make: makes a graph of a function and of what the log calls it.
+    """
+
+    def __init__(self, pure: InnerGraph, make: MakeGraph) -> None:
+        self._pure = pure
+        self._step = make(pure.step_, "an inner step")
+        self._query = make(pure.query_loss, "the query loss")
+        self._outer = make(pure.outer_gradient, "the query gradient")
+        self._fixed: State | None = None
+
+    def program(self, purpose: str) -> Program:
+        """Return what to call to "train", "evaluate" or "adapt"."""
+        if purpose == "evaluate":
+            return Program(self.evaluate, (self._step, self._query))
+        if purpose == "train" and self._pure.inner.algorithm == "fomaml":
+            return Program(self.train, (self._step, self._outer))
+        return Program(getattr(self, purpose), (self._step,))
+
+    @torch.no_grad()
+    def train(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> TrainOutput:
+        """Return what a meta-batch gives."""
+        state = self._begin(phi)
+        # a CUDA graph writes its next results over the last ones
+        losses = [self._step(state, task, tensors).clone() for tensors in steps]
+        if self._pure.inner.algorithm == "reptile":
+            return self._pure.outcome(phi, state, state.params, losses)
+        grads, loss = self._outer(state, task, steps[-1])
+        return self._pure.outcome(phi, state, grads, [*losses, loss])
+
+    @torch.no_grad()
+    def evaluate(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> Tensor:
+        """Return the query losses before and after each step, shape (steps + 1[, tasks])."""
+        state = self._begin(phi)
+        losses = [self._query(state, task).clone()]
+        for tensors in steps:
+            self._step(state, task, tensors)
+            losses.append(self._query(state, task).clone())
+        return torch.stack(losses)
+
+    @torch.no_grad()
+    def adapt(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> Tensors:
+        """Return each task's parameters and buffers after the steps, in one list."""
+        state = self._begin(phi)
+        for tensors in steps:
+            self._step(state, task, tensors)
+        return [*state.params, *state.buffers]
+
+    def _begin(self, phi: State) -> State:
+        """Return the state before the first step."""
+        start = self._pure.begin(phi)
+        if self._pure.device_type == "cpu":
+            return start
+        # a CUDA graph changes its inputs in place only where they always have the same addresses
+        if self._fixed is None:
+            self._fixed = start
+            for tensor in chain(*start):
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        else:
+            for fixed, value in zip(chain(*self._fixed), chain(*start), strict=True):
+                fixed.copy_(value)
+        return self._fixed

@@ -1,0 +1,1 @@
+"""Layers in the forms in which many tasks can run at once."""

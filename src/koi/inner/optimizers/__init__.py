@@ -1,0 +1,1 @@
+"""The inner optimizers: as pure rules, and as torch has them."""

@@ -1,0 +1,53 @@
+"""The commands of ``koi``, gathered: each reads what was typed, runs something, and prints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+import koi
+from koi.lab.cli import classifier, fewshot
+from koi.lab.cli.demo import demo
+from koi.lab.cli.sine import sine
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"koi {koi.__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """Learn initialisations from which a few gradient steps learn a new task."""
+
+
+_COMMANDS = (
+    sine,
+    demo,
+    fewshot.recipes,
+    fewshot.train,
+    fewshot.evaluate,
+    fewshot.table,
+    fewshot.export,
+    classifier.adapt,
+    classifier.predict,
+)
+for command in _COMMANDS:
+    app.command()(command)

@@ -1,0 +1,205 @@
+"""``koi recipes``, ``train``, ``evaluate`` and ``table``: few-shot experiments in run folders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from koi import plots
+from koi.errors import ConfigurationError
+from koi.lab import runs
+from koi.lab.runs import Config, Run
+from koi.recipes import IMAGE_FORMS, RECIPES, FewShotRecipe, Parts, own_folder, recipe_named
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that koi train made.")]
+_OWN = "Your own folder (--data FOLDER, and no recipe)"
+TestTasks = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Test tasks to measure on; the paper: 10000.")
+]
+
+
+def recipes() -> None:
+    """List the paper's few-shot experiments, which koi train runs."""
+    table = Table()
+    table.add_column("recipe", no_wrap=True)
+    for title in ("shots", "steps", "batch", "rate", "meta-iterations"):
+        table.add_column(title, justify="right")
+    for recipe in RECIPES.values():
+        table.add_row(
+            recipe.name,
+            f"{recipe.num_shots}",
+            f"{recipe.num_steps}",
+            f"{recipe.batch_size}",
+            f"{recipe.step_size:g}",
+            f"{recipe.num_iterations:,}",
+        )
+    Console(highlight=False).print(table)
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="One of those that koi recipes lists; or give --data alone."),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Meta-iterations, ε falling to 0 over them [default: the recipe's].",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="The run's folder [default: runs/, and RECIPE or FOLDER]."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="Where the recipe's data are; Omniglot is downloaded without it. With no recipe: "
+            "a folder of your own, with a folder of images for each class.",
+        ),
+    ] = None,
+    ways: Annotated[
+        int | None,
+        typer.Option(
+            min=2, metavar="N", help="Classes to tell apart [default: 5].", rich_help_panel=_OWN
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Images of each class to adapt to in the test [default: 1].",
+            rich_help_panel=_OWN,
+        ),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="omniglot sees images as 28 × 28 pixels in grey; mini-imagenet as 84 × 84 in "
+            "colour, and takes some 20 times as long [default: omniglot].",
+            rich_help_panel=_OWN,
+        ),
+    ] = None,
+    test_tasks: TestTasks = 1000,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of weights and tasks.")] = 0,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the inner loop: pays on long runs.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train an experiment of the paper, or the like on your own images, and measure it.
+
+    An experiment is set beside the paper's numbers. For your own images (--data FOLDER and no
+    recipe) every setting is that of the recipe with the same network and the nearest number of
+    ways: 100,000 meta-iterations, or 200,000 (omniglot from 13 ways on). A fifth of the classes is
+    kept for the test, and a fifth for validation if there are enough.
+
+    The same command again goes on with a run that was stopped.
+    """
+    own = {"num_ways": ways, "num_shots": shots, "network": network}
+    chosen, classes = _experiment(recipe, data, seed, own)
+    if iterations is not None:
+        chosen = replace(chosen, num_iterations=iterations)
+    config = Config(
+        chosen,
+        data=None if data is None else str(data.resolve()),
+        seed=seed,
+        compile=compile,
+        device=device,
+        classes=classes,
+    )
+    run = Run.begun(out or Path("runs") / (recipe or Path(str(config.data)).name), config)
+    console = Console(highlight=False)
+    console.print(f"{chosen.name}: {chosen.num_iterations:,} meta-iterations in {run.folder}")
+    if classes is not None:
+        console.print(_description(chosen, classes), soft_wrap=True)
+    runs.train(run)
+    if test_tasks:
+        _measure(run, list(chosen.adaptations), test_tasks, console)
+
+
+def evaluate(
+    run: RunFolder,
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="K …", help="Support examples of each class."),
+    ] = None,
+    more_shots: Annotated[list[int] | None, typer.Argument(min=1, hidden=True)] = None,
+    tasks: TestTasks = 1000,
+) -> None:
+    """Measure a run on its test classes, both ways, and keep the result in its folder."""
+    opened = Run(run)
+    wanted = [*(shots or []), *(more_shots or [])]  # an option takes one value: `--shots 1 5`
+    default = list(opened.config().recipe.adaptations)
+    _measure(opened, wanted or default, tasks, Console(highlight=False))
+
+
+def table(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Folders that koi train made.")
+    ],
+) -> None:
+    """Print the results of runs beside the paper's, as a Markdown table."""
+    typer.echo(runs.markdown_table([Run(folder) for folder in folders]))
+
+
+def export(
+    run: RunFolder, file: Annotated[Path, typer.Argument(help="Where to write the learner.")]
+) -> None:
+    """Write a run's learner as one small file, which Koi.load and koi demo read."""
+    runs.export(Run(run), file)
+    typer.echo(f"{file}: {file.stat().st_size:,} bytes")
+
+
+def _measure(run: Run, shots: list[int], num_tasks: int, console: Console) -> None:
+    console.print(f"Adapting to {num_tasks:,} test tasks")
+    for num_shots in shots:
+        runs.measure(run, num_shots, num_tasks)
+    plots.save(plots.learning_curve(run.validations(), run.results()), run.picture)
+    runs.write_card(run)
+    typer.echo(runs.markdown_table([run]))
+    console.print(f"Picture: {run.picture}", soft_wrap=True)
+
+
+def _experiment(
+    recipe: str | None, data: Path | None, seed: int, own: dict[str, Any]
+) -> tuple[FewShotRecipe, Parts | None]:
+    """Return what is to be trained, and of a folder of one's own the classes of each part."""
+    given = {name: value for name, value in own.items() if value is not None}
+    if recipe is not None and given:
+        names = ", ".join(f"--{name.removeprefix('num_')}" for name in given)
+        raise ConfigurationError(
+            [f"{names}: the recipe {recipe} has its own; leave out the one or the other"]
+        )
+    if recipe is not None:
+        return recipe_named(recipe), None
+    if data is None:
+        raise ConfigurationError(
+            [
+                "what to train? Give one of the recipes that koi recipes lists, or --data FOLDER, "
+                "a folder of images for each class"
+            ]
+        )
+    return own_folder(data, **given, seed=seed)
+
+
+def _description(recipe: FewShotRecipe, classes: Parts) -> str:
+    form = IMAGE_FORMS[recipe.network]
+    sizes = ", ".join(f"{len(names)} for {part}" for part, names in classes.items())
+    return (
+        f"Classes: {sizes}. Images: {form.size} × {form.size} pixels, "
+        f"{'grey' if form.mode == 'L' else 'in colour'}, {recipe.num_shots} of each class in a "
+        "training task"
+    )

@@ -1,0 +1,103 @@
+"""Accuracies of a run: on validation classes while it trains, on test classes at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from koi import Koi
+from koi.errors import CheckpointError
+from koi.fewshot import Accuracy, LabelledData
+from koi.fewshot.accuracy import both_ways
+from koi.lab.runs.folder import Config, Run
+from koi.recipes import FewShotRecipe
+
+# Tasks that are adapted to at once.
+_CHUNK = 20
+
+
+def measure(run: Run, num_shots: int, num_tasks: int = 1000, progress: bool | None = None) -> Any:
+    """Measure the run's newest checkpoint on test classes, and keep the result in its folder.
+
+    Args:
+        run: a run that has trained.
+        num_shots: support examples of each class.
+        num_tasks: test tasks; the paper takes 10,000.
+        progress: whether to show a progress bar; None: where there is a terminal.
+
+    Returns:
+        The result as it is kept: both accuracies with their intervals, in [0, 1], and how many
+        tasks they are over or were left out as not finite.
+    """
+    config = run.config()
+    checkpoint = newest_checkpoint(run)
+    began = time.perf_counter()
+    learner = measuring_learner(checkpoint, config, num_shots)
+    found = measured(learner, config, config.splits().test, num_shots, num_tasks, progress)
+    result = {
+        "transductive": list(found.transductive),
+        "inductive": list(found.inductive),
+        "num_tasks": found.num_tasks,
+        "num_skipped": found.num_skipped,
+        "iteration": learner.iteration,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    run.add_result(num_shots, result)
+    return result
+
+
+def measuring_learner(checkpoint: Path, config: Config, num_shots: int) -> Koi:
+    """Return a learner that adapts as the recipe's test tasks want it, from a checkpoint.
+
+    It is not compiled: a graph for each number of shots would take longer than it saves. A task on
+    which it diverges is left out and counted: it must not end a training that is being watched.
+    """
+    recipe: FewShotRecipe = config.recipe
+    return Koi.load(
+        checkpoint,
+        recipe.model().to(config.device),
+        **recipe.code(),
+        num_steps=recipe.adaptation(num_shots).num_steps,
+        compile=False,
+        vectorize="auto",
+        chunk_size=_CHUNK,
+        on_nonfinite="skip",
+    )
+
+
+def measured(
+    learner: Koi,
+    config: Config,
+    data: LabelledData,
+    num_shots: int,
+    num_tasks: int,
+    progress: bool | None = False,
+) -> Accuracy:
+    """Return the accuracies on episodes of ``data``."""
+    episodes = config.recipe.test_episodes(data, num_shots, config.device)
+    hidden = None if progress is None else not progress
+    with tqdm(total=num_tasks, unit="task", disable=hidden, dynamic_ncols=True) as bar:
+        bar.set_description(f"{num_shots}-shot")
+
+        def metric(model: nn.Module, task: Any) -> Tensor:
+            bar.update()
+            return both_ways(model, task)
+
+        fractions = learner.measure(episodes, metric, num_tasks)
+    return Accuracy(fractions, num_tasks - len(fractions))
+
+
+def newest_checkpoint(run: Run) -> Path:
+    """Return the file of the newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = sorted(run.checkpoints.glob("iteration-*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{run.folder} has no checkpoint yet: train it first")
+    return found[-1]

@@ -1,0 +1,1 @@
+"""What moves: φ, arithmetic on it, and the meta-update."""

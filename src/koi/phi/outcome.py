@@ -1,0 +1,85 @@
+"""What passes between the inner loop and the meta-update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from koi.phi.parameters import Learned, RunningMean, Tensors, clone
+
+
+@dataclass
+class Phi:
+    """Where every task of a meta-batch starts: φ, its buffers, and the optimizer's moments."""
+
+    params: Tensors
+    buffers: Tensors
+    constants: Tensors
+    moments: Tensors | None
+    names: Learned
+
+
+@dataclass
+class Outcome:
+    """What a meta-batch gives back, each a mean over its tasks.
+
+    Args:
+        params: the adapted parameters φ̃ (Reptile), or the meta-gradient (FOMAML, MAML).
+        buffers: how far tasks moved the floating and complex buffers, exactly zero where none did.
+        constants: the other buffers, which have no mean: as the last task left them.
+        moments: the inner optimizer's moments after the last step.
+        losses: for each task the loss at each inner step, before its update; FOMAML and MAML add
+            the loss that is differentiated. Skipped tasks are not in it.
+        num_skipped: how many tasks were left out; when all were, the lists are empty.
+        distance: the Euclidean norm of params − φ, where the engine knows it anyway.
+    """
+
+    params: Tensors
+    buffers: Tensors
+    constants: Tensors
+    moments: Tensors
+    losses: list[list[float]]
+    num_skipped: int = 0
+    distance: float | None = None
+
+
+class OutcomeMean:
+    """Gathers the outcome of a meta-batch, task by task or chunk by chunk.
+
+    Args:
+        copy: False where a single task is gathered, whose tensors then need no copy.
+    """
+
+    def __init__(self, copy: bool = True) -> None:
+        self._params, self._buffers, self._moments = (RunningMean(copy) for _ in range(3))
+        self._constants: Tensors = []
+        self._losses: list[list[float]] = []
+
+    def add(
+        self,
+        params: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        losses: list[list[float]],
+    ) -> None:
+        """Add means over as many tasks as there are lists of losses."""
+        self._params.add(params, len(losses))
+        self._buffers.add(buffers, len(losses))
+        self._constants = clone(constants)
+        self._moments.add(moments, len(losses))
+        self._losses += losses
+
+    def outcome(self, num_tasks: int, distance: float | None = None) -> Outcome:
+        """Return the means, over all but the skipped of ``num_tasks`` tasks."""
+        return Outcome(
+            self._params.value(),
+            self._buffers.value(),
+            self._constants,
+            self._moments.value(),
+            self._losses,
+            num_skipped=num_tasks - len(self._losses),
+            distance=distance,
+        )

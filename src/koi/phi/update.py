@@ -1,0 +1,179 @@
+"""The meta-update: how φ moves once every task of the meta-batch has been adapted to."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from koi.errors import ConfigurationError, NonFiniteError
+from koi.phi import parameters
+from koi.phi.outcome import Outcome, Phi
+from koi.phi.parameters import Tensors
+
+Schedule = Callable[[float], float]
+MetaOptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class linear:  # noqa: N801 (reads as a function, compares and prints as data)
+    """A schedule from ``start`` to ``end``: (1 − f) · start + f · end at the fraction f done.
+
+    The paper anneals ε this way (section 6); the last meta-iteration of N has f = (N − 1) / N.
+
+    >>> linear(1.0, 0.0)(0.25)
+    0.75
+    """
+
+    start: float
+    end: float
+
+    def __call__(self, fraction: float) -> float:
+        """Return the value at ``fraction`` in [0, 1]."""
+        return (1 - fraction) * self.start + fraction * self.end
+
+
+def schedule_of(
+    meta_step_size: float | Schedule | None, algorithm: str, step_size: float
+) -> float | Schedule:
+    """Return ε as it was given, or what is right for the algorithm where it was not.
+
+    Reptile's ε is a fraction of the way to φ̃, so that it begins with all of it and ends at 0, by
+    when φ no longer follows single tasks. Of FOMAML and MAML it is the rate of a gradient.
+
+    >>> schedule_of(None, "reptile", step_size=0.02), schedule_of(None, "maml", step_size=0.02)
+    (linear(start=1.0, end=0.0), 0.02)
+    """
+    if meta_step_size is not None:
+        return meta_step_size
+    return linear(1.0, 0.0) if algorithm == "reptile" else step_size
+
+
+def value_at(schedule: float | Schedule, fraction: float) -> float:
+    """Return ε at the fraction done, checking what the user's schedule gives.
+
+    Raises:
+        ConfigurationError: it is no finite number of at least 0.
+    """
+    if not callable(schedule):
+        return float(schedule)
+    value = schedule(fraction)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ConfigurationError(
+            [
+                f"the schedule meta_step_size gave {value!r} at the fraction {fraction:.4g}: "
+                "it must give a finite number of at least 0"
+            ]
+        )
+    return number
+
+
+class MetaUpdate:
+    """Moves φ by what a meta-batch gave, wholly or not at all.
+
+    Reptile (algorithm 2 of the paper):      φ ← φ + ε · mean(φ̃_i − φ)
+    FOMAML and MAML:                         φ ← φ − ε · mean(g_i)
+    A meta-optimizer, where there is one, is fed the gradient φ − mean(φ̃_i), or mean(g_i), and its
+    own learning rate takes the place of ε. Buffers always follow ε: floating and complex ones by
+    φ_b ← φ_b + ε · mean(φ̃_b − φ_b), bit for bit as they were where no task changed them; integers
+    and flags, which have no mean, become what the last task left.
+    """
+
+    def __init__(
+        self, algorithm: str, phi: Phi, make_optimizer: MetaOptimizerFactory | None
+    ) -> None:
+        self.phi = phi
+        self.algorithm = algorithm
+        self.make_optimizer = make_optimizer
+        self.optimizer = None if make_optimizer is None else make_optimizer(phi.params)
+        if not isinstance(self.optimizer, torch.optim.Optimizer | None):
+            raise ConfigurationError(
+                [
+                    f"meta_optimizer returned {type(self.optimizer).__name__}: the callable "
+                    "(params) must return a torch.optim.Optimizer"
+                ]
+            )
+
+    @torch.no_grad()
+    def apply(self, outcome: Outcome, epsilon: float) -> float:
+        """Move φ and its buffers; return the Euclidean norm of the parameters' change.
+
+        Raises:
+            NonFiniteError: the change is not finite.
+        """
+        params = self.phi.params
+        self._check_buffers(outcome)
+        if self.optimizer is not None:
+            size = self._step(self.optimizer, self._gradient(outcome))
+        elif self.algorithm == "reptile":
+            distance = outcome.distance
+            if distance is None:
+                distance = parameters.norm(self._gradient(outcome)).item()
+            size = self._finite(epsilon * distance)
+            parameters.interpolate_(params, outcome.params, epsilon)
+        else:
+            size = self._finite(epsilon * parameters.norm(outcome.params).item())
+            torch._foreach_add_(params, outcome.params, alpha=-epsilon)
+        parameters.move_(self.phi.buffers, outcome.buffers, epsilon)
+        if epsilon > 0:
+            parameters.copy_(self.phi.constants, outcome.constants)
+        return size
+
+    def _gradient(self, outcome: Outcome) -> Tensors:
+        """Return φ − mean(φ̃), or the mean meta-gradient."""
+        if self.algorithm == "reptile":
+            return parameters.difference(self.phi.params, outcome.params)
+        return outcome.params
+
+    def _check_buffers(self, outcome: Outcome) -> None:
+        for name, value, change in zip(
+            self.phi.names.buffers, self.phi.buffers, outcome.buffers, strict=True
+        ):
+            if not bool(change.isfinite().all()):
+                was = "" if bool(value.isfinite().all()) else ", whose values were not all finite"
+                raise NonFiniteError(
+                    f"the buffer {name!r}{was}, was changed by what is not finite, and cannot be "
+                    "averaged over tasks: φ is as it was before; let it begin at finite values, "
+                    "for example by running one batch through the model"
+                )
+
+    def _step(self, optimizer: torch.optim.Optimizer, gradient: Tensors) -> float:
+        params = self.phi.params
+        before, users_grads = parameters.clone(params), [p.grad for p in params]
+        state = {param: copy.deepcopy(kept) for param, kept in optimizer.state.items()}
+        groups = [
+            copy.deepcopy({name: value for name, value in group.items() if name != "params"})
+            for group in optimizer.param_groups
+        ]
+        try:
+            for param, grad in zip(params, gradient, strict=True):
+                param.grad = grad
+            optimizer.step()
+            return self._finite(parameters.norm(parameters.difference(params, before)).item())
+        except BaseException:
+            parameters.copy_(params, before)
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.update(saved)
+            raise
+        finally:
+            for param, grad_before in zip(params, users_grads, strict=True):
+                param.grad = grad_before
+
+    @staticmethod
+    def _finite(size: float) -> float:
+        if not math.isfinite(size):
+            raise NonFiniteError(
+                f"the meta-update has norm {size}: φ is as it was before; try a smaller step_size "
+                "or meta_step_size"
+            )
+        return size

@@ -1,0 +1,148 @@
+"""The one flat buffer in which ranks tell each other all that a meta-iteration gave."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from koi.phi.outcome import Outcome, Phi
+from koi.phi.parameters import Tensors, clone
+
+
+class Form(NamedTuple):
+    """What an outcome looks like beyond φ, which a rank without one cannot know.
+
+    Args:
+        moments: shape and type of each moment.
+        row: how many losses each task has.
+    """
+
+    moments: tuple[tuple[torch.Size, torch.dtype], ...]
+    row: int
+
+
+class Told(NamedTuple):
+    """What the ranks have told each other beside tensors."""
+
+    rows: list[list[float]]
+    counts: list[int]
+    failed: list[bool]
+    digests: list[tuple[int, ...]]
+    stop: bool
+    constants: bool
+
+
+class Buffer:
+    """The one flat buffer: φ̃ or the meta-gradient, buffers' changes, moments; losses and flags.
+
+    Each rank weighs its means by its number of tasks, and what it has to say for itself stands in
+    places of its own, so that one sum over ranks brings all of it together. The type is the widest
+    of φ's, at least float32.
+    """
+
+    def __init__(self, phi: Phi, form: Form, num_tasks: int, num_ranks: int) -> None:
+        like = [*phi.params, *phi.buffers]
+        forms = [*((t.shape, t.dtype) for t in like), *form.moments]
+        self._types = [kind for _, kind in forms]
+        self._splits = len(phi.params), len(like)
+        self._num_tasks, self._row = num_tasks, form.row
+        # where the figures of each kind begin: losses, counts, failures, checksums, and flags
+        sizes = [num_tasks * form.row, num_ranks, num_ranks, 3 * num_ranks, 1, 1]
+        ends = itertools.accumulate(sizes)
+        self._places = [0, *ends]
+        self._figures: list[float] = []
+        lengths = [shape.numel() for shape, _ in forms]
+        self._size = sum(lengths)
+        self._flat = torch.empty(
+            self._size + self._places[-1],
+            dtype=functools.reduce(torch.promote_types, (t.dtype for t in like), torch.float32),
+            device=like[0].device,
+        )
+        parts = self._flat[: self._size].split(lengths)
+        self._parts = [part.view(shape) for part, (shape, _) in zip(parts, forms, strict=True)]
+
+    def clear(self) -> None:
+        """Begin anew, with nothing in it."""
+        self._flat.zero_()
+        self._figures = [0.0] * self._places[-1]
+
+    @torch.no_grad()
+    def put(self, outcome: Outcome, rank: int, first: int) -> None:
+        """Put in the outcome of the tasks of ``rank``, of which ``first`` is the first."""
+        count = len(outcome.losses)
+        if count == 0:
+            return
+        moments = outcome.moments if len(self._parts) > self._splits[1] else []
+        for part, tensor in zip(
+            self._parts, [*outcome.params, *outcome.buffers, *moments], strict=True
+        ):
+            part.copy_(tensor)
+        self._flat[: self._size].mul_(count / self._num_tasks)
+        self._set(0, first * self._row, itertools.chain(*outcome.losses))
+        self._set(1, rank, [count])
+
+    def tell(
+        self, rank: int, failed: bool, stop: bool, digest: Sequence[int], constants: bool
+    ) -> None:
+        """Put in what a rank has to say for itself."""
+        self._set(2, rank, [failed])
+        self._set(3, 3 * rank, digest)
+        self._set(4, 0, [stop])
+        self._set(5, 0, [constants])
+
+    def reduce(self) -> Told:
+        """Sum over the ranks and return the figures."""
+        self._flat[self._size :] = torch.tensor(self._figures, dtype=self._flat.dtype)
+        dist.all_reduce(self._flat)
+        figures = self._flat[self._size :].tolist()
+        losses, counts, failed, digests, stop, constants = (
+            figures[start:end] for start, end in itertools.pairwise(self._places)
+        )
+        return Told(
+            [losses[i : i + self._row] for i in range(0, len(losses), max(1, self._row))],
+            [round(count) for count in counts],
+            [flag > 0 for flag in failed],
+            [tuple(map(int, digests[i : i + 3])) for i in range(0, len(digests), 3)],
+            stop[0] > 0,
+            constants[0] > 0,
+        )
+
+    def outcome(self, told: Told, constants: Tensors) -> Outcome:
+        """Return the mean over the tasks of all ranks; with the ``constants`` of the last."""
+        count = sum(told.counts)
+        skipped = self._num_tasks - count
+        if count == 0:
+            return Outcome([], [], [], [], [], num_skipped=skipped)
+        if skipped:
+            self._flat[: self._size].mul_(self._num_tasks / count)
+        shares = [
+            share(rank, len(told.counts), self._num_tasks) for rank in range(len(told.counts))
+        ]
+        losses = [
+            row
+            for (first, _), kept in zip(shares, told.counts, strict=True)
+            for row in told.rows[first : first + kept]
+        ]
+        means = [part.to(kind) for part, kind in zip(self._parts, self._types, strict=True)]
+        params, buffers = self._splits
+        moments = clone(means[buffers:])  # they outlive the buffer
+        moved = means[params:buffers]
+        return Outcome(means[:params], moved, constants, moments, losses, skipped)
+
+    def _set(self, kind: int, place: int, values: Iterable[float]) -> None:
+        for number, value in enumerate(values, self._places[kind] + place):
+            self._figures[number] = value
+
+
+def share(rank: int, num_ranks: int, num_tasks: int) -> tuple[int, int]:
+    """Return the first of a rank's tasks and the one after its last; sizes differ by one at most.
+
+    >>> [share(rank, 4, 10) for rank in range(4)]
+    [(0, 2), (2, 5), (5, 7), (7, 10)]
+    """
+    return rank * num_tasks // num_ranks, (rank + 1) * num_tasks // num_ranks

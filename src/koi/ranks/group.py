@@ -1,0 +1,363 @@
+"""Several processes that learn one φ: each adapts to its share of every meta-batch.
+
+Under torchrun, or wherever ``torch.distributed`` has a process group, the ranks of the default
+group train together: one all-reduce of one flat buffer in each meta-iteration. Every rank then
+makes the same meta-update, so that φ is the same everywhere without being sent.
+
+The ranks meet in a fixed sequence of collectives: one buffer for each meta-iteration, one more at
+the end. A rank that meets with an error goes to the next of these all the same and says so there;
+none waits for it in vain, and all stop at the same φ.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from koi import errors
+from koi.errors import ConfigurationError, KoiError, RankError, annotate
+from koi.phi import memory
+from koi.phi.outcome import Outcome, Phi
+from koi.phi.parameters import same_tensors
+from koi.ranks.exchange import Buffer, Form, share
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+Result = TypeVar("Result")
+
+# Where a collective has failed: how long the ranks may take to say that they are there.
+_ROLL_CALL = timedelta(seconds=5)
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def join(device: torch.device) -> bool:
+    """Return whether this process is one of several, making the group that torchrun asks for."""
+    if not dist.is_available():
+        return False
+    if not dist.is_initialized():
+        if not all(name in os.environ for name in _LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+            return False
+        from torch.distributed.rendezvous import rendezvous
+
+        store, rank, size = next(rendezvous("env://"))
+        dist.init_process_group(
+            # by itself torch takes NCCL for the GPU, gloo for what is on the CPU
+            "gloo" if device.type == "cpu" else None,
+            store=of_this_attempt(store, rank, size),
+            rank=rank,
+            world_size=size,
+        )
+        atexit.register(_leave)
+    return dist.get_world_size() > 1
+
+
+def of_this_attempt(store: Store, rank: int, size: int) -> Store:
+    """Return a part of ``store`` that is new to all ranks.
+
+    torchrun's store outlives its restarts, and processes would find in it the addresses of those
+    that have ended (pytorch/pytorch#135712). So each rank says hello under a name that was never
+    used, which only a rank 0 that is alive can answer, and confirms what it was told.
+    """
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.constants import default_pg_timeout
+
+    name = f"koi/{uuid.uuid4()}"
+    if rank > 0:
+        store.set(f"koi/hello/{rank}", name)
+        name = store.get(name).decode()
+        store.set(f"{name}/{rank}", "")
+    missing = set(range(1, size)) if rank == 0 else set()
+    until = time.monotonic() + default_pg_timeout.total_seconds()
+    while missing:
+        for other in list(missing):
+            if store.check([f"koi/hello/{other}"]):  # of this attempt, or of an earlier one
+                store.set(store.get(f"koi/hello/{other}").decode(), name)
+            if store.check([f"{name}/{other}"]):
+                missing.discard(other)
+        if time.monotonic() > until:
+            named = ", ".join(map(str, sorted(missing)))
+            raise RankError(f"rank 0 waits in vain for the ranks {named}: did their scripts end?")
+        time.sleep(0.01)
+    return PrefixStore(name, store)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Holding(Protocol):
+    """What can hold Ctrl-C back."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Let the block finish before an interrupt is handled."""
+
+
+class Ranks:
+    """The processes of a training; a single one where there is no process group.
+
+    Args:
+        device: where φ is.
+        num_tasks: meta_batch_size.
+        carry: whether moments live on from one meta-iteration to the next.
+        interrupts: holds Ctrl-C back while ranks meet.
+
+    Raises:
+        ConfigurationError: there are more ranks than tasks.
+    """
+
+    def __init__(
+        self, device: torch.device, num_tasks: int, carry: bool, interrupts: Holding
+    ) -> None:
+        several = join(device)
+        self.rank = dist.get_rank() if several else 0
+        self.size = dist.get_world_size() if several else 1
+        self._set(num_tasks, carry)
+        self._interrupts = interrupts
+        self._phi: Phi | None = None
+        self._buffer: Buffer | None = None
+        self._check = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper() != "OFF"
+        self._count = 0  # collectives so far
+        self._over = False  # no rank will come to another collective
+        self._stopping = False
+        self._error: BaseException | None = None
+        self.wants_to_stop: Callable[[], bool] = lambda: False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which shows, logs and saves."""
+        return self.rank == 0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether training is to stop here; on several ranks, as all of them have agreed."""
+        return self._stopping if self.size > 1 else self.wants_to_stop()
+
+    def training(self, phi: Phi) -> Ranks:
+        """Return this, to be used in ``with`` around the meta-iterations."""
+        self._phi = phi
+        return self
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Meet a last time: until rank 0 has saved, and to tell of an error."""
+        if self.size == 1 or self._over:
+            return
+        self._error = error
+        with self._interrupts.held():
+            if error is None:
+                self._meet(None)
+                self._over = True
+            else:  # which goes on its way whatever comes of this
+                with suppress(BaseException):
+                    self._meet(None)
+
+    def _set(self, num_tasks: int, carry: bool) -> None:
+        if num_tasks < self.size:
+            raise ConfigurationError(
+                [
+                    f"meta_batch_size = {num_tasks} on {self.size} ranks: every rank needs a task "
+                    f"of each meta-batch, so take at least {self.size}, or fewer ranks"
+                ]
+            )
+        self._share = share(self.rank, self.size, num_tasks)
+        self._num_tasks = num_tasks
+        self._carry = carry
+
+    def adjust(self, phi: Phi, num_tasks: int, carry: bool) -> None:
+        """Take in what may have changed between two meta-iterations, the same on all ranks."""
+        before = self._phi
+        if (num_tasks, carry) != (self._num_tasks, self._carry):
+            self._set(num_tasks, carry)
+            self._buffer = None
+        elif before is not None and not same_tensors(before.params, phi.params):
+            self._buffer = None
+        self._phi = phi
+
+    def attempt(self, adapt: Callable[[int, int], Outcome]) -> Outcome | None:
+        """Return what ``adapt`` gives for this rank's tasks, from the first to before the last.
+
+        On several ranks an error is kept until `mean`, where all hear of it.
+        """
+        if self.size == 1:
+            return adapt(0, self._num_tasks)
+        try:
+            return adapt(*self._share)
+        except BaseException as error:
+            self._error = error
+            return None
+
+    def mean(self, outcome: Outcome | None) -> Outcome:
+        """Return the outcome of the whole meta-batch, the same on every rank.
+
+        Raises:
+            RankError: another rank has stopped or does not answer. Where its error is one of
+                Koi's, it is raised here too.
+        """
+        if self.size > 1:
+            return self._meet(outcome)
+        assert outcome is not None
+        return outcome
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raise an error of the block on all ranks, on whichever it was."""
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            self._error = error
+        self._hear()
+
+    def from_first(self, content: bytes) -> bytes:
+        """Return what rank 0 gave here, sent in pieces, so that only pieces are copied."""
+        size, parts = self._from_first(len(content)), []
+        for start in range(0, size, memory.PIECE):
+            parts.append(self._from_first(content[start : start + memory.PIECE]))
+        return content if self.first else b"".join(parts)
+
+    def _from_first(self, value: Result) -> Result:
+        box = [value]
+        self._together(lambda: dist.broadcast_object_list(box, src=0))
+        return box[0]
+
+    def _meet(self, outcome: Outcome | None) -> Outcome:
+        """Reduce one buffer that holds all that the ranks have to tell each other."""
+        assert self._phi is not None
+        buffer = self._buffer or self._make_buffer(self._phi, outcome)
+        buffer.clear()
+        if outcome is not None:
+            try:
+                buffer.put(outcome, self.rank, self._share[0])
+            except Exception as error:
+                self._error = error
+        digest = digest_of(self._phi) if self._check else (0, 0, 0)
+        before = self._phi.constants
+        own = outcome.constants if outcome is not None and outcome.losses else None
+        changed = own is not None and not all(map(torch.equal, own, before))
+        buffer.tell(self.rank, self._error is not None, self.wants_to_stop(), digest, changed)
+        told = self._together(buffer.reduce)
+        if any(told.failed):
+            self._hear()
+        if len(set(told.digests)) > 1:
+            self._over = True
+            raise RankError(
+                "the ranks are not in step: φ or its moments differ between them (checksums "
+                f"{', '.join(map(str, told.digests))}): does a callback change them on one rank?"
+            )
+        self._stopping = told.stop
+        constants = before
+        if told.constants:  # integers, which the buffer's type may not hold: rarely, and few
+            constants = [each for each in self._all(own) if each is not None][-1]
+        return buffer.outcome(told, constants)
+
+    def _make_buffer(self, phi: Phi, outcome: Outcome | None) -> Buffer:
+        """Return a buffer of the form of outcomes, which a rank without one learns from others."""
+        mine = None
+        if outcome is not None and outcome.losses:
+            moments = outcome.moments if self._carry else []
+            mine = Form(tuple((m.shape, m.dtype) for m in moments), len(outcome.losses[0]))
+        forms = {form for form in self._all(mine) if form is not None}
+        if len(forms) > 1:
+            self._over = True
+            raise RankError(
+                "the optimizer's moments or the losses differ in number or shape between ranks: "
+                "let inner_optimizer and tasks be alike on all of them"
+            )
+        buffer = Buffer(phi, next(iter(forms), Form((), 0)), self._num_tasks, self.size)
+        if forms:
+            self._buffer = buffer
+        return buffer
+
+    def _hear(self) -> None:
+        """Raise the error of this rank or, with the same meaning, that of another one."""
+        own, self._error = self._error, None
+        told = self._all(None if own is None else (type(own).__name__, str(own)))
+        failed = [(rank, *text) for rank, text in enumerate(told) if text is not None]
+        if not failed:
+            return
+        self._over = True
+        if own is not None:
+            annotate(own, f"on rank {self.rank}")
+            raise own
+        raise error_of(*failed[0])
+
+    def _all(self, value: Any) -> list[Any]:
+        gathered = [None] * self.size
+        self._together(lambda: dist.all_gather_object(gathered, value))
+        return gathered
+
+    def _together(self, work: Callable[[], Result]) -> Result:
+        """Run a collective.
+
+        Raises:
+            RankError: it failed, naming the ranks that did not come to it.
+        """
+        self._count += 1
+        try:
+            return work()
+        except RuntimeError as error:
+            self._over = True
+            raise RankError(
+                f"rank {self.rank} cannot reach the others ({str(error).strip()}): "
+                f"{self._roll_call()}; φ is as it was before"
+            ) from error
+
+    def _roll_call(self) -> str:
+        """Return which ranks are not at the collective that failed."""
+        missing, patience = [], _ROLL_CALL
+        try:
+            store, here = dist.distributed_c10d._get_default_store(), f"koi/{self._count}/"
+            store.set(f"{here}{self.rank}", "")
+            for rank in range(self.size):
+                try:
+                    store.wait([f"{here}{rank}"], patience)
+                except dist.DistStoreError:
+                    missing.append(rank)
+                    patience = timedelta(milliseconds=10)  # all have had their time
+        except (RuntimeError, ValueError):
+            return "the store through which ranks find each other is gone too"
+        if not missing:
+            return "all ranks are there, so the connection between them was cut"
+        named = " and ".join(f"rank {rank}" for rank in missing)
+        return f"{named} did not get here, so it hangs, has ended, or is cut off"
+
+
+def digest_of(phi: Phi) -> tuple[int, ...]:
+    """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
+    digest = hashlib.blake2b(digest_size=6)
+    for tensor in (*phi.params, *phi.buffers, *(phi.moments or [])):
+        for piece in memory.pieces_of(tensor):
+            digest.update(piece)
+    return tuple(int.from_bytes(digest.digest()[i : i + 2], "big") for i in (0, 2, 4))
+
+
+def error_of(rank: int, name: str, text: str) -> Exception:
+    """Return what the other ranks raise: Koi's own error, if it was one."""
+    kind = getattr(errors, name, None)
+    if kind is ConfigurationError:
+        return ConfigurationError([f"{text} (on rank {rank})"])
+    if isinstance(kind, type) and issubclass(kind, KoiError):
+        return kind(f"{text} (on rank {rank})")
+    return RankError(f"rank {rank} has stopped, φ is as it was before: {name}: {text}")

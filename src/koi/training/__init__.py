@@ -1,0 +1,1 @@
+"""What surrounds a long training: checkpoints, signals, logs, progress."""

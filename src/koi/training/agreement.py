@@ -1,0 +1,104 @@
+"""Whether a checkpoint fits the model and the settings that training is to go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import nn
+
+from koi.phi.parameters import in_words
+from koi.phi.update import linear, schedule_of
+
+Data = dict[str, Any]
+
+
+def as_data(value: Any) -> Any:
+    """Return a setting as a file can hold it; of code, its name for messages.
+
+    >>> as_data(linear(1.0, 0.0)), as_data(torch.optim.SGD)
+    (('linear', 1.0, 0.0), ('code', 'SGD'))
+    """
+    if isinstance(value, linear):
+        return "linear", float(value.start), float(value.end)
+    if value is None or isinstance(value, bool | str | torch.dtype):
+        return value
+    if callable(value):
+        return "code", getattr(value, "__qualname__", type(value).__qualname__)
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def from_data(value: Any) -> Any:
+    """Return the setting that `as_data` was given; code stays a name."""
+    return linear(*value[1:]) if is_kind(value, "linear") else value
+
+
+def is_kind(value: Any, kind: str) -> bool:
+    """Return whether a stored setting is "linear" or "code"."""
+    return isinstance(value, tuple) and value[0] == kind
+
+
+def tensors_of(model: nn.Module) -> dict[str, str]:
+    """Return what each parameter and buffer of a model is, in words.
+
+    >>> tensors_of(nn.Linear(3, 1, bias=False))
+    {'weight': 'a parameter of shape (1, 3), float32'}
+    """
+    params = {
+        name: f"{'a parameter' if p.requires_grad else 'a frozen parameter'} of {in_words(p)}"
+        for name, p in model.named_parameters()
+    }
+    return params | {name: f"a buffer of {in_words(b)}" for name, b in model.named_buffers()}
+
+
+def arguments_of(optimizer: torch.optim.Optimizer) -> Data:
+    """Return the class of an optimizer and those of its arguments that are data."""
+    kind, plain = type(optimizer), bool | int | float | str | None
+    arguments = {
+        name: value
+        for name, value in optimizer.defaults.items()
+        if isinstance(value, plain)
+        or (isinstance(value, tuple) and all(isinstance(part, plain) for part in value))
+    }
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", **arguments}
+
+
+def different_tensors(there: dict[str, str], here: dict[str, str]) -> Iterator[str]:
+    """Yield what differs between the model of a checkpoint and the one here."""
+    for name in dict.fromkeys((*there, *here)):
+        if here.get(name) != there.get(name):
+            yield (
+                f"model: {name} is {there.get(name, 'missing')} in the checkpoint, "
+                f"{here.get(name, 'missing')} here"
+            )
+
+
+def different_settings(there: Data, here: Data) -> Iterator[str]:
+    """Yield every setting that differs; of code only whether it is some."""
+    epsilon = schedule_of(there["meta_step_size"], there["algorithm"], there["step_size"])
+    for name, stored in there.items():
+        given = here[name]
+        if stored == given or (is_kind(stored, "code") and is_kind(given, "code")):
+            continue
+        # a constant ε does not depend on how many meta-iterations there will be
+        if name == "num_iterations" and isinstance(epsilon, int | float):
+            continue
+        yield f"{name}: {_shown(stored)} in the checkpoint, {_shown(given)} here"
+
+
+def different_optimizer(
+    what: str, there: Data, here: Data, free: Collection[str] = ()
+) -> Iterator[str]:
+    """Yield what differs in the class and arguments of an optimizer, but for the ``free`` ones."""
+    if there["class"] != here["class"]:
+        yield f"{what}: gave {there['class']} for the checkpoint, {here['class']} here"
+        return
+    for name in there:  # of another torch it may have others
+        if name in here and name not in free and there[name] != here[name]:
+            yield f"{what}: {name} = {there[name]!r} in the checkpoint, {here[name]!r} here"
+
+
+def _shown(value: Any) -> str:
+    return f"code ({value[1]})" if is_kind(value, "code") else repr(from_data(value))

@@ -1,0 +1,254 @@
+"""What is seen of a long training: a line for each meta-iteration, and TensorBoard's curves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from koi.errors import ConfigurationError
+from koi.files import replace_file
+from koi.records import Record
+from koi.training.watch import warn
+
+METRICS = "metrics.jsonl"
+
+# Seconds that a record may wait before it reaches its file.
+_PATIENCE = 5.0
+# TensorBoard shows 1,000 points of a curve: of a longer training it gets means, as many at least.
+_POINTS = 1000
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add what was measured at a meta-iteration to a JSONL file, as a callback may do.
+
+    Lines of this and later meta-iterations, which a killed training had written before it went on
+    from an earlier checkpoint, are taken out, so that the curve goes on without a seam: into a file
+    beside it, whose name ends in ``.old``, since they may be another training's after all. A last
+    line that is not whole goes. The file is replaced as one, so this is for hundreds of lines, not
+    millions.
+
+    Args:
+        path: the file, made if it is missing.
+        line: numbers and strings, among them ``"iteration"``.
+
+    Raises:
+        ConfigurationError: it holds something else; it is as it was before.
+        OSError: the file cannot be written; it is as it was before.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "validation.jsonl"
+    ...     for iteration in (0, 100, 200, 100):
+    ...         append(path, {"iteration": iteration, "accuracy": 0.5})
+    ...     print(path.read_text(), end="")
+    {"iteration": 0, "accuracy": 0.5}
+    {"iteration": 100, "accuracy": 0.5}
+    """
+    before = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [text for text in before if text.endswith(b"\n")]
+    kept: list[bytes] = []
+    later: list[bytes] = []
+    try:
+        for text in whole:
+            is_before = json.loads(text)["iteration"] < line["iteration"]
+            (kept if is_before else later).append(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            [f"{path} holds lines that are no measurements of a training: choose another file"]
+        ) from error
+    if later:
+        with path.with_name(f"{path.name}.old").open("ab") as file:
+            file.writelines(later)
+    replace_file(path, [*kept, _encoded([line])])
+
+
+class Log:
+    """Writes ``koi.history`` into a folder as it grows.
+
+    metrics.jsonl is the history: it is written anew where a training begins or goes on, so that
+    nothing of a killed one is missing, doubled or cut, and again where it is not as it was left.
+    What is there is replaced only if it is of this very training: if it begins with the lines of
+    the history or, where there is no checkpoint yet to hold one, with a line put down in ``begun``.
+    Each has its time to the nanosecond, so that no two trainings have one in common.
+    TensorBoard, where it is installed, is told from where on its curves are void.
+
+    A log that cannot be written is a warning; the training goes on, and the log once it can.
+
+    Args:
+        folder: where to write, made if it is missing; None: nowhere.
+        history: the records so far; more are appended to it.
+        num_iterations: meta-iterations that there will be.
+        resume: a training goes on, and what it wrote before it was killed is replaced.
+        begun: a file for the first line, beside the checkpoints of which there is none yet; None:
+            there is one, or there will be none.
+
+    Raises:
+        ConfigurationError: the folder cannot be written to, or is another training's.
+    """
+
+    def __init__(
+        self,
+        folder: Any,
+        history: Sequence[Record],
+        num_iterations: int,
+        resume: bool,
+        begun: Path | None,
+    ) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._history = history
+        self._begun = begun
+        self._size: int | None = None  # of the file as it was left; None: not by this training
+        self._written = 0
+        self._flushed_at = time.monotonic()
+        self._failed = False
+        self._board: Any = None
+        self._drawn = 0  # blocks of meta-iterations that TensorBoard has
+        self._stride = max(1, num_iterations // _POINTS)
+        if self._folder is not None:
+            self._open(self._folder, resume)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.flush()
+        if self._board is not None:
+            with contextlib.suppress(Exception):
+                self._board.close()
+
+    def after_iteration(self, at_once: bool) -> None:
+        """Write what is new, ``at_once`` or when enough time has passed."""
+        if at_once or time.monotonic() - self._flushed_at > _PATIENCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is new."""
+        if self._folder is None:
+            return
+        self._flushed_at = time.monotonic()
+        try:
+            self._write(self._folder / METRICS)
+            self._failed = False
+        except OSError as error:
+            self._warn(f"{METRICS} cannot be written ({error.strerror or error}): trying again")
+            return
+        try:
+            self._draw()
+        except Exception as error:  # whatever its writer thread met
+            self._board = None
+            self._warn(f"TensorBoard's events cannot be written ({error}): giving them up")
+
+    def _open(self, folder: Path, resume: bool) -> None:
+        path, done = folder / METRICS, len(self._history)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = path.read_bytes() if path.exists() else b""
+            if found and not done and not resume:
+                raise ConfigurationError(
+                    [
+                        f"log_dir {folder} holds the log of an earlier training: choose another "
+                        "folder, empty this one, or go on from a checkpoint with resume=True"
+                    ]
+                )
+            if not self._is_own(found):
+                here = f"has done {done} meta-iterations" if done else "has no checkpoint yet"
+                raise ConfigurationError(
+                    [
+                        f"log_dir {folder} holds {len(found.splitlines())} lines that this "
+                        f"training, which {here}, did not write: choose another folder, or move "
+                        f"that {METRICS} away"
+                    ]
+                )
+            self._write(path)
+        except OSError as error:
+            raise ConfigurationError(
+                [
+                    f"log_dir {folder} cannot be written to ({error.strerror or error}): choose "
+                    "another folder"
+                ]
+            ) from error
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            begun = (found or done) and any(folder.glob("events.out.tfevents.*"))
+            self._drawn = done // self._stride if begun else 0
+            self._board = SummaryWriter(folder, purge_step=done if begun else None)
+
+    def _is_own(self, found: bytes) -> bool:
+        """Return whether a file's content is nothing, or what this training wrote of itself."""
+        known = _encoded(map(asdict, self._history))
+        if not known and self._begun is not None:
+            with contextlib.suppress(OSError):
+                known = self._begun.read_bytes()
+        whole = found[: found.rfind(b"\n") + 1] or found
+        return not found or (known != b"" and (known.startswith(whole) or whole.startswith(known)))
+
+    def _write(self, path: Path) -> None:
+        """Append the records that are new, or write all where the file is not as it was left."""
+        size = path.stat().st_size if path.exists() else None
+        if self._begun is not None and self._history and not self._written:
+            # first: a line in the log without it would be a stranger's to the next process
+            replace_file(self._begun, [_encoded([asdict(self._history[0])])])
+        if self._size is None or size != self._size:
+            if self._size is not None and size and not self._is_own(path.read_bytes()):
+                raise OSError("another training writes there")
+            content = _encoded(map(asdict, self._history))
+            replace_file(path, [content])
+            self._size = len(content)
+        elif len(self._history) > self._written:
+            content = _encoded(map(asdict, self._history[self._written :]))
+            try:
+                with path.open("ab") as file:
+                    file.write(content)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, self._size)
+                raise
+            self._size += len(content)
+        self._written = len(self._history)
+
+    def _draw(self) -> None:
+        """Give TensorBoard the mean of each block of meta-iterations that is complete."""
+        if self._board is None:
+            return
+        for block in range(self._drawn, len(self._history) // self._stride):
+            step = (block + 1) * self._stride - 1
+            records = self._history[step + 1 - self._stride : step + 1]
+            for name in _CURVES:
+                mean = sum(getattr(record, name) for record in records) / len(records)
+                self._board.add_scalar(name, mean, step)
+            self._drawn = block + 1
+        self._board.flush()
+
+    def _warn(self, what: str) -> None:
+        if not self._failed:
+            warn(f"log_dir {self._folder}: {what}; the training goes on")
+        self._failed = True
+
+
+_CURVES = tuple(field.name for field in fields(Record) if field.name != "iteration")
+
+
+def _encoded(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return strict JSON, a line each; what is not finite has no number in it and becomes null."""
+    finite = (
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
+        for line in lines
+    )
+    return "".join(json.dumps(line) + "\n" for line in finite).encode()
