@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src"
 PACKAGE = SRC / "koi"
 
-# Each module or room of koi, and those that it imports from, no more and no fewer: all of them lower
-# in the table. Inside a room, files import each other freely. "koi" is koi/__init__.py, the door;
-# who imports names from the door, as a user does, has "koi" in its row.
+# Each module or room of koi, and those that it imports from, no more and no fewer: all of them
+# lower in the table. Inside a room, files import each other freely. "koi" is koi/__init__.py, the
+# door; who imports names from the door, as a user does, has "koi" in its row.
 _TABLE = {
     "koi": "learner evaluation phi records supervised tasks errors",
     "lab": "koi plots recipes problems models fewshot "
@@ -31,8 +31,9 @@ _TABLE = {
     "learner": "engines training ranks settings configuration "
     "evaluation sampling inner phi records randomness",
     "engines": "settings configuration inner phi",
-    "training": "ranks settings configuration inner phi records storage files randomness errors",
-    "ranks": "phi errors",
+    "training": "ranks settings configuration inner phi records "
+    "storage files memory randomness errors",
+    "ranks": "phi memory errors",
     "settings": "configuration inner phi errors",
     "configuration": "inner phi errors",
     "evaluation": "sampling tasks randomness errors",
@@ -40,8 +41,9 @@ _TABLE = {
     "inner": "phi tasks randomness errors",
     "phi": "errors",
     "records": "",
-    "storage": "phi files errors",
+    "storage": "files memory errors",
     "files": "",
+    "memory": "",
     "supervised": "tasks",
     "tasks": "errors",
     "randomness": "",

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from koi import CheckpointError, Koi, storage
-from koi.phi import memory
+from koi import CheckpointError, Koi, memory, storage
 from toys import Regressions, assert_same, snapshot
 
 SETTINGS = {"step_size": 0.1, "num_steps": 2, "num_iterations": 4, "seed": 0}

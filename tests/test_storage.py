@@ -5,8 +5,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from koi import CheckpointError, Koi, storage
-from koi.phi import memory
+from koi import CheckpointError, Koi, memory, storage
 from toys import InTurn, assert_same
 
 GIB = 2**30

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from koi import memory
 from koi.errors import CheckpointError
 from koi.files import replacing
-from koi.phi import memory
 
 # Every format begins with the checksum, so that an intact file of a newer Koi is told from damage.
 FORMAT = 1

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from koi import errors
+from koi import errors, memory
 from koi.errors import ConfigurationError, KoiError, RankError, annotate
-from koi.phi import memory
 from koi.phi.outcome import Outcome, Phi
 from koi.phi.parameters import same_tensors
 from koi.ranks.exchange import Buffer, Form, share

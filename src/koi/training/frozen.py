@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from koi.phi import memory
+from koi import memory
 
 _SAMPLE = 1024  # values that are looked at
 _NAMED = 4  # parameters that a message names
