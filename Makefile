@@ -20,6 +20,8 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLA
 # variable silences the theme's news of its successor.
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 PINS := pyproject.toml constraints.txt
+# A process for each core; whoever is done takes tests from the others.
+PARALLEL := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -33,16 +35,16 @@ run: .venv/.run ## Run the main job: meta-learn the paper's sine waves, then ada
 	@$(BIN)/koi sine $(ARGS)
 
 test: .venv/.dev ## Run all tests: unit tests, doctests, documentation and examples
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: .venv/.dev ## Run the tests that take minutes each: every engine in full, compiled
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m slow $(PARALLEL) $(ARGS)
 
 # By how many commits came before, so that as many commits as there are shards run all of it.
 SHARD ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 
 test-shard: .venv/.dev ## Run a share of the slow tests, the next one with every commit
-	@$(BIN)/python -m pytest -m slow --shard $(SHARD) $(ARGS)
+	@$(BIN)/python -m pytest -m slow $(PARALLEL) --shard $(SHARD) $(ARGS)
 
 faults: .venv/.dev ## Kill, cut and break trainings some thousand times, and print what was lost
 	@PYTHONPATH=tests $(BIN)/python tests/faults.py

@@ -1,6 +1,11 @@
+import os
 import random
 import resource
 import signal
+
+# As many processes run tests as there are cores: each of them, and what it starts, on one thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -67,7 +67,7 @@ FAULTS = {
     "NaN": (lambda loss: loss * float("nan"), NonFiniteError, "the loss is nan"),
     "infinite": (lambda loss: loss * float("inf"), NonFiniteError, "the loss is inf"),
 }
-NAMES_THE_STEP = set(FAULTS) - {"exception", "interrupt", "exit"}
+NAMES_THE_STEP = [name for name in FAULTS if name not in ("exception", "interrupt", "exit")]
 
 
 def told(error, caplog):
