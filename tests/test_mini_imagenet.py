@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_toys import everything
 from koi import DataError, KoiWarning
 from koi.problems import mini_imagenet
 
@@ -57,14 +58,6 @@ def in_folders(root, folder):
             (folder / part / name).mkdir(parents=True)
             for path in (root / "images").glob(f"{name}_*"):
                 shutil.copy(path, folder / part / name)
-
-
-def everything(data):
-    """Return all inputs of each class, by its name."""
-    return {
-        name: data.take(torch.full((count,), number), torch.arange(count))
-        for number, (name, count) in enumerate(zip(data.classes, data.counts, strict=True))
-    }
 
 
 def assert_all_there(splits, images):
