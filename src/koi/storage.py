@@ -71,7 +71,8 @@ def read(path: Path) -> dict[str, Any]:
             content = _checked(file, path)
         # not mapped: a tensor is memory of its own, whatever becomes of the file
         with _understanding(path), safe_open(path, "pt", backend="pread") as file:
-            return _decoded(content, {name: file.get_tensor(name) for name in file.offset_keys()})
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            return dict(decode(content, tensors))
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({error.strerror or error}): give the name of "
@@ -98,7 +99,7 @@ def unpack(content: bytes, path: Path | str) -> dict[str, Any]:
     """
     checked = _checked(io.BytesIO(content), path)
     with _understanding(path):
-        return _decoded(checked, load(content))
+        return dict(decode(checked, load(content)))
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
@@ -232,8 +233,8 @@ def _write(file: io.BufferedIOBase, start: bytes, tensors: Iterable[Tensor]) -> 
     file.write(digest.hexdigest().encode())
 
 
-def _checked(file: io.BufferedIOBase, path: Path | str) -> str:
-    """Return the JSON of a file. Nothing in it is believed before the checksum is right."""
+def _checked(file: io.BufferedIOBase, path: Path | str) -> Any:
+    """Return a file's data, encoded, without its tensors; first of all the checksum is compared."""
     start = file.read(_DIGEST.stop)
     if start[8 : _DIGEST.start] != _START:
         raise CheckpointError(
@@ -255,11 +256,7 @@ def _checked(file: io.BufferedIOBase, path: Path | str) -> str:
             f"the checkpoint {path} has format {metadata.get('koi_format')} and this Koi reads "
             f"format {FORMAT}: read it with the Koi that wrote it, or a newer one"
         )
-    return str(metadata["koi"])
-
-
-def _decoded(content: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return dict(decode(json.loads(content), tensors))
+    return json.loads(metadata["koi"])
 
 
 @contextlib.contextmanager

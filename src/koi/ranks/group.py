@@ -12,7 +12,6 @@ none waits for it in vain, and all stop at the same φ.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import os
 import time
 import uuid
@@ -346,11 +345,8 @@ class Ranks:
 
 def digest_of(phi: Phi) -> tuple[int, ...]:
     """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
-    digest = hashlib.blake2b(digest_size=6)
-    for tensor in (*phi.params, *phi.buffers, *(phi.moments or [])):
-        for piece in memory.pieces_of(tensor):
-            digest.update(piece)
-    return tuple(int.from_bytes(digest.digest()[i : i + 2], "big") for i in (0, 2, 4))
+    digest = memory.digest(*phi.params, *phi.buffers, *(phi.moments or []), size=6)
+    return tuple(int.from_bytes(digest[i : i + 2], "big") for i in (0, 2, 4))
 
 
 def error_of(rank: int, name: str, text: str) -> Exception:
