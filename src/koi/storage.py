@@ -124,8 +124,7 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     elif isinstance(value, list):
         return [encode(part, f"{where}[{i}]", tensors) for i, part in enumerate(value)]
     elif isinstance(value, tuple | set | frozenset):
-        parts = [encode(part, f"{where}[{i}]", tensors) for i, part in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "set": parts}
+        return {"tuple" if isinstance(value, tuple) else "set": encode([*value], where, tensors)}
     elif isinstance(value, Mapping):
         return {
             "dict": [
