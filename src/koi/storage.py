@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, TensorSpec, safe_open
-from safetensors.torch import load
+from safetensors import SafetensorError, TensorSpec, deserialize, safe_open
 from torch import Tensor
 
 from koi import memory
@@ -99,7 +98,8 @@ def unpack(content: bytes, path: Path | str) -> dict[str, Any]:
     """
     checked = _checked(io.BytesIO(content), path)
     with _understanding(path):
-        return dict(decode(checked, load(content)))
+        tensors = {name: _tensor(**entry) for name, entry in deserialize(content)}
+        return dict(decode(checked, tensors))
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
@@ -181,12 +181,24 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _type_name(dtype: torch.dtype) -> str | None:
-    """Return what safetensors calls a type, None if it has none for it."""
+    """Return what safetensors calls a type, None if it has none for it, or packs two in a byte."""
     try:
         name = str(dtype).removeprefix("torch.")
-        return TensorSpec(dtype=name, shape=[], data_ptr=0, data_len=0).dtype
+        spec = TensorSpec(dtype=name, shape=[1], data_ptr=0, data_len=0)
     except SafetensorError:
         return None
+    return spec.dtype if spec.shape == [1] else None
+
+
+# For what `deserialize` gives; the library's own `load` does not know all of these.
+_TYPES = {_type_name(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
+
+
+def _tensor(shape: list[int], dtype: str, data: bytearray) -> Tensor:
+    """Return a tensor that `deserialize` has taken apart."""
+    if not data:  # which torch refuses
+        return torch.empty(shape, dtype=_TYPES[dtype], device="cpu")
+    return torch.frombuffer(data, dtype=_TYPES[dtype]).reshape(shape)
 
 
 def _start_of(data: Mapping[str, Any]) -> tuple[bytes, list[Tensor]]:
