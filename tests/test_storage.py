@@ -137,6 +137,15 @@ def test_packed_in_memory():
         storage.unpack(storage.pack(data)[:-1], "of rank 0")
 
 
+def test_what_is_read_is_on_the_cpu(tmp_path):
+    data = {"full": torch.ones(2), "empty": torch.ones(0), "wide": torch.tensor(1j).cdouble()}
+    storage.write(tmp_path / "file", data)
+    content = storage.pack(data)
+    with torch.device("meta"):
+        found = [storage.read(tmp_path / "file"), storage.unpack(content, "of rank 0")]
+    assert {tensor.device.type for each in found for tensor in each.values()} == {"cpu"}
+
+
 def test_what_is_read_is_memory_of_its_own(tmp_path):
     """A copy of one tensor then does not copy the whole file, nor keep it alive."""
     storage.write(tmp_path / "file", {"a": torch.ones(1000), "b": torch.ones(2)})

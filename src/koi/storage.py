@@ -8,16 +8,15 @@ that a file that was cut or changed is found out. Nothing in it is ever executed
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, TensorSpec, deserialize, safe_open
+from safetensors import SafetensorError, TensorSpec
 from torch import Tensor
 
 from koi import memory
@@ -67,11 +66,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            content = _checked(file, path)
-        # not mapped: a tensor is memory of its own, whatever becomes of the file
-        with _understanding(path), safe_open(path, "pt", backend="pread") as file:
-            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-            return dict(decode(content, tensors))
+            return _read(file, path)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({error.strerror or error}): give the name of "
@@ -96,10 +91,7 @@ def unpack(content: bytes, path: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: the content is damaged, of another program or of a newer Koi.
     """
-    checked = _checked(io.BytesIO(content), path)
-    with _understanding(path):
-        tensors = {name: _tensor(**entry) for name, entry in deserialize(content)}
-        return dict(decode(checked, tensors))
+    return _read(io.BytesIO(content), path)
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
@@ -190,15 +182,7 @@ def _type_name(dtype: torch.dtype) -> str | None:
     return spec.dtype if spec.shape == [1] else None
 
 
-# For what `deserialize` gives; the library's own `load` does not know all of these.
 _TYPES = {_type_name(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
-
-
-def _tensor(shape: list[int], dtype: str, data: bytearray) -> Tensor:
-    """Return a tensor that `deserialize` has taken apart."""
-    if not data:  # which torch refuses
-        return torch.empty(shape, dtype=_TYPES[dtype], device="cpu")
-    return torch.frombuffer(data, dtype=_TYPES[dtype]).reshape(shape)
 
 
 def _start_of(data: Mapping[str, Any]) -> tuple[bytes, list[Tensor]]:
@@ -244,8 +228,8 @@ def _write(file: io.BufferedIOBase, start: bytes, tensors: Iterable[Tensor]) -> 
     file.write(digest.hexdigest().encode())
 
 
-def _checked(file: io.BufferedIOBase, path: Path | str) -> Any:
-    """Return a file's data, encoded, without its tensors; first of all the checksum is compared."""
+def _read(file: io.BufferedIOBase, path: Path | str) -> dict[str, Any]:
+    """Return what `_write` wrote. Nothing in it is believed before the checksum is right."""
     start = file.read(_DIGEST.stop)
     if start[8 : _DIGEST.start] != _START:
         raise CheckpointError(
@@ -261,23 +245,35 @@ def _checked(file: io.BufferedIOBase, path: Path | str) -> Any:
             "changed after it was written): use an earlier one"
         )
     file.seek(8)
-    metadata = json.loads(file.read(int.from_bytes(start[:8], "little")))["__metadata__"]
+    header = json.loads(file.read(int.from_bytes(start[:8], "little")))
+    begin, metadata = file.tell(), header.pop("__metadata__")
     if metadata.get("koi_format") != str(FORMAT):
         raise CheckpointError(
             f"the checkpoint {path} has format {metadata.get('koi_format')} and this Koi reads "
             f"format {FORMAT}: read it with the Koi that wrote it, or a newer one"
         )
-    return json.loads(metadata["koi"])
-
-
-@contextlib.contextmanager
-def _understanding(path: Path | str) -> Iterator[None]:
-    """Say of a file whose checksum is right, but not what is in it, that it is of no use."""
     try:
-        yield
+        tensors = {name: _tensor(file, begin, **entry) for name, entry in header.items()}
+        return dict(decode(json.loads(metadata["koi"]), tensors))
     except OSError:
         raise
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be understood ({error}): use an earlier one"
         ) from error
+
+
+def _tensor(
+    file: io.BufferedIOBase, begin: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> Tensor:
+    """Return a tensor of a file, or of what was sent, read into memory of its own on the CPU.
+
+    The library has a reader for each, and they differ: the one of files maps them, or makes empty
+    tensors on the default device; the one of bytes does not know all types.
+    """
+    tensor = torch.empty(shape, dtype=_TYPES[dtype], device="cpu")
+    file.seek(begin + data_offsets[0])
+    for piece in memory.pieces_of(tensor):
+        if file.readinto(piece) != len(piece):
+            raise ValueError("it ends within a tensor")
+    return tensor
