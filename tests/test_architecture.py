@@ -28,14 +28,14 @@ _TABLE = {
     "problems": "fewshot storage supervised tasks errors",
     "models": "",
     "fewshot": "evaluation supervised tasks randomness errors",
-    "learner": "engines training ranks settings configuration "
+    "learner": "engines training ranks configured settings "
     "evaluation sampling inner phi records randomness",
-    "engines": "settings configuration inner phi",
-    "training": "ranks settings configuration inner phi records "
+    "engines": "settings inner phi errors",
+    "training": "ranks configured settings inner phi records "
     "storage files memory randomness errors",
     "ranks": "phi memory errors",
-    "settings": "configuration inner phi errors",
-    "configuration": "inner phi errors",
+    "configured": "settings errors",
+    "settings": "inner phi errors",
     "evaluation": "sampling tasks randomness errors",
     "sampling": "tasks randomness errors",
     "inner": "phi tasks randomness errors",
