@@ -12,14 +12,11 @@ from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = [
     "has_graph",
-    "hooks_set_aside",
     "kernels_apart",
     "recurrence_traced",
-    "step_hooks",
     "without_lookup",
 ]
 
@@ -62,27 +59,6 @@ def kernels_apart() -> Iterator[None]:
         yield
     finally:
         CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = before
-
-
-def step_hooks(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
-    """Return what is called before and after a step: an optimizer's own hooks, and everybody's."""
-    own = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    each = [getattr(optimizer, name, {}) for name in own]
-    return [*each, _global_optimizer_pre_hooks, _global_optimizer_post_hooks]
-
-
-@contextmanager
-def hooks_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Call no hook when an optimizer steps in the block."""
-    hooks = step_hooks(optimizer)
-    before = [dict(each) for each in hooks]
-    for each in hooks:
-        each.clear()
-    try:
-        yield
-    finally:
-        for each, kept in zip(hooks, before, strict=True):
-            each.update(kept)
 
 
 def recurrence_traced() -> AbstractContextManager[None]:
