@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import koi
-from engine_toys import SETTINGS, Fit, Fits, assert_agree, mlp, trained
+from engine_toys import SETTINGS, Fit, Fits, assert_agree, conv, mlp, trained
 from koi import EngineError, Koi
+from koi.engines import inner_loop
+from koi.inner.compiled.workers import threads
+from koi.inner.dispatch import why_one_by_one
 from koi.randomness import capture, same_states
+from koi.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -232,30 +236,63 @@ def test_mistake_in_the_loss_is_not_blamed_on_the_engine():
         auto(mlp(), Fits(kind=Mistake))
 
 
-def test_without_a_seed_the_forms_take_turns(caplog):
-    """Every form does the same update, so that which one ran cannot be seen in φ."""
-    caplog.set_level(logging.INFO, "koi")
-    model = mlp()
-    settings = {"seed": None, "num_iterations": 10}
-    torch.manual_seed(3)
-    learner = auto(model, Fits(), **settings)
-    assert learner.engine in ("eager", "vectorized")
-    (line,) = lines(caplog)
-    assert f"keeping {learner.engine}" in line
-    torch.manual_seed(3)
-    assert_agree(learner, trained("eager", model, Fits(), **settings))
+def wide(width):
+    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
 
 
-def test_the_choice_is_stored(caplog, tmp_path):
-    """Whoever goes on from a checkpoint neither tries the forms again nor chooses another."""
+def recurrent(dtype):
+    return nn.Sequential(nn.LSTM(3, 4, proj_size=2)).to(dtype)
+
+
+CHOICES = {
+    "three tasks of a small network": (mlp(), 3, "reptile", None),
+    "two": (mlp(), 2, "reptile", "2 tasks at once take longer"),
+    "many parameters": (wide(22_000), 5, "reptile", "with 132,002 parameters each task is work"),
+    "a few less": (wide(21_000), 5, "reptile", None),
+    "an LSTM": (recurrent(torch.float32), 5, "fomaml", "an LSTM's kernel takes one task at a time"),
+    "in float64": (recurrent(torch.float64), 5, "reptile", None),
+    "differentiated twice": (recurrent(torch.float32), 5, "maml", None),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_what_is_faster_one_by_one_is_known_by_its_size(case):
+    model, num_tasks, algorithm, reason = CHOICES[case]
+    settings = Settings(algorithm=algorithm, num_iterations=1)
+    inner = inner_loop(model, settings, None)
+    found = why_one_by_one(model, inner, num_tasks, compiled=False)
+    assert found == reason if reason is None else reason in found
+    assert why_one_by_one(model, inner, num_tasks, compiled=True) is None
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_compiled_convolutions_run_one_by_one_on_one_thread(num_threads):
+    model = conv()
+    inner = inner_loop(model, Settings(), None)
+    with threads(num_threads):
+        why = why_one_by_one(model, inner, 5, compiled=True)
+    assert (why is not None) == (num_threads == 1)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize(("num_tasks", "engine"), [(2, "eager"), (3, "vectorized")])
+def test_the_choice_is_the_same_each_time_and_said_once(num_tasks, engine, seed, caplog):
     caplog.set_level(logging.INFO, "koi")
-    learner = auto(mlp(), Fits(), seed=None, num_iterations=10)
-    learner.save(tmp_path / "koi.safetensors")
+    for _ in range(2):
+        caplog.clear()
+        learner = auto(mlp(), Fits(), seed=seed, num_iterations=5, meta_batch_size=num_tasks)
+        assert learner.engine == engine
+        (line,) = lines(caplog)
+        assert f"in the engine {engine}" in line
+
+
+def test_what_is_impossible_is_stored(caplog, tmp_path):
+    """Whoever goes on from a checkpoint does not try it again."""
+    auto(mlp(), Fits(kind=Item)).save(tmp_path / "koi.safetensors")
     caplog.clear()
-    later = Koi.load(tmp_path / "koi.safetensors", mlp(), num_iterations=20)
-    engines = set()
-    later.train(Fits(), callbacks=[lambda koi, record: engines.add(koi.engine)])
-    assert engines == {learner.engine}
+    later = Koi.load(tmp_path / "koi.safetensors", mlp(), num_iterations=6)
+    later.train(Fits(kind=Item))
+    assert later.engine == "eager"
     assert not lines(caplog)
 
 

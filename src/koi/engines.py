@@ -58,7 +58,6 @@ class Engines:
         model: nn.Module,
         settings: Settings,
         scale: LossScale | None,
-        seeded: bool,
         before: Ready | None = None,
     ) -> Ready:
         """Return the inner loop and the engines for a learner as it is now.
@@ -67,12 +66,11 @@ class Engines:
             model: its model.
             settings: its settings.
             scale: the loss scale of float16.
-            seeded: whether draws are a function of place.
             before: what the last meta-iteration of the same training ran with: what it found
                 impossible stays so, and where something changes all the time, engines are checked
                 after 1, 2, 4, 8 … changes.
         """
-        key = self._key(model, settings, scale, seeded)
+        key = self._key(model, settings, scale)
         for ready in self._kept:
             if ready.key == key:
                 if ready is not self._kept[0]:
@@ -95,7 +93,6 @@ class Engines:
             vectorize=settings.vectorize,
             compile=compile,
             chunk_size=settings.chunk_size,
-            seeded=seeded,
             check=settings.check and self._changes & (self._changes - 1) == 0,
         )
         if before is not None and before.key[0] == key[0]:
@@ -109,9 +106,7 @@ class Engines:
         self._kept = [ready, *self._kept[: _KEPT - 1 if settings.compile else 0]]
         return ready
 
-    def _key(
-        self, model: nn.Module, settings: Settings, scale: LossScale | None, seeded: bool
-    ) -> Any:
+    def _key(self, model: nn.Module, settings: Settings, scale: LossScale | None) -> Any:
         if self._look is None or self._look.module is not model or not self._look.unchanged():
             Learned.of(model)  # says what cannot be looked at, such as a scripted module
             self._look = Look(model)
@@ -120,7 +115,7 @@ class Engines:
             self._settings = settings, tuple(map(frozen, settings.of_engines()))
         graph = (self._classes_now(), environment()) if settings.compile else ()
         optimizer = _optimizer_now(model, settings)
-        return self._settings[1], optimizer, self._look.held, scale, seeded, graph
+        return self._settings[1], optimizer, self._look.held, scale, graph
 
     def _classes_now(self) -> Same:
         """Return what stands for all that the classes of the model's parts hold now."""

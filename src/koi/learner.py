@@ -366,8 +366,7 @@ class Koi(Configured):
         state, settings = self._state, self.settings
         half = settings.autocast is torch.float16
         state.scale = (state.scale or LossScale()) if half else None
-        seed = state.seed(settings)
-        return self._engines.ready(self.model, settings, state.scale, seed is not None, before)
+        return self._engines.ready(self.model, settings, state.scale, before)
 
     def _phi(self, ready: Ready) -> Phi:
         state, settings, rule = self._state, self.settings, ready.inner.rule

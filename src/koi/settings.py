@@ -180,7 +180,7 @@ class Settings:
         "auto",
         one_of(("auto", True, False)),
         "True: all tasks of a meta-batch at once, or an `EngineError`; False: one by one; "
-        '"auto": at once where it can be and, without a seed, where it is faster.',
+        '"auto": at once where it can be and, by the sizes, is not slower.',
         engines=True,
     )
     compile: bool | str = setting(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,7 +13,6 @@ from koi.errors import EngineError, KoiError, NonFiniteError
 from koi.inner.base import Engine, InnerLoop, Metric, advice_on, reason_of
 from koi.inner.checks.selfcheck import DisagreementError, Request, SelfCheck
 from koi.inner.eager import EagerEngine
-from koi.inner.layers.recurrence import faster_alone
 from koi.inner.vectorized import VectorizedEngine
 from koi.phi.outcome import Outcome, Phi
 from koi.phi.parameters import Tensors
@@ -25,23 +22,22 @@ from koi.tasks import TaskBatch, is_tensor_task
 log = logging.getLogger("koi")
 Result = TypeVar("Result")
 
-# Each form runs this often before the fastest is kept; the first run, a warm-up, does not count.
-_TRIALS = 4
+# Measured on the CPU, uncompiled: two tasks at once take half as long again as one by one,
+# and with more parameters than these the weights of all tasks leave the cache: twice as long.
+_FEW_TASKS = 2
+_MOST_PARAMETERS = 2**17
 
 
 class Dispatch:
     """Chooses how the tasks of a meta-batch run, at the first one, and runs them.
 
-    With vectorize="auto" all tasks run at once where they can. Without a seed the forms that are
-    possible take turns over the first meta-iterations, and the fastest is kept; every form does
-    the same update, so that no work is lost. With a seed nothing may depend on a clock: all at
-    once wherever possible, but for networks known to be faster one by one.
+    With vectorize="auto" all tasks run at once where they can and where their number and the
+    network let expect that it pays (`why_one_by_one`): nothing depends on a clock.
 
     Args:
         model: the user's module.
         inner: the settings of the inner loop.
         vectorize, compile, chunk_size: as in `koi.Koi`.
-        seeded: whether draws are a function of place.
         check: whether a form is compared with the plainest way before it is used.
     """
 
@@ -53,7 +49,6 @@ class Dispatch:
         vectorize: bool | str,
         compile: bool | str,
         chunk_size: int | None,
-        seeded: bool,
         check: bool,
     ) -> None:
         self._model, self._inner = model, inner
@@ -62,65 +57,48 @@ class Dispatch:
         self._one_by_one = "compiled" if compile else "eager"
         self._compile = compile
         self._chunk_size = chunk_size
-        self._seeded = seeded
-        self._alone = not compile and inner.algorithm != "maml" and faster_alone(model)
         self._check = check
         self._checked: set[tuple[str, str, type]] = set()
         self._engines: dict[str, Engine] = {}
         self.refused: set[str] = set()
-        self._seconds: dict[str, list[float]] = {}
+        self._told: set[str] = set()
         self.name = "none yet"
 
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to every task of the batch."""
-
-        def work(engine: Engine) -> Outcome:
-            began = time.perf_counter()
-            outcome = engine.meta_batch(phi, batch, num_steps, place)
-            seconds = self._seconds.setdefault(self.name, [])
-            if len(seconds) < _TRIALS:
-                seconds.append(time.perf_counter() - began)
-            return outcome
-
-        request = Request(self._turn(batch), "train", phi, batch, num_steps, place)
-        return self._run(request, work)
+        request = Request(self._form(batch), "train", phi, batch, num_steps, place)
+        return self._run(request, lambda e: e.meta_batch(phi, batch, num_steps, place))
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
         """Return each task's query loss before and after each step."""
-        request = Request(self._forms(batch)[0], "evaluate", phi, batch, num_steps, place)
+        request = Request(self._form(batch), "evaluate", phi, batch, num_steps, place)
         return self._run(request, lambda e: e.evaluate(phi, batch, num_steps, place))
 
     def measure(
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
     ) -> Tensors:
         """Return ``metric(adapted module, task)`` of each task that is not skipped."""
-        request = Request(self._forms(batch)[0], "measure", phi, batch, num_steps, place)
+        request = Request(self._form(batch), "measure", phi, batch, num_steps, place)
         return self._run(request, lambda e: e.measure(phi, batch, num_steps, place, metric))
 
-    def _forms(self, batch: TaskBatch) -> list[str]:
-        """Return the forms that are possible, the one expected to be fastest first."""
+    def _form(self, batch: TaskBatch) -> str:
+        """Return the form that tasks like these run in."""
         if self._vectorize is True:
-            return [self._together]
-        together = self._vectorize == "auto" and len(batch) > 1 and is_tensor_task(batch.example)
-        if self._seeded and self._alone:
-            together = False
-        forms = [self._together, self._one_by_one] if together else [self._one_by_one]
-        return [form for form in forms if form not in self.refused] or [self._one_by_one]
-
-    def _turn(self, batch: TaskBatch) -> str:
-        """Return the form for this meta-batch: each in turn while they are tried."""
-        forms = self._forms(batch)
-        if len(forms) == 1 or self._seeded:
-            return forms[0]
-        least = min(forms, key=lambda form: len(self._seconds.get(form, [])))
-        if len(self._seconds.get(least, [])) < _TRIALS:
-            return least
-        medians = {form: statistics.median(self._seconds[form][1:]) for form in forms}
-        fastest = min(forms, key=medians.__getitem__)
-        found = ", ".join(f"{form} {1e3 * medians[form]:.3g} ms" for form in forms)
-        log.info("a meta-batch took %s: keeping %s", found, fastest)
-        self.refused.update(form for form in forms if form != fastest)
-        return fastest
+            return self._together
+        possible = self._vectorize == "auto" and len(batch) > 1 and is_tensor_task(batch.example)
+        if not possible or self._together in self.refused:
+            return self._one_by_one
+        compiled, num_tasks = bool(self._compile), len(batch)
+        why = why_one_by_one(self._model, self._inner, num_tasks, compiled=compiled)
+        form = self._one_by_one if why else self._together
+        if form not in self._told:
+            self._told.add(form)
+            log.info(
+                "vectorize='auto' runs the tasks in the engine %s%s",
+                form,
+                f": {why}" if why else "",
+            )
+        return form
 
     def _run(self, request: Request, work: Callable[[Engine], Result]) -> Result:
         """Do the work in the given form, or one by one where that proves impossible."""
@@ -187,6 +165,34 @@ class Dispatch:
             rows = min(len(request.batch), torch.get_num_threads())
         SelfCheck(self._model, self._inner, engine, request, rows).run()
         self._checked.add(key)
+
+
+def why_one_by_one(
+    model: nn.Module, inner: InnerLoop, num_tasks: int, *, compiled: bool
+) -> str | None:
+    """Return why tasks that could run all at once are faster one by one; None where they are not.
+
+    On the CPU alone: a GPU is idle with one task.
+    """
+    params = inner.learned.params_of(model)
+    if params[0].device.type != "cpu":
+        return None
+    kinds = {type(part) for part in model.modules()}
+    if compiled:
+        alone = nn.Conv2d in kinds and torch.get_num_threads() == 1
+        return (
+            "on one thread a task's convolutions keep its patches in the cache" if alone else None
+        )
+    if num_tasks <= _FEW_TASKS:
+        return f"{num_tasks} tasks at once take longer"
+    size = sum(param.numel() for param in params)
+    if size > _MOST_PARAMETERS:
+        return f"with {size:,} parameters each task is work enough"
+    # torch's kernel of a whole sequence, which cannot be mapped, is near the processor's rate; it
+    # cannot be differentiated twice in good time
+    if nn.LSTM in kinds and inner.algorithm != "maml" and params[0].dtype is torch.float32:
+        return "an LSTM's kernel takes one task at a time"
+    return None
 
 
 def refusal(error: Exception, batch: TaskBatch) -> Exception:

@@ -16,10 +16,12 @@ import torch
 
 from koi.errors import EngineError, KoiError
 from koi.inner.base import advice_on, reason_of
-from koi.inner.compiled.internals import (
+from koi.inner.compiled.private_torch import (
     has_graph,
     kernels_apart,
+    mode_options,
     recurrence_traced,
+    small_products_pass,
     without_lookup,
 )
 
@@ -154,17 +156,17 @@ def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, 
     On the CPU the graph is called through C++, which halves the time of a small network's
     meta-iteration, products and sums are rounded once instead of twice, and small matrix products
     are fused. A lean graph computes a normalised activation again for its gradient (up to eight
-    tensors are read for that) instead of keeping it. On CUDA the default is CUDA graphs.
+    tensors are read for that) instead of keeping it. On CUDA the default is CUDA graphs, and loops
+    are not reordered after they are fused: for the graph of 25 sine tasks Inductor stops there
+    with an AssertionError (torch 2.11.0+cu130 on one NVIDIA H200, 2026-11-27).
     """
     named = mode if isinstance(mode, str) else ("reduce-overhead" if device == "cuda" else None)
-    options: dict[str, Any] = (
-        {} if named is None else dict(torch._inductor.list_mode_options(named))
-    )
+    options = {} if named is None else mode_options(named)
+    if device == "cuda":
+        options["loop_ordering_after_fusion"] = False
     if device == "cpu":
-        from koi.inner.compiled.small_products import SmallProducts
-
         options |= {
-            "post_grad_custom_pre_pass": SmallProducts(),
+            "post_grad_custom_pre_pass": small_products_pass(),
             "cpp_wrapper": True,
             "cpp.enable_floating_point_contract_flag": "fast",
         }

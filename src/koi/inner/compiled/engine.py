@@ -14,7 +14,7 @@ from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, metrics_o
 from koi.inner.compiled.catalogue import Catalogue, Request
 from koi.inner.compiled.compiler import AsItStands, Graph
 from koi.inner.compiled.graph import State
-from koi.inner.compiled.products import layers_as_products
+from koi.inner.compiled.layers import layers_as_products
 from koi.inner.compiled.workers import Call, Workers
 from koi.inner.layers.embedding import map_padding
 from koi.inner.layers.normalisation import map_normalisation, map_weight_norm

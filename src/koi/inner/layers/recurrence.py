@@ -49,19 +49,6 @@ def map_recurrence(module: nn.Module, *, kernel: bool) -> None:
             layer.forward = partial(_cell, layer)
 
 
-def faster_alone(module: nn.Module) -> bool:
-    """Return whether a module has an LSTM for which torch's kernel is near the processor's rate.
-
-    Measured in float32 on the CPU: all tasks at once take 0.9 to 1.5 times as long.
-    """
-    return any(
-        type(part) is nn.LSTM and p.dtype is torch.float32 and p.device.type == "cpu"
-        for part in module.modules()
-        for p in part._parameters.values()
-        if p is not None
-    )
-
-
 def _sequence(layer: Any, kernel: bool, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
     """Return the outputs of ``layer``, an LSTM, GRU or RNN, and its last states."""
     if isinstance(input, PackedSequence):
