@@ -16,12 +16,12 @@ import torch
 
 from koi.errors import EngineError, KoiError
 from koi.inner.base import advice_on, reason_of
-from koi.inner.compiled.private_torch import (
+from koi.inner.compiled.torch_internals import (
     has_graph,
     kernels_apart,
-    mode_options,
+    options_of,
     recurrence_traced,
-    small_products_pass,
+    small_products,
     without_lookup,
 )
 
@@ -161,12 +161,11 @@ def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, 
     with an AssertionError (torch 2.11.0+cu130 on one NVIDIA H200, 2026-11-27).
     """
     named = mode if isinstance(mode, str) else ("reduce-overhead" if device == "cuda" else None)
-    options = {} if named is None else mode_options(named)
+    options: dict[str, Any] = {} if named is None else options_of(named)
     if device == "cuda":
         options["loop_ordering_after_fusion"] = False
     if device == "cpu":
-        options |= {
-            "post_grad_custom_pre_pass": small_products_pass(),
+        options |= small_products() | {
             "cpp_wrapper": True,
             "cpp.enable_floating_point_contract_flag": "fast",
         }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,10 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from koi.inner.checks.granted import is_torchs_own
-
-# Measured on the sine net: products with up to 16 terms in a sum gain, those with 25 do not.
-_MOST_TERMS = 16
-_MOST_WORK = 2**16
 
 
 def layers_as_products(module: nn.Module) -> None:
@@ -142,32 +136,3 @@ def patches_product(
     if bias is not None:
         output = output + bias.to(output.dtype)
     return output.view(batch, rows, columns, num_out).permute(0, 3, 1, 2)
-
-
-def is_small_product(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    """Return whether a product of these shapes pays as a `sum_of_terms`, which the compiler fuses.
-
-    The gradient of a linear layer's weight is a product with a term for each example of a
-    minibatch. As a call of its own it writes the gradient down and the update reads it again; as a
-    sum it becomes a part of the update. Sizes that are not known are no numbers.
-
-    >>> is_small_product((64, 10), (10, 64)), is_small_product((64, 25), (25, 64))
-    (True, False)
-    """
-    sizes = [*left[-2:], right[-1]]
-    known = all(isinstance(size, int) for size in sizes)
-    return known and 0 < sizes[1] <= _MOST_TERMS and math.prod(sizes) <= _MOST_WORK
-
-
-def sum_of_terms(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right``, shapes (…, M, K) and (…, K, N), as a sum over K.
-
-    >>> left, right = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
-    >>> torch.allclose(sum_of_terms(left, right), left @ right, atol=1e-6)
-    True
-    """
-    columns, rows = left.unsqueeze(-1).unbind(-2), right.unsqueeze(-3).unbind(-2)
-    total = columns[0] * rows[0]
-    for column, row in zip(columns[1:], rows[1:], strict=True):
-        total = total + column * row
-    return total

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from koi.inner.compiled.compiler import AsItStands, Graph
 from koi.inner.compiled.graph import InnerGraph, State, TensorDict, TrainOutput
-from koi.inner.compiled.private_torch import keep_address
+from koi.inner.compiled.torch_internals import at_fixed_address
 from koi.phi.parameters import Tensors
 
 MakeGraph = Callable[[Callable[..., Any], str], Graph | AsItStands]
@@ -95,7 +95,7 @@ class Stepwise:
         if self._fixed is None:
             self._fixed = start
             for tensor in chain(*start):
-                keep_address(tensor)
+                at_fixed_address(tensor)
         else:
             for fixed, value in zip(chain(*self._fixed), chain(*start), strict=True):
                 fixed.copy_(value)
