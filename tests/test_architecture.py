@@ -29,16 +29,17 @@ _TABLE = {
     "models": "",
     "fewshot": "evaluation supervised tasks randomness errors",
     "learner": "engines training ranks settings configuration "
-    "evaluation sampling inner phi records randomness",
+    "evaluation sampling inner algorithms phi records randomness",
     "engines": "settings configuration inner phi",
-    "training": "ranks settings configuration inner phi records "
+    "training": "ranks settings configuration inner algorithms phi records "
     "storage files memory randomness errors",
     "ranks": "phi memory errors",
-    "settings": "configuration inner phi errors",
-    "configuration": "inner phi errors",
+    "settings": "configuration inner algorithms phi errors",
+    "configuration": "inner algorithms phi errors",
     "evaluation": "sampling tasks randomness errors",
     "sampling": "tasks randomness errors",
-    "inner": "phi tasks randomness errors",
+    "inner": "algorithms phi tasks randomness errors",
+    "algorithms": "phi errors",
     "phi": "errors",
     "records": "",
     "storage": "files memory errors",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from koi.algorithms import NAMED, Algorithm, algorithm_of, named
 from koi.errors import ConfigurationError, did_you_mean
 from koi.inner.base import InnerLoop
 from koi.inner.optimizers.recognition import update_rule, why_no_rule
@@ -17,7 +18,6 @@ from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, layout_of, m
 from koi.inner.scaling import LossScale
 from koi.phi.parameters import Learned
 
-ALGORITHMS = ("reptile", "fomaml", "maml")
 INNER_STATES = ("carry", "reset")
 ON_NONFINITE = ("raise", "skip")
 AUTOCAST = (None, torch.bfloat16, torch.float16)
@@ -60,7 +60,7 @@ def check_settings(
         None
         if meta_optimizer is None or callable(meta_optimizer)
         else _wrong("meta_optimizer", meta_optimizer, "None or a callable (params)"),
-        _choice("algorithm", algorithm, ALGORITHMS),
+        _algorithm(algorithm),
         _choice("vectorize", vectorize, ("auto", True, False)),
         None
         if isinstance(compile, bool | str)
@@ -100,14 +100,14 @@ def check_surroundings(device_type: str) -> None:
             )
 
 
-def check_sparse(model: nn.Module, algorithm: str, optimizer: torch.optim.Optimizer) -> None:
+def check_sparse(model: nn.Module, algorithm: Algorithm, optimizer: torch.optim.Optimizer) -> None:
     """Check that nothing which torch has for dense gradients alone meets sparse ones.
 
     Raises:
-        ConfigurationError: MAML, or Adam inside, and an embedding with sparse=True.
+        ConfigurationError: second order, or Adam inside, and an embedding with sparse=True.
     """
-    if algorithm == "maml":
-        what, other = "algorithm='maml'", "algorithm='fomaml'"
+    if algorithm.second_order:
+        what, other = f"algorithm={named(algorithm)}", "algorithm='fomaml'"
     elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         what, other = f"{type(optimizer).__name__} inside", "inner_optimizer='sgd'"
     else:
@@ -123,17 +123,17 @@ def check_sparse(model: nn.Module, algorithm: str, optimizer: torch.optim.Optimi
             )
 
 
-def check_differentiable(optimizer: torch.optim.Optimizer) -> None:
-    """Check that MAML can differentiate through an inner optimizer."""
+def check_differentiable(algorithm: Algorithm, optimizer: torch.optim.Optimizer) -> None:
+    """Check that an algorithm of second order can differentiate through an inner optimizer."""
     reason = why_no_rule(optimizer)
     if reason is not None:
         raise ConfigurationError(
             [
-                "algorithm='maml' differentiates through the inner optimizer, which works for "
-                "torch.optim's SGD, Adam and AdamW as they come (one parameter group, settings "
-                "that are numbers, no dampening, amsgrad, maximize or capturable, no step hooks, "
-                f"no wrapped step, real parameters with Adam), and here {reason}: change that, or "
-                "choose 'fomaml'"
+                f"algorithm={named(algorithm)} differentiates through the inner optimizer, which "
+                "works for torch.optim's SGD, Adam and AdamW as they come (one parameter group, "
+                "settings that are numbers, no dampening, amsgrad, maximize or capturable, no step "
+                f"hooks, no wrapped step, real parameters with Adam), and here {reason}: change "
+                "that, or choose 'fomaml'"
             ]
         )
 
@@ -173,16 +173,16 @@ def inner_loop(koi: Any, scale: LossScale | None) -> InnerLoop:
     factory = inner_factory(koi.inner_optimizer)
     params = learned.params_of(koi.model)
     optimizer = make_optimizer(factory, params, koi.step_size)
-    second_order = koi.algorithm == "maml"
-    if second_order:
-        check_differentiable(optimizer)
-    check_sparse(koi.model, koi.algorithm, optimizer)
+    algorithm = algorithm_of(koi.algorithm)
+    if algorithm.second_order:
+        check_differentiable(algorithm, optimizer)
+    check_sparse(koi.model, algorithm, optimizer)
     return InnerLoop(
         learned,
-        koi.algorithm,
+        algorithm,
         factory,
         koi.step_size,
-        update_rule(optimizer, params, differentiable=second_order),
+        update_rule(optimizer, params, differentiable=algorithm.second_order),
         autocast=koi.autocast,
         scale=scale,
         skip_nonfinite=koi.on_nonfinite == "skip",
@@ -223,6 +223,23 @@ def _schedule(value: Any) -> str | None:
         "a finite number of at least 0, a callable of the fraction done such as "
         "koi.linear(1.0, 0.0), or None",
     )
+
+
+def _algorithm(value: Any) -> str | None:
+    if isinstance(value, str) and value in NAMED:
+        return None
+    if not isinstance(value, Algorithm):
+        options = ", ".join(map(repr, NAMED))
+        allowed = f"one of {options}, or an object such as koi.algorithms.Reptile()"
+        return _wrong("algorithm", value, allowed) + did_you_mean(value, NAMED)
+    kind = type(value).__name__
+    if "__dataclass_params__" not in vars(type(value)):
+        allowed = f"data: put @dataclass(frozen=True) above the class {kind}"
+        return _wrong("algorithm", value, allowed)
+    if value.second_order and not value.query_gradient:
+        allowed = f"consistent: {kind} has second_order = True, so give it query_gradient = True"
+        return _wrong("algorithm", value, allowed)
+    return None
 
 
 def _choice(name: str, value: Any, allowed: Iterable[Any], more: str = "") -> str | None:

@@ -1,4 +1,4 @@
-"""The learner: Reptile, FOMAML and MAML on any module and any tasks."""
+"""The learner: meta-learning of any module on any tasks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koi.algorithms import Algorithm, algorithm_of, schedule_of
 from koi.configuration import check_count, check_surroundings, check_tasks
 from koi.engines import Engines, Ready
 from koi.evaluation import Evaluation, blocks, stacked
@@ -22,7 +23,7 @@ from koi.inner.optimizers.rules import OptimizerFactory
 from koi.inner.scaling import LossScale
 from koi.phi.outcome import Outcome, Phi
 from koi.phi.parameters import Tensors, same_tensors
-from koi.phi.update import MetaOptimizerFactory, MetaUpdate, Schedule, schedule_of, value_at
+from koi.phi.update import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import Record, mean_ends
@@ -56,7 +57,7 @@ class Koi(Configured):
         num_steps: inner steps on each task.
         num_iterations: meta-iterations.
         meta_step_size: ε, a number or a schedule of the fraction done in [0, 1]; None:
-            ``koi.linear(1.0, 0.0)`` for Reptile, step_size for FOMAML and MAML.
+            ``koi.linear(1.0, 0.0)``, but step_size for FOMAML and MAML.
         meta_batch_size: tasks in each meta-iteration.
         inner_optimizer: "sgd", "adam" (both as torch.optim's defaults have them), or a callable
             (params, lr) that returns a ``torch.optim.Optimizer``.
@@ -64,8 +65,9 @@ class Koi(Configured):
             in the paper's code; over a meta-batch they are averaged) or start afresh ("reset").
         meta_optimizer: None, or a callable (params) that returns a ``torch.optim.Optimizer``; it
             is fed the gradient φ − mean(φ̃) and replaces ε (for the parameters; buffers follow ε).
-        algorithm: "reptile"; "fomaml" and "maml" move φ against the gradient of the query loss at
-            φ̃, taken with respect to φ̃ or, through all inner steps, to φ.
+        algorithm: "reptile"; "eigen-reptile", which moves φ along the main direction of the way to
+            φ̃; "fomaml" and "maml", which move φ against the gradient of the query loss at φ̃, taken
+            with respect to φ̃ or, through all inner steps, to φ; or a `koi.algorithms.Algorithm`.
         seed: makes runs repeatable, bit for bit on one machine, and independent of the global
             random state. None: tasks draw from the global generators as they are.
         on_nonfinite: what a NaN or infinite loss does: "raise" an error, or "skip" the task.
@@ -103,7 +105,7 @@ class Koi(Configured):
         inner_optimizer: str | OptimizerFactory = "sgd",
         inner_state: str = "carry",
         meta_optimizer: MetaOptimizerFactory | None = None,
-        algorithm: str = "reptile",
+        algorithm: str | Algorithm = "reptile",
         vectorize: str | bool = "auto",
         compile: bool | str = False,
         seed: int | None = None,
@@ -175,7 +177,7 @@ class Koi(Configured):
         autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks, callbacks)
         ready.engines.refused |= autosave.ruled_out
         update = self._meta_update(ready)
-        watch = Watch(self.algorithm, self.num_steps, silent=not ranks.first)
+        watch = Watch(algorithm_of(self.algorithm), self.num_steps, silent=not ranks.first)
         bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
         with ranks.agreed():
             folder = log_dir if ranks.first else None
@@ -386,8 +388,8 @@ class Koi(Configured):
             or update.make_optimizer is not self.meta_optimizer
             or not same_tensors(update.phi.params, phi.params)
         ):
-            update = self._update = MetaUpdate(self.algorithm, phi, self.meta_optimizer)
-        update.phi, update.algorithm = phi, self.algorithm
+            update = self._update = MetaUpdate(ready.inner.algorithm, phi, self.meta_optimizer)
+        update.phi, update.algorithm = phi, ready.inner.algorithm
         return update
 
     def _steps(self, num_steps: int | None) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koi.algorithms import Algorithm
 from koi.configuration import check_settings
 from koi.errors import ConfigurationError
 from koi.inner.checks.granted import frozen
@@ -78,7 +79,7 @@ class Configured:
     inner_optimizer: str | OptimizerFactory
     inner_state: str
     meta_optimizer: MetaOptimizerFactory | None
-    algorithm: str
+    algorithm: str | Algorithm
     vectorize: str | bool
     compile: bool | str
     seed: int | None

@@ -63,7 +63,7 @@ class Dispatch:
         self._compile = compile
         self._chunk_size = chunk_size
         self._seeded = seeded
-        self._alone = not compile and inner.algorithm != "maml" and faster_alone(model)
+        self._alone = not compile and not inner.algorithm.second_order and faster_alone(model)
         self._check = check
         self._checked: set[tuple[str, str, type]] = set()
         self._engines: dict[str, Engine] = {}

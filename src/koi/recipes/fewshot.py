@@ -59,7 +59,7 @@ class FewShotRecipe:
         num_steps: inner steps of training.
         num_iterations: meta-iterations.
         adaptations: number of test shots -> how a test task is adapted to.
-        algorithm: "reptile", "fomaml" or "maml".
+        algorithm: a name in `koi.algorithms.NAMED`.
         num_queries: query examples of each class in training, which Reptile does not use.
         meta_batch_size: tasks in each meta-iteration.
         meta_step_size: the first ε; it falls linearly to 0.

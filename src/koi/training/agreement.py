@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from koi.algorithms import Algorithm, schedule_of
 from koi.phi.parameters import in_words
-from koi.phi.update import linear, schedule_of
+from koi.phi.update import linear
 
 Data = dict[str, Any]
 
@@ -25,7 +26,7 @@ def as_data(value: Any) -> Any:
         return "linear", float(value.start), float(value.end)
     if value is None or isinstance(value, bool | str | torch.dtype):
         return value
-    if callable(value):
+    if callable(value) or isinstance(value, Algorithm):
         return "code", getattr(value, "__qualname__", type(value).__qualname__)
     return int(value) if isinstance(value, Integral) else float(value)
 
@@ -77,7 +78,9 @@ def different_tensors(there: dict[str, str], here: dict[str, str]) -> Iterator[s
 
 def different_settings(there: Data, here: Data) -> Iterator[str]:
     """Yield every setting that differs; of code only whether it is some."""
-    epsilon = schedule_of(there["meta_step_size"], there["algorithm"], there["step_size"])
+    algorithm, epsilon = there["algorithm"], there["meta_step_size"]
+    if not is_kind(algorithm, "code"):
+        epsilon = schedule_of(epsilon, algorithm, there["step_size"])
     for name, stored in there.items():
         given = here[name]
         if stored == given or (is_kind(stored, "code") and is_kind(given, "code")):

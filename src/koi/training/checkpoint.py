@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from koi import randomness, storage
+from koi.algorithms import Algorithm, algorithm_of
 from koi.configuration import inner_factory
 from koi.errors import CheckpointError, annotate
 from koi.inner.optimizers.rules import OptimizerFactory, make_optimizer
@@ -74,7 +75,7 @@ class Learner(Protocol):
     inner_optimizer: str | OptimizerFactory
     inner_state: str
     meta_optimizer: MetaOptimizerFactory | None
-    algorithm: str
+    algorithm: str | Algorithm
     seed: int | None
     iteration: int
     history: list[Record]
@@ -325,7 +326,7 @@ def _optimizer_problems(koi: Learner, saved: Saved, free: tuple[str, ...]) -> It
     if saved.moments and koi.inner_state == "carry":
         here = _inner_description(koi)
         yield from different_optimizer("inner_optimizer", saved.inner_optimizer, here, free)
-    meta = MetaUpdate(koi.algorithm, _phi(koi), koi.meta_optimizer).optimizer
+    meta = MetaUpdate(algorithm_of(koi.algorithm), _phi(koi), koi.meta_optimizer).optimizer
     if saved.meta_optimizer is not None and meta is not None:
         here = arguments_of(meta)
         yield from different_optimizer("meta_optimizer", saved.meta_optimizer, here)
@@ -342,7 +343,7 @@ def _inner_description(koi: Learner) -> Data:
 
 def _meta_update(koi: Learner, phi: Phi, saved: Saved) -> MetaUpdate:
     """Return a new meta-update whose optimizer has the state that was stored."""
-    update = MetaUpdate(koi.algorithm, phi, koi.meta_optimizer)
+    update = MetaUpdate(algorithm_of(koi.algorithm), phi, koi.meta_optimizer)
     optimizer, state = update.optimizer, saved.meta_state
     if optimizer is None or state is None:
         return update
