@@ -11,8 +11,8 @@ from torch import Tensor
 from koi.algorithms.base import Adaptation, TowardsPoint
 from koi.phi.parameters import Tensors
 
-# The matrix is squared so often, which is as good as 2²⁰ steps of the power method.
-_SQUARINGS = 20
+# The matrix is squared so often, which is as good as 2¹⁶ steps of the power method.
+_SQUARINGS = 16
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class EigenReptile(TowardsPoint):
         ways = zip(*task.path, strict=True)
         rows = [_rows(w, start) for w, start in zip(ways, task.start, strict=True)]
         gram = torch.stack([(w @ w.mH).real.to(rows[0].device) for w in rows]).sum(0)
-        scatter = torch.where(gram.trace() > 0, gram.trace(), 1)
-        vector = _main_eigenvector(gram / scatter)
-        share = vector @ gram @ vector / scatter
+        scatter = (gram * torch.eye(len(gram)).to(gram)).sum()
+        vector = _main_eigenvector(gram)
+        share = vector @ gram @ vector / _or_one(scatter)
         weights = share * vector.diff().abs().sum() * vector
         return [
             start + (weights.to(w) @ w).view_as(start).to(start.dtype)
@@ -68,7 +68,7 @@ def _rows(path: tuple[Tensor, ...], start: Tensor) -> Tensor:
 
 
 def _main_eigenvector(matrix: Tensor) -> Tensor:
-    """Return the eigenvector with the largest eigenvalue of a matrix of trace 1; of zeros, zeros.
+    """Return the eigenvector with the largest eigenvalue of a Gram matrix; of zeros, zeros.
 
     The power method, unlike torch.linalg.eigh, can be mapped and compiled, and hands on what is not
     finite. It begins with the direction from the first half of the rows to the second, and so ends
@@ -76,7 +76,12 @@ def _main_eigenvector(matrix: Tensor) -> Tensor:
     """
     half = len(matrix) // 2
     for _ in range(_SQUARINGS):
+        matrix = matrix / _or_one(matrix.amax())
         matrix = matrix @ matrix
-        matrix = matrix / torch.where(matrix.trace() > 0, matrix.trace(), 1)
     vector = matrix[-half:].sum(0) - matrix[:half].sum(0)
-    return vector / torch.where(vector.norm() > 0, vector.norm(), 1)
+    return vector / _or_one(vector.norm())
+
+
+def _or_one(size: Tensor) -> Tensor:
+    """Return a size to divide by: 1 where it is 0."""
+    return torch.where(size == 0, 1, size)
