@@ -136,7 +136,7 @@ def everything(learner):
         (r.loss_before, r.loss_after, r.meta_step_size, r.update_norm, r.num_skipped)
         for r in learner.history
     ]
-    return dict(learner.model.state_dict()), list(learner._moments or []), kept
+    return dict(learner.model.state_dict()), learner.state_dict()["moments"] or [], kept
 
 
 def assert_agree(one, other, tolerance=1e-10):

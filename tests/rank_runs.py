@@ -219,7 +219,8 @@ def skipping(rank, at):
 
     koi.train(Numbered())
     skipped = [record.num_skipped for record in koi.history]
-    return {n: t.double() for n, t in snapshot(koi.model).items()}, koi._moments, skipped
+    moments = koi.state_dict()["moments"]
+    return {n: t.double() for n, t in snapshot(koi.model).items()}, moments, skipped
 
 
 def out_of_step(rank):

@@ -258,7 +258,7 @@ class TestRefused:
         class Second(Halfway):
             second_order: ClassVar[bool] = True
 
-        with pytest.raises(ConfigurationError, match="give it query_gradient = True"):
+        with pytest.raises(ConfigurationError, match="so make query_gradient True"):
             Koi(mlp(), algorithm=Second())
 
     @pytest.mark.parametrize("given", [Reptile, "reptil", 3, None])

@@ -28,14 +28,14 @@ _TABLE = {
     "problems": "fewshot storage supervised tasks errors",
     "models": "",
     "fewshot": "evaluation supervised tasks randomness errors",
-    "learner": "engines training ranks settings configuration "
-    "evaluation sampling inner algorithms phi records randomness",
-    "engines": "settings configuration inner phi",
-    "training": "ranks settings configuration inner algorithms phi records "
+    "learner": "engines training ranks configured settings "
+    "evaluation sampling inner phi records randomness",
+    "engines": "settings inner algorithms phi errors",
+    "training": "ranks configured settings inner algorithms phi records "
     "storage files memory randomness errors",
     "ranks": "phi memory errors",
-    "settings": "configuration inner algorithms phi errors",
-    "configuration": "inner algorithms phi errors",
+    "configured": "settings errors",
+    "settings": "inner algorithms phi errors",
     "evaluation": "sampling tasks randomness errors",
     "sampling": "tasks randomness errors",
     "inner": "algorithms phi tasks randomness errors",
@@ -62,6 +62,7 @@ TOP_LEVEL: dict[str, set[str]] = {
 }
 LAZY: dict[str, set[str]] = {
     "fewshot": {"PIL"},
+    "lab": {"huggingface_hub"},
     "problems": {"PIL", "pooch"},
 }
 LAZY_ANYWHERE = {"numpy"}

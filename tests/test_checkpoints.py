@@ -282,7 +282,7 @@ class TestMisfit:
             "torch.optim.sgd.SGD here",
         ]
         assert_same(model, before)
-        assert (koi.iteration, koi.history, koi._moments) == (0, [], None)
+        assert (koi.iteration, koi.history, koi.state_dict()["moments"]) == (0, [], None)
 
     @pytest.mark.parametrize(
         ("make", "line"),
@@ -299,7 +299,7 @@ class TestMisfit:
         trained(inner_optimizer="adam").save(tmp_path / "koi")
         assert_refused(tmp_path / "koi", "inner_optimizer: gave .*Adam", inner_optimizer="sgd")
         koi = Koi.load(tmp_path / "koi", small_net(), inner_optimizer="sgd", inner_state="reset")
-        assert koi._moments is None
+        assert koi.state_dict()["moments"] is None
 
     def test_code_that_is_missing(self, tmp_path):
         def falling(fraction):

@@ -162,7 +162,7 @@ def test_the_code_of_its_card_adapts_as_it_was_measured(algorithm, tmp_path, mon
     exec(code, names)
     learner = measuring_learner(newest_checkpoint(run), run.config(), 1)
     adapted = learner.adapt(task).state_dict()
-    learner._moments = None
+    learner.inner_state = "reset"
     fresh = learner.adapt(task).state_dict()
     found = names["adapted"].state_dict()
     assert all(torch.equal(found[name], value) for name, value in adapted.items())

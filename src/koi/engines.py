@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, NamedTuple
 
-from koi import configuration, settings
+import torch
+from torch import Tensor, nn
+
+from koi.algorithms import Algorithm, algorithm_of, named
+from koi.errors import ConfigurationError
 from koi.inner.base import InnerLoop
-from koi.inner.checks.granted import ClassLook, Look, Same, environment
+from koi.inner.checks.granted import ClassLook, Look, Same, environment, frozen
 from koi.inner.dispatch import Dispatch
+from koi.inner.optimizers.recognition import update_rule, why_no_rule
+from koi.inner.optimizers.rules import layout_of
 from koi.inner.scaling import LossScale
 from koi.phi.parameters import Learned, Tensors
+from koi.settings import Settings
 
 log = logging.getLogger("koi")
 
@@ -38,7 +46,7 @@ class Engines:
         self._look: Look | None = None
         self._kinds: frozenset[type] = frozenset()
         self._classes: dict[frozenset[type], ClassLook] = {}
-        self._settings: tuple[int, Any] = (-1, None)
+        self._settings: tuple[Settings | None, Any] = (None, None)
         self._kept: list[Ready] = []
         self._changes = 0  # within one training
 
@@ -47,19 +55,25 @@ class Engines:
         return Engines, ()
 
     def ready(
-        self, koi: Any, scale: LossScale | None, seeded: bool, before: Ready | None = None
+        self,
+        model: nn.Module,
+        settings: Settings,
+        scale: LossScale | None,
+        seeded: bool,
+        before: Ready | None = None,
     ) -> Ready:
-        """Return the inner loop and the engines for ``koi`` as it is now.
+        """Return the inner loop and the engines for a learner as it is now.
 
         Args:
-            koi: a `koi.Koi`.
+            model: its model.
+            settings: its settings.
             scale: the loss scale of float16.
             seeded: whether draws are a function of place.
             before: what the last meta-iteration of the same training ran with: what it found
                 impossible stays so, and where something changes all the time, engines are checked
                 after 1, 2, 4, 8 … changes.
         """
-        key = self._key(koi, scale, seeded)
+        key = self._key(model, settings, scale, seeded)
         for ready in self._kept:
             if ready.key == key:
                 if ready is not self._kept[0]:
@@ -67,7 +81,7 @@ class Engines:
                     self._kept.insert(0, ready)
                 return ready
         self._changes = 0 if before is None else self._changes + 1
-        compile = koi.compile
+        compile = settings.compile
         if compile and self._changes >= _KEPT:
             if self._changes == _KEPT:  # said once
                 log.warning(
@@ -77,34 +91,36 @@ class Engines:
                 )
             compile = False
         engines = Dispatch(
-            koi.model,
-            inner := configuration.inner_loop(koi, scale),
-            vectorize=koi.vectorize,
+            model,
+            inner := inner_loop(model, settings, scale),
+            vectorize=settings.vectorize,
             compile=compile,
-            chunk_size=koi.chunk_size,
+            chunk_size=settings.chunk_size,
             seeded=seeded,
-            check=koi.check and self._changes & (self._changes - 1) == 0,
+            check=settings.check and self._changes & (self._changes - 1) == 0,
         )
         if before is not None and before.key[0] == key[0]:
             engines.refused |= before.engines.refused
-        learned, model = inner.learned, koi.model
+        learned = inner.learned
         tensors = (
             *(learned.params_of(model), learned.buffers_of(model)),
             learned.constants_of(model),
         )
         ready = Ready(key, inner, engines, tensors)
-        self._kept = [ready, *self._kept[: _KEPT - 1 if koi.compile else 0]]
+        self._kept = [ready, *self._kept[: _KEPT - 1 if settings.compile else 0]]
         return ready
 
-    def _key(self, koi: Any, scale: LossScale | None, seeded: bool) -> Any:
-        if self._look is None or self._look.module is not koi.model or not self._look.unchanged():
-            Learned.of(koi.model)  # says what cannot be looked at, such as a scripted module
-            self._look = Look(koi.model)
-            self._kinds = frozenset(map(type, koi.model.modules()))
-        if self._settings[0] != koi._changes:
-            self._settings = koi._changes, settings.of_engines(koi)
-        graph = (self._classes_now(), environment()) if koi.compile else ()
-        optimizer = settings.optimizer_now(koi)
+    def _key(
+        self, model: nn.Module, settings: Settings, scale: LossScale | None, seeded: bool
+    ) -> Any:
+        if self._look is None or self._look.module is not model or not self._look.unchanged():
+            Learned.of(model)  # says what cannot be looked at, such as a scripted module
+            self._look = Look(model)
+            self._kinds = frozenset(map(type, model.modules()))
+        if self._settings[0] is not settings:
+            self._settings = settings, tuple(map(frozen, settings.of_engines()))
+        graph = (self._classes_now(), environment()) if settings.compile else ()
+        optimizer = _optimizer_now(model, settings)
         return self._settings[1], optimizer, self._look.held, scale, seeded, graph
 
     def _classes_now(self) -> Same:
@@ -112,3 +128,117 @@ class Engines:
         if self._kinds not in self._classes:
             self._classes[self._kinds] = ClassLook(self._kinds)
         return self._classes[self._kinds].now()
+
+
+def _optimizer_now(model: nn.Module, settings: Settings) -> Any:
+    """Return the settings of the inner optimizer as a factory that may read others makes it now.
+
+    A name, a class or a partial of one always makes the same.
+    """
+    factory = settings.inner_optimizer
+    if isinstance(factory, str | type) or (
+        isinstance(factory, functools.partial) and isinstance(factory.func, type)
+    ):
+        return ()
+    params = Learned.of(model).params_of(model)
+    optimizer = settings.optimizer(params)
+    numbers = [
+        value.tolist()
+        for group in optimizer.param_groups
+        for name, value in group.items()
+        if name != "params" and isinstance(value, Tensor)
+    ]
+    return type(optimizer), layout_of(optimizer, params), numbers
+
+
+def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) -> InnerLoop:
+    """Read what learns off a model as it is now, and the inner optimizer.
+
+    Args:
+        model: the user's module.
+        settings: the learner's.
+        scale: the loss scale of float16; None: no scale.
+
+    Raises:
+        ConfigurationError: the algorithm and the optimizer, or the model, do not go together.
+    """
+    learned = Learned.of(model)
+    params = learned.params_of(model)
+    optimizer = settings.optimizer(params)
+    algorithm = algorithm_of(settings.algorithm)
+    if algorithm.second_order:
+        _check_differentiable(algorithm, optimizer)
+    _check_sparse(model, algorithm, optimizer)
+    return InnerLoop(
+        learned,
+        algorithm,
+        settings.optimizer_factory,
+        settings.step_size,
+        update_rule(optimizer, params, differentiable=algorithm.second_order),
+        autocast=settings.autocast,
+        scale=scale,
+        skip_nonfinite=settings.on_nonfinite == "skip",
+        layout=layout_of(optimizer, params),
+    )
+
+
+def _check_sparse(model: nn.Module, algorithm: Algorithm, optimizer: torch.optim.Optimizer) -> None:
+    """Check that nothing which torch has for dense gradients alone meets sparse ones.
+
+    Raises:
+        ConfigurationError: second order, or Adam inside, and an embedding with sparse=True.
+    """
+    if algorithm.second_order:
+        what, other = f"algorithm={named(algorithm)}", "algorithm='fomaml'"
+    elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        what, other = f"{type(optimizer).__name__} inside", "inner_optimizer='sgd'"
+    else:
+        return
+    for name, part in model.named_modules():
+        sparse = isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        if sparse and part.weight.requires_grad:
+            raise ConfigurationError(
+                [
+                    f"{what} does not work with the sparse gradients of the {type(part).__name__} "
+                    f"{name!r}: make it with sparse=False, or take {other}"
+                ]
+            )
+
+
+def _check_differentiable(algorithm: Algorithm, optimizer: torch.optim.Optimizer) -> None:
+    """Check that an algorithm of second order can differentiate through an inner optimizer."""
+    reason = why_no_rule(optimizer)
+    if reason is not None:
+        raise ConfigurationError(
+            [
+                f"algorithm={named(algorithm)} differentiates through the inner optimizer, which "
+                "works for torch.optim's SGD, Adam and AdamW as they come (one parameter group, "
+                "settings that are numbers, no dampening, amsgrad, maximize or capturable, no step "
+                f"hooks, no wrapped step, real parameters with Adam), and here {reason}: change "
+                "that, or choose 'fomaml'"
+            ]
+        )
+
+
+def check_surroundings(device_type: str) -> None:
+    """Check that no mode of torch that is on around the call would act on a part of it.
+
+    Raises:
+        ConfigurationError: torch.inference_mode or torch.autocast is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ConfigurationError(
+            [
+                "torch.inference_mode() is on, in which there are no gradients to adapt by: leave "
+                "it for this call, or take torch.no_grad(), in which Koi works"
+            ]
+        )
+    for kind in {"cpu", "cuda", device_type}:
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            raise ConfigurationError(
+                [
+                    "torch.autocast is on, and would act on more than the losses, in some engines "
+                    f"only: leave it for this call, and give autocast={dtype} to Koi"
+                ]
+            )

@@ -63,6 +63,15 @@ def did_you_mean(given: object, allowed: Iterable[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
+def wrong(name: str, value: object, allowed: str) -> str:
+    """Return what is said of an argument that is none of those allowed.
+
+    >>> wrong("num_steps", 0, "a whole number of at least 1")
+    'num_steps = 0: must be a whole number of at least 1'
+    """
+    return f"{name} = {value!r}: must be {allowed}"
+
+
 def is_end(error: BaseException) -> bool:
     """Return whether ``error`` is a StopIteration, or what a generator makes of one (PEP 479)."""
     passed_on = type(error) is RuntimeError and isinstance(error.__cause__, StopIteration)

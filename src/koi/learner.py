@@ -1,11 +1,13 @@
-"""The learner: meta-learning of any module on any tasks."""
+"""The learner: Reptile, FOMAML and MAML on any module and any tasks."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,34 +15,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koi.algorithms import Algorithm, algorithm_of, schedule_of
-from koi.configuration import check_count, check_surroundings, check_tasks
-from koi.engines import Engines, Ready
+from koi.configured import Configured, documented, takes
+from koi.engines import Engines, Ready, check_surroundings
 from koi.evaluation import Evaluation, blocks, stacked
 from koi.inner.base import Metric, finite_rows
 from koi.inner.eager import EagerEngine
-from koi.inner.optimizers.rules import OptimizerFactory
 from koi.inner.scaling import LossScale
 from koi.phi.outcome import Outcome, Phi
 from koi.phi.parameters import Tensors, same_tensors
-from koi.phi.update import MetaOptimizerFactory, MetaUpdate, Schedule, value_at
+from koi.phi.update import MetaUpdate, value_at
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import Record, mean_ends
-from koi.sampling import draw
-from koi.settings import Configured
-from koi.training import checkpoint
+from koi.sampling import check_tasks, draw
+from koi.settings import Settings, check_count
+from koi.training import checkpoint, start
 from koi.training.autosave import Autosave
-from koi.training.checkpoint import Pending
+from koi.training.folder import Folder
 from koi.training.interrupts import Interrupts
 from koi.training.logs import Log
 from koi.training.progress import ProgressBar
+from koi.training.state import TrainingState
 from koi.training.watch import Watch
 
 log = logging.getLogger("koi")
 Callback = Callable[["Koi", Record], None]
 
 
+@documented(Settings)
 class Koi(Configured):
     """Finds an initialisation φ of ``model`` from which a few steps learn a new task.
 
@@ -53,26 +55,7 @@ class Koi(Configured):
 
     Args:
         model: any module; its current weights are the first φ.
-        step_size: learning rate of the inner optimizer.
-        num_steps: inner steps on each task.
-        num_iterations: meta-iterations.
-        meta_step_size: ε, a number or a schedule of the fraction done in [0, 1]; None:
-            ``koi.linear(1.0, 0.0)``, but step_size for FOMAML and MAML.
-        meta_batch_size: tasks in each meta-iteration.
-        inner_optimizer: "sgd", "adam" (both as torch.optim's defaults have them), or a callable
-            (params, lr) that returns a ``torch.optim.Optimizer``.
-        inner_state: whether momentum and adaptive moments live on from task to task ("carry", as
-            in the paper's code; over a meta-batch they are averaged) or start afresh ("reset").
-        meta_optimizer: None, or a callable (params) that returns a ``torch.optim.Optimizer``; it
-            is fed the gradient φ − mean(φ̃) and replaces ε (for the parameters; buffers follow ε).
-        algorithm: "reptile"; "eigen-reptile", which moves φ along the main direction of the way to
-            φ̃; "fomaml" and "maml", which move φ against the gradient of the query loss at φ̃, taken
-            with respect to φ̃ or, through all inner steps, to φ; or a `koi.algorithms.Algorithm`.
-        seed: makes runs repeatable, bit for bit on one machine, and independent of the global
-            random state. None: tasks draw from the global generators as they are.
-        on_nonfinite: what a NaN or infinite loss does: "raise" an error, or "skip" the task.
-        check: whether Koi compares the engine that it chose with a plain loop on the first one or
-            two tasks, and again when what the engine takes for granted has changed.
+        settings: those of `koi.settings.Settings`, each by its name.
 
     Raises:
         ConfigurationError: arguments that cannot work, all named at once.
@@ -93,44 +76,33 @@ class Koi(Configured):
     True
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        step_size: float = 0.01,
-        num_steps: int = 10,
-        num_iterations: int = 1000,
-        *,
-        meta_step_size: float | Schedule | None = None,
-        meta_batch_size: int = 1,
-        inner_optimizer: str | OptimizerFactory = "sgd",
-        inner_state: str = "carry",
-        meta_optimizer: MetaOptimizerFactory | None = None,
-        algorithm: str | Algorithm = "reptile",
-        vectorize: str | bool = "auto",
-        compile: bool | str = False,
-        seed: int | None = None,
-        on_nonfinite: str = "raise",
-        chunk_size: int | None = None,
-        autocast: torch.dtype | None = None,
-        check: bool = True,
-    ) -> None:
-        given = {n: v for n, v in locals().items() if n not in ("self", "__class__")}
-        super().__init__(given)
-        self.iteration = 0
-        self.history: list[Record] = []
-        self._moments: Tensors | None = None
-        self._moments_of: Tensors = []
-        self._scale: LossScale | None = None
-        self._update: MetaUpdate | None = None
+    @takes(Settings)
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.settings = settings
+        self.model = model
+        self._state = TrainingState()
         self._interrupts = Interrupts()
-        self._tasks: Any = None  # of the last training, for their state
-        self._callbacks: tuple[Any, ...] = ()  # likewise, those that have a state
-        self._pending: Pending | None = None
-        self._drawn_seed: int | None = None  # of several ranks that were given none
-        self.engine = "none yet"
-        self._ruled_out: set[str] = set()
         self._engines = Engines()
         self._find_engines()  # so that a mistake shows here, not after the first sampling
+
+    @property
+    def iteration(self) -> int:
+        """Meta-iterations done."""
+        return self._state.iteration
+
+    @iteration.setter
+    def iteration(self, value: int) -> None:
+        self._state.iteration = value
+
+    @property
+    def history(self) -> list[Record]:
+        """What is remembered of each of them."""
+        return self._state.history
+
+    @property
+    def engine(self) -> str:
+        """What ran last: "eager", "vectorized", "compiled", or "vectorized+compiled"."""
+        return self._state.engine
 
     def train(
         self,
@@ -169,29 +141,33 @@ class Koi(Configured):
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        ready = self._ready()
-        device = self._phi(ready).params[0].device
-        carry = self.inner_state == "carry"
-        ranks = Ranks(device, self.meta_batch_size, carry, self._interrupts)
+        folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
         callbacks = tuple(callbacks)
-        autosave = Autosave(self, tasks, checkpoint_dir, checkpoint_every, resume, ranks, callbacks)
-        ready.engines.refused |= autosave.ruled_out
+        state, settings, ready = self._state, self.settings, self._ready()
+        total, carry = settings.num_iterations, settings.inner_state == "carry"
+        device = self._phi(ready).params[0].device
+        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts)
+        start.begin(self, state, tasks, callbacks, folder, resume, ranks)
+        if state.pending is not None:
+            ready.engines.refused |= state.ruled_out
         update = self._meta_update(ready)
-        watch = Watch(algorithm_of(self.algorithm), self.num_steps, silent=not ranks.first)
-        bar = ProgressBar(progress if ranks.first else False, self.num_iterations, self.iteration)
+        watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
+        bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
+        saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
-            folder = log_dir if ranks.first else None
-            log = Log(folder, self.history, self.num_iterations, resume, autosave.begun)
-        with bar, self._interrupts, ranks.training(update.phi), autosave, log:
-            while self.iteration < self.num_iterations:
-                autosave.before_iteration()
+            logged = log_dir if ranks.first else None
+            log = Log(logged, state.history, total, resume, saver.first_line)
+        with bar, self._interrupts, ranks.training(update.phi), saver, log, state.training():
+            start.let_go(state, saves=saver.saves)
+            while state.iteration < self.settings.num_iterations:
+                saver.before_iteration()
                 ready = self._ready(ready)  # a callback may have changed anything
                 record = self._meta_iteration(tasks, ready, watch, ranks)
                 bar.advance(record)
                 for callback in callbacks:
                     callback(self, record)
-                log.after_iteration(autosave.due)
-                autosave.after_iteration()
+                log.after_iteration(saver.due)
+                saver.after_iteration()
         return self.model
 
     def adapt(self, task: Any, num_steps: int | None = None) -> nn.Module:
@@ -204,13 +180,12 @@ class Koi(Configured):
         Raises:
             TaskError, NonFiniteError: as in `train`, also with ``on_nonfinite="skip"``.
         """
-        num_steps = self._steps(num_steps)
-        ready = self._ready()
+        num_steps, seed, ready = self._steps(num_steps), self.settings.seed, self._ready()
         inner = replace(ready.inner, skip_nonfinite=False)
         engine = EagerEngine(self.model, inner, share=False)
-        self.engine = "eager"
-        place = Place(self.seed, "adaptation", 0)
-        with preserved_generators(self.seed):
+        self._state.engine = "eager"
+        place = Place(seed, "adaptation", 0)
+        with preserved_generators(seed):
             return engine.adapt(self._phi(ready), task, num_steps, place)
 
     def evaluate(
@@ -266,13 +241,36 @@ class Koi(Configured):
         """
         return self._over_tasks("measure", tasks, num_tasks, num_steps, metric)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything that training needs to go on into one file.
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that training needs to go on, in copies that stay as they are.
 
-        It holds φ and the buffers, the optimizers' states, settings, history, the state of the
-        task distribution and callbacks of the last training (where they have ``state_dict``) and,
+        That is φ and the buffers, the optimizers' states, settings, history, the state of the task
+        distribution and callbacks of the last training (where they have ``state_dict``) and,
         without a seed, of the global generators. Settings that are code are not in it, nor are
-        frozen parameters, of which it has a digest.
+        frozen parameters, of which it has a digest. ``torch.save`` can write it.
+        """
+        return deepcopy(checkpoint.contents(self, self._state))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, as if training had never stopped.
+
+        Tasks, callbacks and generators take theirs as the next training begins.
+
+        Raises:
+            CheckpointError: the model or any setting is another: all differences are named, and
+                nothing has changed.
+
+        >>> koi, other = (Koi(torch.nn.Linear(2, 1), step_size=0.1) for _ in range(2))
+        >>> other.load_state_dict(koi.state_dict())
+        >>> torch.equal(other.model.weight, koi.model.weight)
+        True
+        """
+        self._state.check_idle()
+        saved = checkpoint.saved_from(state, "given to load_state_dict")
+        checkpoint.go_on(self, self._state, saved)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict` into one file, of which nothing is executed when it is read.
 
         Args:
             path: the file; it appears under this name whole or not at all.
@@ -280,7 +278,7 @@ class Koi(Configured):
         Raises:
             CheckpointError: it cannot be written.
         """
-        checkpoint.save(self, Path(path))
+        checkpoint.save(self, self._state, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, **settings: Any) -> Koi:
@@ -304,7 +302,10 @@ class Koi(Configured):
         >>> same.step_size, torch.equal(same.model.weight, koi.model.weight)
         (0.1, True)
         """
-        return checkpoint.load(cls, Path(path), model, settings)
+        saved, known = checkpoint.read_or_offer(Path(path)), inspect.signature(cls).parameters
+        koi = cls(model, **checkpoint.arguments(saved, settings, known))
+        checkpoint.begin_with(koi, koi._state, saved)
+        return koi
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model at φ."""
@@ -312,29 +313,30 @@ class Koi(Configured):
 
     def _meta_iteration(self, tasks: Any, ready: Ready, watch: Watch, ranks: Ranks) -> Record:
         began = time.perf_counter()
-        seed, engine, update = self._seed, ready.engines, self._meta_update(ready)
-        ranks.adjust(update.phi, self.meta_batch_size, self.inner_state == "carry")
-        place = Place(seed, "meta-iteration", self.iteration)
-        schedule = schedule_of(self.meta_step_size, self.algorithm, self.step_size)
-        epsilon = value_at(schedule, self.iteration / self.num_iterations)
+        settings, state, engine = self.settings, self._state, ready.engines
+        seed, carry = state.seed(settings), settings.inner_state == "carry"
+        update = self._meta_update(ready)
+        ranks.adjust(update.phi, settings.meta_batch_size, carry)
+        place = Place(seed, "meta-iteration", state.iteration)
+        epsilon = value_at(settings.schedule, state.iteration / settings.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
-            batch = draw(tasks, self.meta_batch_size, place).part(start, end)
-            return engine.meta_batch(update.phi, batch, self.num_steps, place)
+            batch = draw(tasks, settings.meta_batch_size, place).part(start, end)
+            return engine.meta_batch(update.phi, batch, settings.num_steps, place)
 
         with preserved_generators(seed):
             own = ranks.attempt(adapt)
-        self.engine, self._ruled_out = engine.name, engine.refused
+        state.engine, state.ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             outcome = ranks.mean(own)
             norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
-            if outcome.losses and self.inner_state == "carry":
-                self._moments, self._moments_of = outcome.moments, update.phi.params
+            if outcome.losses and carry:
+                state.keep(outcome.moments, update.phi.params, settings)
             losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
-            record = Record(self.iteration, *losses, epsilon, norm, seconds, outcome.num_skipped)
-            self.history.append(record)
-            self.iteration += 1
-        watch.look(outcome, epsilon, norm, self.num_steps)
+            record = Record(state.iteration, *losses, epsilon, norm, seconds, outcome.num_skipped)
+            state.history.append(record)
+            state.iteration += 1
+        watch.look(outcome, epsilon, norm, settings.num_steps)
         return record
 
     def _over_tasks(
@@ -343,21 +345,15 @@ class Koi(Configured):
         """Draw tasks block by block; return what the engine makes of them, a row for each kept."""
         check_tasks(tasks)
         check_count("num_tasks", num_tasks)
-        num_steps = self._steps(num_steps)
-        ready = self._ready()
+        num_steps, seed, ready = self._steps(num_steps), self.settings.seed, self._ready()
         inner, engine, phi = ready.inner, ready.engines, self._phi(ready)
         kept: Tensors = []
-        with preserved_generators(self.seed):
-            for place, batch in blocks(tasks, num_tasks, self.seed):
+        with preserved_generators(seed):
+            for place, batch in blocks(tasks, num_tasks, seed):
                 rows = getattr(engine, what)(phi, batch, num_steps, place, *more)
                 kept += finite_rows(rows, place, inner) if what == "evaluate" else rows
-        self.engine = engine.name
+        self._state.engine = engine.name
         return stacked(kept, num_tasks)
-
-    @property
-    def _seed(self) -> int | None:
-        """What meta-iterations draw from: several ranks without a seed have drawn one."""
-        return self._drawn_seed if self.seed is None else self.seed
 
     def _ready(self, before: Ready | None = None) -> Ready:
         """Return the engines for the settings and the model as they are now."""
@@ -366,34 +362,38 @@ class Koi(Configured):
         return ready
 
     def _find_engines(self, before: Ready | None = None) -> Ready:
-        half = self.autocast is torch.float16
-        self._scale = (self._scale or LossScale()) if half else None
-        return self._engines.ready(self, self._scale, self._seed is not None, before)
+        state, settings = self._state, self.settings
+        half = settings.autocast is torch.float16
+        state.scale = (state.scale or LossScale()) if half else None
+        seed = state.seed(settings)
+        return self._engines.ready(self.model, settings, state.scale, seed is not None, before)
 
     def _phi(self, ready: Ready) -> Phi:
-        rule, (params, buffers, constants) = ready.inner.rule, ready.tensors
-        if self._moments is not None and not same_tensors(params, self._moments_of):
+        state, settings, rule = self._state, self.settings, ready.inner.rule
+        params, buffers, constants = ready.tensors
+        state.moments = state.carried(settings)
+        if state.moments is not None and not same_tensors(params, state.moments_of[0]):
             log.warning("what learns has changed: inner moments of what is new start afresh")
-            old, before = self._moments, self._moments_of
-            self._moments = rule.carried(old, before, params) if rule else None
-            self._moments_of = params
-        moments = self._moments if self.inner_state == "carry" else None
+            old, before = state.moments, state.moments_of[0]
+            state.keep(rule.carried(old, before, params) if rule else None, params, settings)
+        moments = state.moments if settings.inner_state == "carry" else None
         return Phi(params, buffers, constants, moments, ready.inner.learned)
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:
         """Return the meta-update, the same as before where φ and meta_optimizer are the same."""
-        phi, update = self._phi(ready), self._update
+        phi, settings, update = self._phi(ready), self.settings, self._state.update
         if (
             update is None
-            or update.make_optimizer is not self.meta_optimizer
+            or update.make_optimizer is not settings.meta_optimizer
             or not same_tensors(update.phi.params, phi.params)
         ):
-            update = self._update = MetaUpdate(ready.inner.algorithm, phi, self.meta_optimizer)
+            update = MetaUpdate(ready.inner.algorithm, phi, settings.meta_optimizer)
+            self._state.update = update
         update.phi, update.algorithm = phi, ready.inner.algorithm
         return update
 
     def _steps(self, num_steps: int | None) -> int:
         if num_steps is None:
-            return self.num_steps
+            return self.settings.num_steps
         check_count("num_steps", num_steps, least=0)
         return num_steps

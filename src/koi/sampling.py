@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from koi.errors import TaskError, annotate, is_end
+from koi.errors import ConfigurationError, TaskError, annotate, is_end, wrong
 from koi.randomness import Place
 from koi.tasks import TaskBatch, is_tensor_task, tensors_of
+
+
+def check_tasks(tasks: Any) -> None:
+    """Check that ``tasks`` is a task distribution.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if not callable(getattr(tasks, "sample", None)) and not hasattr(tasks, "sample_batch"):
+        hint = " (this looks like one task: give the object that samples them)"
+        problem = wrong("tasks", tasks, "an object with a method sample() -> task")
+        raise ConfigurationError([problem + (hint if hasattr(tasks, "loss") else "")])
 
 
 def draw(distribution: Any, num_tasks: int, place: Place) -> TaskBatch:

@@ -1,115 +1,321 @@
-"""The settings of a learner: attributes that are checked whenever they are set."""
+"""Every argument of `koi.Koi` but the model: its default, its meaning and its check, in one place.
+
+The constructor, its help, ``repr(koi)``, what a checkpoint holds, the engines' keys and the error
+with all mistakes at once are made of the fields of `Settings`. A new setting is a new field.
+"""
 
 from __future__ import annotations
 
-import functools
-import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from koi.algorithms import Algorithm
-from koi.configuration import check_settings
-from koi.errors import ConfigurationError
-from koi.inner.checks.granted import frozen
-from koi.inner.optimizers.rules import OptimizerFactory, layout_of, make_optimizer
-from koi.phi.parameters import Learned, Tensors
-from koi.phi.update import MetaOptimizerFactory, Schedule
+from koi.algorithms import NAMED, Algorithm, schedule_of
+from koi.errors import ConfigurationError, did_you_mean, wrong
+from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, make_optimizer
+from koi.phi.update import MetaOptimizerFactory, Schedule, linear
 
-# What `koi.Koi` is given besides the model; each is an attribute of that name.
-SETTINGS = tuple(name for name in inspect.signature(check_settings).parameters if name != "model")
-# What a checkpoint holds: the others have no influence on φ.
-STORED = tuple(name for name in SETTINGS if name != "check")
-_SETTINGS = frozenset(SETTINGS)
+# Returns a value as Koi keeps it, NumPy's numbers as Python's own, or raises `Refused`.
+Check = Callable[[Any], Any]
 
 
-def _normalised(name: str, value: Any) -> Any:
-    """Return a checked setting as Koi keeps it: NumPy's numbers become Python's own."""
-    if name == "step_size":
-        return float(value)
-    counts = ("num_steps", "num_iterations", "meta_batch_size", "seed", "chunk_size")
-    return int(value) if name in counts and value is not None else value
+class Refused(ValueError):  # noqa: N818 (a check's answer, of which an error is made)
+    """A check does not take a value; the message says what it takes."""
 
 
-def of_engines(koi: Any) -> Any:
-    """Return the settings that engines are made of, in a form to be compared."""
-    return tuple(frozen(getattr(koi, name)) for name in _OF_ENGINES)
+def number(above: float | None = None) -> Check:
+    """Return a check of a finite number of at least 0, or ``above`` one."""
+    allowed = "of at least 0" if above is None else f"above {above}"
+
+    def check(value: Any) -> float:
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        if real and _is_finite(value) and (value >= 0 if above is None else value > above):
+            return float(value)
+        raise Refused(f"a finite number {allowed}")
+
+    return check
 
 
-def optimizer_now(koi: Any) -> Any:
-    """Return the settings of the inner optimizer as a factory that may read others makes it now.
+def count(least: int) -> Check:
+    """Return a check of a whole number of at least ``least``."""
 
-    A name, a class or a partial of one always makes the same.
+    def check(value: Any) -> int:
+        if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
+            return int(value)
+        raise Refused(f"a whole number of at least {least}")
+
+    return check
+
+
+def one_of(options: Iterable[Any], code: str = "") -> Check:
+    """Return a check of one of the options or, where ``code`` says of what, of a callable."""
+    options = tuple(options)
+    words = [option for option in options if isinstance(option, str)]
+
+    def check(value: Any) -> Any:
+        if any(value is option for option in options) or (code and callable(value)):
+            return value
+        if isinstance(value, str) and value in words:
+            return value
+        allowed = ", ".join(map(repr, options)) + (f" or {code}" if code else "")
+        raise Refused(f"one of {allowed}{did_you_mean(value, words)}")
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """Return a check that lets None through, too."""
+
+    def check_or_none(value: Any) -> Any:
+        try:
+            return None if value is None else check(value)
+        except Refused as refused:
+            raise Refused(f"{refused}, or None") from None
+
+    return check_or_none
+
+
+def _schedule(value: Any) -> Any:
+    if value is None or callable(value):
+        return value
+    try:
+        return number()(value)
+    except Refused as refused:
+        raise Refused(
+            f"{refused}, a callable of the fraction done such as koi.linear(1.0, 0.0), or None"
+        ) from None
+
+
+def _code(value: Any) -> Any:
+    if callable(value):
+        return value
+    raise Refused("a callable (params)")
+
+
+def _mode(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        return value
+    raise Refused("True, False or a mode of torch.compile")
+
+
+def _algorithm(value: Any) -> Any:
+    if isinstance(value, str) and value in NAMED:
+        return value
+    if not isinstance(value, Algorithm):
+        options = ", ".join(map(repr, NAMED))
+        near = did_you_mean(value, NAMED)
+        raise Refused(f"one of {options}, or an object such as koi.algorithms.Reptile(){near}")
+    kind = type(value).__name__
+    if "__dataclass_params__" not in vars(type(value)):
+        raise Refused(f"data: put @dataclass(frozen=True) above the class {kind}")
+    if value.second_order and not value.query_gradient:
+        raise Refused(f"consistent: {kind}.second_order is True, so make query_gradient True, too")
+    return value
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False
+
+
+def setting(
+    default: Any, check: Check, doc: str, *, engines: bool = False, stored: bool = True
+) -> Any:
+    """Return a field of `Settings`.
+
+    Args:
+        default: its value where none is given.
+        check: returns a value as Koi keeps it, or raises `Refused` with what is allowed.
+        doc: what it does.
+        engines: whether engines are made of it, and so made anew where it changes.
+        stored: whether φ depends on it, so that a checkpoint holds it.
     """
-    factory = koi.inner_optimizer
-    if isinstance(factory, str | type) or (
-        isinstance(factory, functools.partial) and isinstance(factory.func, type)
-    ):
-        return ()
-    params = Learned.of(koi.model).params_of(koi.model)
-    optimizer = make_optimizer(factory, params, koi.step_size)
-    numbers = [
-        value.tolist()
-        for group in optimizer.param_groups
-        for name, value in group.items()
-        if name != "params" and isinstance(value, Tensor)
-    ]
-    return type(optimizer), layout_of(optimizer, params), numbers
+    about = {"check": check, "doc": doc, "engines": engines, "stored": stored}
+    return field(default=default, metadata=about)
 
 
-_OF_ENGINES = (
-    *("algorithm", "step_size", "inner_optimizer", "vectorize", "compile"),
-    *("on_nonfinite", "chunk_size", "autocast", "check"),
-)
+@dataclass(frozen=True)
+class Settings:
+    """How a learner learns: all that `koi.Koi` is given besides the model, checked.
 
+    Raises:
+        ConfigurationError: listing every setting that is wrong, with what is allowed.
 
-class Configured:
-    """Settings as attributes, which go through the same checks whenever they are set.
-
-    What is set takes effect at the next meta-iteration, in all that depends on it.
+    >>> settings = Settings(step_size=0.1, seed=3)
+    >>> settings.num_steps, settings.changed()
+    (10, {'step_size': 0.1, 'seed': 3})
     """
 
-    model: nn.Module
-    step_size: float
-    num_steps: int
-    num_iterations: int
-    meta_step_size: float | Schedule | None
-    meta_batch_size: int
-    inner_optimizer: str | OptimizerFactory
-    inner_state: str
-    meta_optimizer: MetaOptimizerFactory | None
-    algorithm: str | Algorithm
-    vectorize: str | bool
-    compile: bool | str
-    seed: int | None
-    on_nonfinite: str
-    chunk_size: int | None
-    autocast: torch.dtype | None
-    check: bool
-    _changes: int  # how often a setting has been set
-    _moments: Tensors | None
+    step_size: float = setting(
+        *(0.01, number(above=0), "learning rate of the inner optimizer."), engines=True
+    )
+    num_steps: int = setting(10, count(1), "inner steps on each task.")
+    num_iterations: int = setting(1000, count(0), "meta-iterations.")
+    _: KW_ONLY
+    meta_step_size: float | Schedule | None = setting(
+        None,
+        _schedule,
+        "ε, a number or a schedule of the fraction done in [0, 1]; None: ``koi.linear(1.0, 0.0)`` "
+        "where an algorithm moves φ towards a point, step_size where against a gradient.",
+    )
+    meta_batch_size: int = setting(1, count(1), "tasks in each meta-iteration.")
+    inner_optimizer: str | OptimizerFactory = setting(
+        "sgd",
+        one_of(FACTORIES, code="a callable (params, lr)"),
+        '"sgd", "adam" (both as torch.optim\'s defaults have them), or a callable (params, lr) '
+        "that returns a ``torch.optim.Optimizer``.",
+        engines=True,
+    )
+    inner_state: str = setting(
+        "carry",
+        one_of(("carry", "reset")),
+        'whether momentum and adaptive moments live on from task to task ("carry", as in the '
+        'paper\'s code; over a meta-batch they are averaged) or start afresh ("reset").',
+    )
+    meta_optimizer: MetaOptimizerFactory | None = setting(
+        None,
+        optional(_code),
+        "None, or a callable (params) that returns a ``torch.optim.Optimizer``; it is fed the "
+        "gradient φ − mean(φ̃) and replaces ε (for the parameters; buffers follow ε).",
+    )
+    algorithm: str | Algorithm = setting(
+        "reptile",
+        _algorithm,
+        '"reptile"; "eigen-reptile", which moves φ along the main direction of the way to φ̃; '
+        '"fomaml" and "maml", which move φ against the gradient of the query loss at φ̃, taken with '
+        "respect to φ̃ or, through all inner steps, to φ; or a `koi.algorithms.Algorithm`.",
+        engines=True,
+    )
+    vectorize: str | bool = setting(
+        "auto",
+        one_of(("auto", True, False)),
+        "True: all tasks of a meta-batch at once, or an `EngineError`; False: one by one; "
+        '"auto": at once where it can be and, without a seed, where it is faster.',
+        engines=True,
+    )
+    compile: bool | str = setting(
+        False,
+        _mode,
+        "True, or a mode of `torch.compile`: the inner loop becomes one graph.",
+        engines=True,
+    )
+    seed: int | None = setting(
+        None,
+        optional(count(0)),
+        "makes runs repeatable, bit for bit on one machine, and independent of the global random "
+        "state. None: tasks draw from the global generators as they are.",
+    )
+    on_nonfinite: str = setting(
+        "raise",
+        one_of(("raise", "skip")),
+        'what a NaN or infinite loss does: "raise" an error, or "skip" the task.',
+        engines=True,
+    )
+    chunk_size: int | None = setting(
+        None, optional(count(1)), "at most so many tasks at once; None: all.", engines=True
+    )
+    autocast: torch.dtype | None = setting(
+        None,
+        one_of((None, torch.bfloat16, torch.float16)),
+        "`torch.bfloat16` or `torch.float16`: losses are computed in it, weights stay as they are.",
+        engines=True,
+    )
+    check: bool = setting(
+        True,
+        one_of((True, False)),
+        "whether Koi compares the engine that it chose with a plain loop on the first one or two "
+        "tasks, and again when what the engine takes for granted has changed.",
+        engines=True,
+        stored=False,
+    )
 
-    def __init__(self, given: dict[str, Any]) -> None:
-        check_settings(**given)
-        self.__dict__.update({name: _normalised(name, value) for name, value in given.items()})
-        self.__dict__["_changes"] = 0
+    def __post_init__(self) -> None:
+        problems = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            try:
+                object.__setattr__(self, each.name, each.metadata["check"](value))
+            except Refused as refused:
+                problems.append(wrong(each.name, value, str(refused)))
+        if problems:
+            raise ConfigurationError(problems)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute.
+    def changed(self) -> dict[str, Any]:
+        """Return the settings that are not at their defaults."""
+        values = ((each, getattr(self, each.name)) for each in fields(self))
+        return {each.name: value for each, value in values if value != each.default}
 
-        Raises:
-            ConfigurationError: a setting cannot work, or it is the model, which stays.
-        """
-        if name in _SETTINGS:
-            now = {other: getattr(self, other) for other in ("model", *SETTINGS)}
-            check_settings(**{**now, name: value})
-            if name == "inner_optimizer" and value is not self.inner_optimizer:
-                self._moments = None  # of another optimizer
-            value = _normalised(name, value)
-            self._changes += 1
-        elif name == "model" and value is not self.model:
-            raise ConfigurationError(
-                ["koi.model cannot be replaced: its weights are φ; make a new Koi for a new model"]
-            )
-        self.__dict__[name] = value
+    def of_engines(self) -> list[Any]:
+        """Return the values of those settings of which engines are made."""
+        return [getattr(self, each.name) for each in fields(self) if each.metadata["engines"]]
+
+    def stored(self) -> dict[str, Any]:
+        """Return the settings that φ depends on, as a file can hold them."""
+        names = [each.name for each in fields(self) if each.metadata["stored"]]
+        return {name: as_data(getattr(self, name)) for name in names}
+
+    @property
+    def schedule(self) -> float | Schedule:
+        """ε as it was given, or what is right for the algorithm."""
+        return schedule_of(self.meta_step_size, self.algorithm, self.step_size)
+
+    @property
+    def optimizer_factory(self) -> OptimizerFactory:
+        """The callable that makes the inner optimizer."""
+        given = self.inner_optimizer
+        return FACTORIES[given] if isinstance(given, str) else given
+
+    def optimizer(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """Return the inner optimizer of these parameters."""
+        return make_optimizer(self.optimizer_factory, params, self.step_size)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Check one whole number that a method was given.
+
+    Raises:
+        ConfigurationError: it is none of at least ``least``.
+    """
+    try:
+        count(least)(value)
+    except Refused as refused:
+        raise ConfigurationError([wrong(name, value, str(refused))]) from None
+
+
+def as_data(value: Any) -> Any:
+    """Return a setting as a file can hold it; of code, its name for messages.
+
+    >>> as_data(linear(1.0, 0.0)), as_data(torch.optim.SGD)
+    (('linear', 1.0, 0.0), ('code', 'SGD'))
+    """
+    if isinstance(value, linear):
+        return "linear", float(value.start), float(value.end)
+    if callable(value) or isinstance(value, Algorithm):
+        return "code", getattr(value, "__qualname__", type(value).__qualname__)
+    return value
+
+
+def from_data(value: Any) -> Any:
+    """Return the setting that `as_data` was given; code stays a name."""
+    return linear(*value[1:]) if is_kind(value, "linear") else value
+
+
+def is_kind(value: Any, kind: str) -> bool:
+    """Return whether a stored setting is "linear" or "code"."""
+    return isinstance(value, tuple) and value[0] == kind
+
+
+def shown(value: Any) -> str:
+    """Return a stored setting for a message.
+
+    >>> shown(as_data(linear(1.0, 0.0))), shown(as_data(torch.optim.SGD))
+    ('linear(start=1.0, end=0.0)', 'code (SGD)')
+    """
+    return f"code ({value[1]})" if is_kind(value, "code") else repr(from_data(value))

@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
-from koi.algorithms import Algorithm, schedule_of
+from koi.algorithms import schedule_of
 from koi.phi.parameters import in_words
-from koi.phi.update import linear
+from koi.settings import is_kind, shown
 
 Data = dict[str, Any]
-
-
-def as_data(value: Any) -> Any:
-    """Return a setting as a file can hold it; of code, its name for messages.
-
-    >>> as_data(linear(1.0, 0.0)), as_data(torch.optim.SGD)
-    (('linear', 1.0, 0.0), ('code', 'SGD'))
-    """
-    if isinstance(value, linear):
-        return "linear", float(value.start), float(value.end)
-    if value is None or isinstance(value, bool | str | torch.dtype):
-        return value
-    if callable(value) or isinstance(value, Algorithm):
-        return "code", getattr(value, "__qualname__", type(value).__qualname__)
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
-def from_data(value: Any) -> Any:
-    """Return the setting that `as_data` was given; code stays a name."""
-    return linear(*value[1:]) if is_kind(value, "linear") else value
-
-
-def is_kind(value: Any, kind: str) -> bool:
-    """Return whether a stored setting is "linear" or "code"."""
-    return isinstance(value, tuple) and value[0] == kind
 
 
 def tensors_of(model: nn.Module) -> dict[str, str]:
@@ -82,13 +56,16 @@ def different_settings(there: Data, here: Data) -> Iterator[str]:
     if not is_kind(algorithm, "code"):
         epsilon = schedule_of(epsilon, algorithm, there["step_size"])
     for name, stored in there.items():
+        if name not in here:
+            yield f"{name}: {shown(stored)} in the checkpoint, no setting of this Koi"
+            continue
         given = here[name]
         if stored == given or (is_kind(stored, "code") and is_kind(given, "code")):
             continue
         # a constant ε does not depend on how many meta-iterations there will be
         if name == "num_iterations" and isinstance(epsilon, int | float):
             continue
-        yield f"{name}: {_shown(stored)} in the checkpoint, {_shown(given)} here"
+        yield f"{name}: {shown(stored)} in the checkpoint, {shown(given)} here"
 
 
 def different_optimizer(
@@ -101,7 +78,3 @@ def different_optimizer(
     for name in there:  # of another torch it may have others
         if name in here and name not in free and there[name] != here[name]:
             yield f"{what}: {name} = {there[name]!r} in the checkpoint, {here[name]!r} here"
-
-
-def _shown(value: Any) -> str:
-    return f"code ({value[1]})" if is_kind(value, "code") else repr(from_data(value))

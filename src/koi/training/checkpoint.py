@@ -1,145 +1,81 @@
-"""What a checkpoint holds, and how training goes on from it."""
+"""What a checkpoint holds, and how a learner goes on from it."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from koi import randomness, storage
-from koi.algorithms import Algorithm, algorithm_of
-from koi.configuration import inner_factory
+from koi import storage
+from koi.algorithms import algorithm_of
+from koi.configured import Configured
 from koi.errors import CheckpointError, annotate
-from koi.inner.optimizers.rules import OptimizerFactory, make_optimizer
-from koi.inner.scaling import LossScale
 from koi.phi import parameters
 from koi.phi.outcome import Phi
 from koi.phi.parameters import Learned, Tensors
-from koi.phi.update import MetaOptimizerFactory, MetaUpdate
+from koi.phi.update import MetaUpdate
 from koi.randomness import States
 from koi.records import Record
-from koi.settings import STORED
+from koi.settings import Settings, from_data, is_kind
 from koi.training import frozen, stateful
 from koi.training.agreement import (
     arguments_of,
-    as_data,
     different_optimizer,
     different_settings,
     different_tensors,
-    from_data,
-    is_kind,
     tensors_of,
 )
-from koi.training.interrupts import Interrupts
+from koi.training.interrupts import uninterrupted
+from koi.training.state import Mark, Pending, TrainingState
 
 Data = dict[str, Any]
 
 _VERSION = version("koi-x")
 
 
-class Mark(NamedTuple):
-    """Where the next meta-iteration draws from: what the seed does not determine.
+def contents(koi: Configured, state: TrainingState) -> Data:
+    """Return everything that training needs to go on: of φ and moments the tensors, not copies.
 
     Args:
-        tasks: a copy of the task distribution's ``state_dict()``; None where it has none.
-        generators: the states of the global generators; None with a seed.
-        seed: what several ranks that were given no seed draw from, or drew from before.
+        koi: the learner, between two meta-iterations.
+        state: what it has come to.
     """
-
-    tasks: Any
-    generators: States | None
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Pending:
-    """What `koi.Koi.load` has read and only the next training can use."""
-
-    mark: Mark
-    ruled_out: frozenset[str]
-    callbacks: list[Any] | None
-
-
-class Learner(Protocol):
-    """What a checkpoint needs of `koi.Koi`."""
-
-    model: nn.Module
-    step_size: float
-    inner_optimizer: str | OptimizerFactory
-    inner_state: str
-    meta_optimizer: MetaOptimizerFactory | None
-    algorithm: str | Algorithm
-    seed: int | None
-    iteration: int
-    history: list[Record]
-    engine: str
-    _moments: Tensors | None
-    _moments_of: Tensors
-    _update: MetaUpdate | None
-    _interrupts: Interrupts
-    _tasks: Any
-    _callbacks: tuple[Any, ...]
-    _pending: Pending | None
-    _ruled_out: set[str]
-    _drawn_seed: int | None
-    _scale: LossScale | None
-
-
-AnyLearner = TypeVar("AnyLearner", bound=Learner)
-
-
-def mark(koi: Learner) -> Mark:
-    """Return where the next meta-iteration of ``koi`` draws from."""
-    if koi._pending is not None:
-        return koi._pending.mark
-    tasks = koi._tasks.state_dict() if hasattr(koi._tasks, "state_dict") else None
-    generators = randomness.capture() if koi.seed is None else None
-    return Mark(copy.deepcopy(tasks), generators, koi._drawn_seed)
-
-
-def contents(koi: Learner, at: Mark) -> Data:
-    """Return everything that training needs to go on.
-
-    Args:
-        koi: the learner between two meta-iterations.
-        at: where its next meta-iteration draws from.
-    """
-    learned = Learned.of(koi.model)
-    params, moments = learned.params_of(koi.model), koi._moments
+    learned, settings, at = Learned.of(koi.model), koi.settings, state.mark(koi.settings)
+    params, moments = learned.params_of(koi.model), state.carried(settings)
     names = (*learned.buffers, *learned.constants)
-    meta = None if koi._update is None else koi._update.optimizer
+    meta = None if state.update is None else state.update.optimizer
     callbacks: list[Any] | None
-    if koi._pending is None:
-        ruled_out, callbacks = koi._ruled_out, [owner.state_dict() for owner in koi._callbacks]
+    if state.pending is None:
+        callbacks = [owner.state_dict() for owner in state.callbacks]
     else:
-        ruled_out, callbacks = set(koi._pending.ruled_out), koi._pending.callbacks
+        callbacks = state.pending.callbacks
     return {
         "koi": _VERSION,
         "torch": torch.__version__,
-        "settings": _settings(koi),
-        "iteration": koi.iteration,
-        "engine": koi.engine,
-        "ruled_out": sorted(ruled_out),
+        "settings": settings.stored(),
+        "iteration": state.iteration,
+        "engine": state.engine,
+        "ruled_out": sorted(state.ruled_out),
         "history": {
-            column.name: _column([getattr(record, column.name) for record in koi.history])
+            column.name: _column([getattr(record, column.name) for record in state.history])
             for column in fields(Record)
         },
-        "params": dict(zip(learned.params, params, strict=True)),
+        "params": {name: p.detach() for name, p in zip(learned.params, params, strict=True)},
         "buffers": {name: koi.model.get_buffer(name) for name in names},
         "tensors": tensors_of(koi.model),
         "frozen": frozen.digests(koi.model),
         "devices": [str(p.device) for p in params],
         "moments": moments,
         "moment_devices": [str(m.device) for m in moments or []],
-        "scale": None if koi._scale is None else koi._scale.state(),
-        "inner_optimizer": _inner_description(koi),
+        "scale": None if state.scale is None else state.scale.state(),
+        "inner_optimizer": arguments_of(settings.optimizer(params)),
         "meta_optimizer": None if meta is None else arguments_of(meta),
         "meta_state": None if meta is None else meta.state_dict(),
         "tasks": at.tasks,
@@ -149,13 +85,13 @@ def contents(koi: Learner, at: Mark) -> Data:
     }
 
 
-def save(koi: Learner, path: Path, at: Mark | None = None) -> None:
+def save(koi: Configured, state: TrainingState, path: Path) -> None:
     """Write a checkpoint, Ctrl-C held back.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    storage.write(path, contents(koi, mark(koi) if at is None else at))
+    storage.write(path, contents(koi, state))
 
 
 @dataclass(frozen=True)
@@ -196,7 +132,20 @@ def read(path: Path) -> Saved:
     return saved_from(storage.read(path), path)
 
 
-def saved_from(data: Data, path: Path | str) -> Saved:
+def read_or_offer(path: Path) -> Saved:
+    """Read a checkpoint; an error says which of the files before it can be read.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    try:
+        return read(path)
+    except CheckpointError as error:
+        annotate(error, offer_instead_of(path))
+        raise
+
+
+def saved_from(data: Mapping[str, Any], path: Path | str) -> Saved:
     """Return what `contents` gave; ``path`` is what errors name.
 
     Raises:
@@ -207,7 +156,7 @@ def saved_from(data: Data, path: Path | str) -> Saved:
         kept = {name: data[name] for name in names if name in data}
         generators = data["generators"]
         states = None if generators is None else States(*generators)
-        kept["settings"] = {name: data["settings"][name] for name in STORED}
+        kept["settings"] = {**Settings().stored(), **data["settings"]}  # some may be newer
         kept["ruled_out"] = frozenset(data["ruled_out"])
         kept["history"] = _records(data["history"])
         return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
@@ -218,37 +167,34 @@ def saved_from(data: Data, path: Path | str) -> Saved:
         ) from error
 
 
-def load(kind: Callable[..., AnyLearner], path: Path, model: nn.Module, given: Data) -> AnyLearner:
-    """Return a learner that goes on from ``path``.
+def arguments(saved: Saved, given: Data, known: Collection[str]) -> Data:
+    """Return the settings of a learner that is made to go on from a checkpoint.
 
     Args:
-        kind: `koi.Koi`.
-        path: a checkpoint.
-        model: takes φ, once all has been checked.
-        given: settings that replace those in the file, or that a file cannot hold.
+        saved: the checkpoint.
+        given: settings that replace those in it, or that a file cannot hold.
+        known: the names of all that there are.
 
     Raises:
-        CheckpointError: the file cannot be read, does not fit, or lacks settings that are code.
+        CheckpointError: settings that are code are missing, or there are some of a newer Koi.
     """
-    try:
-        saved = read(path)
-    except CheckpointError as error:
-        annotate(error, offer_instead_of(path))
-        raise
     code = saved.code()
     missing = [name for name in code if name not in given]
     if missing:
         named = " and ".join(f"{name} ({code[name]})" for name in missing)
         again = ", ".join(f"{name}=…" for name in missing)
         raise CheckpointError(
-            f"the checkpoint {path} was made with code as {named}, which a file cannot hold: give "
-            f"it again, Koi.load(path, model, {again})"
+            f"the checkpoint {saved.path} was made with code as {named}, which a file cannot hold: "
+            f"give it again, Koi.load(path, model, {again})"
+        )
+    unknown = [name for name in saved.settings if name not in known]
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint {saved.path} has settings that this Koi does not know "
+            f"({', '.join(unknown)}): load it with the Koi that made it, or a newer one"
         )
     data = {name: from_data(value) for name, value in saved.settings.items() if name not in code}
-    koi = kind(model, **{**data, **given})
-    problems = [*_model_problems(koi, saved), *_optimizer_problems(koi, saved, ("lr",))]
-    put(koi, saved, problems)
-    return koi
+    return {**data, **given}
 
 
 def offer_instead_of(path: Path) -> str:
@@ -261,89 +207,101 @@ def offer_instead_of(path: Path) -> str:
     return "none in its folder before it is good"
 
 
-def go_on(koi: Learner, saved: Saved, tasks: Any, callbacks: Sequence[Any]) -> None:
-    """Let ``koi`` go on from a checkpoint as if it had never stopped.
+def go_on(
+    koi: Configured,
+    state: TrainingState,
+    saved: Saved,
+    tasks: Any = None,
+    callbacks: Sequence[Any] | None = None,
+) -> None:
+    """Let a learner go on from a checkpoint as if it had never stopped.
 
     Args:
         koi: the learner.
+        state: what it has come to, which is replaced.
         saved: the checkpoint.
-        tasks: the task distribution, which takes its own state first, since that may fail.
-        callbacks: those that have a state; they take theirs first as well.
+        tasks: the task distribution, which takes its own state first, since that may fail; None:
+            the next training's will take it.
+        callbacks: those that have a state, likewise.
 
     Raises:
         CheckpointError: the model, or any setting, is another; all differences are named.
     """
     problems = [
         *_model_problems(koi, saved),
-        *different_settings(saved.settings, _settings(koi)),
+        *different_settings(saved.settings, koi.settings.stored()),
         *_optimizer_problems(koi, saved, ()),
     ]
-    put(koi, saved, problems, tasks, callbacks)
+    _put(koi, state, saved, problems, tasks, callbacks)
 
 
-def put(
-    koi: Learner,
+def begin_with(koi: Configured, state: TrainingState, saved: Saved) -> None:
+    """Let a learner that was made to go on from a checkpoint do so; settings can be others.
+
+    Raises:
+        CheckpointError: the model or an optimizer is another.
+    """
+    _put(
+        koi, state, saved, [*_model_problems(koi, saved), *_optimizer_problems(koi, saved, ("lr",))]
+    )
+
+
+def _put(
+    koi: Configured,
+    state: TrainingState,
     saved: Saved,
     problems: list[str],
     tasks: Any = None,
     callbacks: Sequence[Any] | None = None,
 ) -> None:
-    """Put what was read into ``koi``, its model, tasks and callbacks; nothing with problems."""
+    """Put what was read into a learner, its tasks and callbacks; nothing with problems."""
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(
             f"the checkpoint {saved.path} does not fit; make these as they were:\n{lines}"
         )
-    phi = _phi(koi)
-    update = _meta_update(koi, phi, saved)
-    moments = _moments(saved, phi.params) if koi.inner_state == "carry" else None
-    sources = [saved.params[name] for name in Learned.of(koi.model).params]
+    settings, phi = koi.settings, _phi(koi)
+    update = _meta_update(settings, phi, saved)
+    moments = _moments(saved, phi.params) if settings.inner_state == "carry" else None
+    sources = [saved.params[name] for name in phi.names.params]
     buffers = [koi.model.get_buffer(name) for name in saved.buffers]
     if callbacks is not None:
         stateful.give_states(callbacks, saved.callbacks)
     if tasks is not None:
         stateful.give_state(tasks, saved.mark.tasks)
-    with koi._interrupts, koi._interrupts.held():
+    with uninterrupted():
         parameters.copy_(phi.params, sources)
         parameters.copy_(buffers, list(saved.buffers.values()))
-        koi.iteration, koi.engine = saved.iteration, saved.engine
-        koi.history, koi._moments, koi._update = list(saved.history), moments, update
-        koi._moments_of = phi.params
-        if koi._scale is not None and saved.scale is not None:
-            koi._scale.put(saved.scale)
-        koi._pending = Pending(saved.mark, saved.ruled_out, saved.callbacks)
-        koi._drawn_seed = saved.mark.seed
+        state.iteration, state.engine = saved.iteration, saved.engine
+        state.history, state.ruled_out = list(saved.history), set(saved.ruled_out)
+        state.keep(moments, phi.params, settings)
+        state.update, state.begun = update, None
+        if state.scale is not None and saved.scale is not None:
+            state.scale.put(saved.scale)
+        state.pending, state.drawn_seed = Pending(saved.mark, saved.callbacks), saved.mark.seed
 
 
-def _model_problems(koi: Learner, saved: Saved) -> list[str]:
+def _model_problems(koi: Configured, saved: Saved) -> list[str]:
     """Return what differs in form, or, where nothing does, which frozen parameters do in value."""
     problems = [*different_tensors(saved.tensors, tensors_of(koi.model))]
     return problems or [*frozen.different_frozen(saved.frozen, koi.model)]
 
 
-def _optimizer_problems(koi: Learner, saved: Saved, free: tuple[str, ...]) -> Iterator[str]:
+def _optimizer_problems(koi: Configured, saved: Saved, free: tuple[str, ...]) -> Iterator[str]:
     """Yield what differs in the optimizers whose state is carried on, but for ``free``."""
-    if saved.moments and koi.inner_state == "carry":
-        here = _inner_description(koi)
+    settings, phi = koi.settings, _phi(koi)
+    if saved.moments and settings.inner_state == "carry":
+        here = arguments_of(settings.optimizer(phi.params))
         yield from different_optimizer("inner_optimizer", saved.inner_optimizer, here, free)
-    meta = MetaUpdate(algorithm_of(koi.algorithm), _phi(koi), koi.meta_optimizer).optimizer
+    meta = MetaUpdate(algorithm_of(settings.algorithm), phi, settings.meta_optimizer).optimizer
     if saved.meta_optimizer is not None and meta is not None:
         here = arguments_of(meta)
         yield from different_optimizer("meta_optimizer", saved.meta_optimizer, here)
 
 
-def _settings(koi: Learner) -> Data:
-    return {name: as_data(getattr(koi, name)) for name in STORED}
-
-
-def _inner_description(koi: Learner) -> Data:
-    params = Learned.of(koi.model).params_of(koi.model)
-    return arguments_of(make_optimizer(inner_factory(koi.inner_optimizer), params, koi.step_size))
-
-
-def _meta_update(koi: Learner, phi: Phi, saved: Saved) -> MetaUpdate:
+def _meta_update(settings: Settings, phi: Phi, saved: Saved) -> MetaUpdate:
     """Return a new meta-update whose optimizer has the state that was stored."""
-    update = MetaUpdate(algorithm_of(koi.algorithm), phi, koi.meta_optimizer)
+    update = MetaUpdate(algorithm_of(settings.algorithm), phi, settings.meta_optimizer)
     optimizer, state = update.optimizer, saved.meta_state
     if optimizer is None or state is None:
         return update
@@ -360,20 +318,20 @@ def _meta_update(koi: Learner, phi: Phi, saved: Saved) -> MetaUpdate:
             for name, value in state["state"].get(number, {}).items():
                 now = optimizer.state[param].get(name)
                 if isinstance(value, Tensor) and isinstance(now, Tensor):
-                    optimizer.state[param][name] = value.to(now.device)
+                    optimizer.state[param][name] = value.to(now.device, copy=True)
     return update
 
 
 def _moments(saved: Saved, params: Tensors) -> Tensors | None:
-    """Return the moments on the devices that now hold the parameters they belong to."""
+    """Return copies of the moments where the parameters that they belong to are now."""
     if saved.moments is None:
         return None
     now = {there: p.device for there, p in zip(saved.devices, params, strict=True)}
     pairs = zip(saved.moments, saved.moment_devices, strict=True)
-    return [moment.to(now.get(device, "cpu")) for moment, device in pairs]
+    return [moment.to(now.get(device, "cpu"), copy=True) for moment, device in pairs]
 
 
-def _phi(koi: Learner) -> Phi:
+def _phi(koi: Configured) -> Phi:
     learned, model = Learned.of(koi.model), koi.model
     buffers, constants = learned.buffers_of(model), learned.constants_of(model)
     return Phi(learned.params_of(model), buffers, constants, None, learned)

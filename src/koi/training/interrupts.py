@@ -58,6 +58,13 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let the block finish before Ctrl-C is handled, in a training or not."""
+    with Interrupts() as interrupts, interrupts.held():
+        yield
+
+
 class Termination:
     """Holds SIGTERM back until the training has saved itself, then lets it do what it does.
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from koi import Koi
+from koi import Koi, storage
 from koi.lab.runs.folder import Run
 from koi.lab.runs.measuring import newest_checkpoint
-from koi.training import checkpoint
-from koi.training.checkpoint import Mark
 
 
 def export(run: Run, path: Path) -> int:
@@ -30,5 +28,6 @@ def export(run: Run, path: Path) -> int:
     code = recipe.code() | {"meta_optimizer": None}
     learner = Koi.load(newest_checkpoint(run), recipe.model(), **code)
     learner.history.clear()
-    checkpoint.save(learner, path, Mark(tasks=None, generators=None))
+    only_training = {"tasks": None, "generators": None, "drawn_seed": None}
+    storage.write(path, learner.state_dict() | only_training)
     return learner.iteration

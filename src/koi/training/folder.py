@@ -1,0 +1,129 @@
+"""The folder of a training's checkpoints: named by meta-iteration, the last two kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from koi import files
+from koi.errors import CheckpointError, ConfigurationError
+from koi.settings import check_count
+from koi.training import checkpoint
+from koi.training.checkpoint import Saved
+from koi.training.watch import warn
+
+_NAME = re.compile(r"iteration-(\d+)\.safetensors")
+_KEPT = 2
+_BEGUN = "begun.jsonl"
+_BEGINNINGS = ".iteration-", f".{_BEGUN}."  # of files that were never completed
+
+
+class Folder:
+    """Finds and names the files; nothing is read or written before `prepare`.
+
+    Args:
+        path: where they lie.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._damaged: set[int] = set()
+        self.newest: int | None = None  # read or written in this training
+
+    @classmethod
+    def given(
+        cls, path: str | os.PathLike[str] | None, every: int | None, resume: bool
+    ) -> Folder | None:
+        """Return the folder that `koi.Koi.train` was given; None where it was given none.
+
+        Raises:
+            ConfigurationError: its arguments make no sense together.
+        """
+        if path is None and (every is not None or resume):
+            name = "resume" if resume else "checkpoint_every"
+            raise ConfigurationError([f"{name} was given without checkpoint_dir: give both"])
+        if every is not None:
+            check_count("checkpoint_every", every)
+        return None if path is None else cls(Path(path))
+
+    @property
+    def first_line(self) -> Path | None:
+        """Where the log's first line is kept until there is a checkpoint, which tells it then."""
+        return self._path / _BEGUN if self.newest is None else None
+
+    def file(self, number: int) -> Path:
+        """Return the file of a learner with so many meta-iterations behind it."""
+        return self._path / f"iteration-{number:09d}.safetensors"
+
+    def prepare(self) -> None:
+        """Make the folder and try to write there.
+
+        Raises:
+            CheckpointError: it cannot be used.
+        """
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            trial = files.temporary_name(self.file(0))
+            trial.write_bytes(b"")
+            trial.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint_dir {self._path} cannot be written to ({error.strerror or error}): "
+                "choose another folder"
+            ) from error
+
+    def check_unused(self, iteration: int) -> None:
+        """Check that a learner of so many meta-iterations would overwrite nothing.
+
+        Raises:
+            CheckpointError: a training that is further lies there.
+        """
+        ahead = [number for number in self._numbers() if number >= iteration]
+        if ahead and (iteration == 0 or ahead[-1] > iteration):
+            raise CheckpointError(
+                f"checkpoint_dir {self._path} holds an earlier training, up to meta-iteration "
+                f"{ahead[-1]}: give resume=True to go on with it, or another folder"
+            )
+
+    def newest_good(self, iteration: int) -> Saved | None:
+        """Return the newest file that can be read, of those that are not behind ``iteration``.
+
+        Raises:
+            CheckpointError: there are files, and none can be read, at the very beginning.
+        """
+        ahead = [number for number in self._numbers() if number >= iteration]
+        for number in reversed(ahead):
+            try:
+                saved = checkpoint.read(self.file(number))
+            except CheckpointError as error:
+                self._damaged.add(number)
+                warn(f"{error}; looking for one")
+                continue
+            self.newest = number
+            return saved
+        if ahead and iteration == 0:
+            raise CheckpointError(
+                f"none of the {len(ahead)} checkpoints in {self._path} can be used: to train from "
+                "the beginning, choose another folder or empty this one"
+            )
+        return None
+
+    def remove_old(self) -> None:
+        """Remove all but the last two good files up to the newest, and what was never completed."""
+        newest = self.newest or 0
+        numbers = [number for number in self._numbers() if number <= newest]
+        good = [number for number in numbers if number == newest or number not in self._damaged]
+        kept = {self.file(number).name for number in good[-_KEPT:]}
+        with contextlib.suppress(OSError):
+            for path in list(self._path.iterdir()):
+                begun = path.suffix == ".tmp" and path.name.startswith(_BEGINNINGS)
+                old = _NAME.fullmatch(path.name) and path.name not in kept
+                if begun or old or path.name == _BEGUN:
+                    path.unlink()
+
+    def _numbers(self) -> list[int]:
+        """Return the meta-iterations of which there are files, in order."""
+        found = (_NAME.fullmatch(path.name) for path in self._path.iterdir())
+        return sorted(int(match[1]) for match in found if match)

@@ -1,0 +1,126 @@
+"""The state of a training: all that it needs to go on besides the model and the settings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from koi import randomness
+from koi.errors import CheckpointError
+from koi.inner.optimizers.rules import OptimizerFactory
+from koi.inner.scaling import LossScale
+from koi.phi.parameters import Tensors
+from koi.phi.update import MetaUpdate
+from koi.randomness import States
+from koi.records import Record
+from koi.settings import Settings
+
+
+class Mark(NamedTuple):
+    """Where a meta-iteration draws from: what the seed does not determine.
+
+    Args:
+        tasks: a copy of the task distribution's ``state_dict()``; None where it has none.
+        generators: the states of the global generators; None with a seed.
+        seed: what several ranks that were given no seed draw from, or drew from before.
+    """
+
+    tasks: Any
+    generators: States | None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What was loaded and only the next training can use."""
+
+    mark: Mark
+    callbacks: list[Any] | None
+
+
+@dataclass
+class TrainingState:
+    """What `koi.Koi` has come to.
+
+    Args:
+        iteration: meta-iterations done.
+        history: their records.
+        engine: what the last of them ran in.
+        ruled_out: forms of the inner loop that were found impossible.
+        moments: the inner optimizer's, to start the next meta-iteration from.
+        moments_of: the parameters that they belong to, and the setting that made the optimizer.
+        scale: the loss scale of float16.
+        update: the meta-update, which has the meta-optimizer.
+        drawn_seed: of several ranks that were given none.
+        tasks: of the last training, for their state.
+        callbacks: likewise, those that have a state.
+        pending: what was loaded, until the next training has begun.
+        begun: the number of the meta-iteration that has begun, and where it draws from.
+        is_training: whether `train` is running.
+    """
+
+    iteration: int = 0
+    history: list[Record] = field(default_factory=list)
+    engine: str = "none yet"
+    ruled_out: set[str] = field(default_factory=set)
+    moments: Tensors | None = None
+    moments_of: tuple[Tensors, str | OptimizerFactory | None] = ([], None)
+    scale: LossScale | None = None
+    update: MetaUpdate | None = None
+    drawn_seed: int | None = None
+    tasks: Any = None
+    callbacks: tuple[Any, ...] = ()
+    pending: Pending | None = None
+    begun: tuple[int, Mark] | None = None
+    is_training: bool = False
+
+    def seed(self, settings: Settings) -> int | None:
+        """Return what meta-iterations draw from: several ranks without a seed have drawn one."""
+        return self.drawn_seed if settings.seed is None else settings.seed
+
+    def carried(self, settings: Settings) -> Tensors | None:
+        """Return the moments that live on; None: there are none, or of another optimizer."""
+        return self.moments if self.moments_of[1] == settings.inner_optimizer else None
+
+    def keep(self, moments: Tensors | None, params: Tensors, settings: Settings) -> None:
+        """Let moments of these parameters live on."""
+        self.moments, self.moments_of = moments, (params, settings.inner_optimizer)
+
+    def mark(self, settings: Settings) -> Mark:
+        """Return where the next meta-iteration, or the one that has begun, draws from."""
+        if self.pending is not None:
+            return self.pending.mark
+        if self.begun is not None and self.begun[0] == self.iteration:
+            return self.begun[1]
+        tasks = self.tasks.state_dict() if hasattr(self.tasks, "state_dict") else None
+        generators = randomness.capture() if settings.seed is None else None
+        return Mark(copy.deepcopy(tasks), generators, self.drawn_seed)
+
+    def remember(self, settings: Settings) -> None:
+        """Remember where the meta-iteration that begins draws from, should it not be completed."""
+        self.begun = None
+        self.begun = self.iteration, self.mark(settings)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Let nothing be loaded while the block runs."""
+        before, self.is_training = self.is_training, True
+        try:
+            yield
+        finally:
+            self.is_training = before
+
+    def check_idle(self) -> None:
+        """Check that no training runs, of which loading would replace a half.
+
+        Raises:
+            CheckpointError: one does.
+        """
+        if self.is_training:
+            raise CheckpointError(
+                "load_state_dict was called while koi.train runs, by a callback or a task: let the "
+                "training end first (a callback may raise an exception), then load and train on"
+            )
