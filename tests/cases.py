@@ -95,7 +95,8 @@ BRANCH = (
 CHECKPOINT = (Refusal("torch.utils.checkpoint", FAST), Refusal("checkpoint", EVERY, MAML))
 BY_REFERENCE = (Refusal("inward.weight", FAST), Refusal("inward.weight", EVERY, MAML))
 
-OUTSIDE = Refusal("has the optimizer inside the graph", COMPILED, ("reptile", "fomaml"))
+FIRST_ORDER = tuple(name for name in ALGORITHMS if name not in MAML)
+OUTSIDE = Refusal("has the optimizer inside the graph", COMPILED, FIRST_ORDER)
 NO_RULE = (Refusal("differentiates through the inner optimizer", EVERY, MAML), OUTSIDE)
 # torch's Adam takes |re|² and |im|² apart, which is no rule of Koi's.
 ADAMS = ("adam", "adam with a large eps", "adamw", "no foreach", "adam on a part")
@@ -291,6 +292,7 @@ PAIRS = [
 # In what engines every case runs each time.
 SHORT = {
     "reptile": EVERY,
+    "eigen-reptile": ("eager", "vectorized+compiled"),
     "fomaml": ("eager", "vectorized+compiled"),
     "maml": ("eager", "vectorized+compiled"),
 }

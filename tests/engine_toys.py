@@ -19,7 +19,7 @@ ENGINES = {
     "vectorized+compiled": (True, True),
 }
 FAST = [name for name in ENGINES if name != "eager"]
-ALGORITHMS = ["reptile", "fomaml", "maml"]
+ALGORITHMS = ["reptile", "eigen-reptile", "fomaml", "maml"]
 SETTINGS = {
     "step_size": 0.02,
     "num_steps": 3,

@@ -1,4 +1,4 @@
-"""Reptile, FOMAML and MAML as one writes them after reading the paper: Koi's twin in the tests.
+"""Every algorithm as one writes it after reading the paper: Koi's twin in the tests.
 
 Clear before fast: a deep copy and a fresh torch.optim optimizer for every task, plain loops, and
 MAML's derivative through the inner loop by central differences.
@@ -41,10 +41,15 @@ def meta_train(
             query = task.query if hasattr(task, "query") else steps[-1]
             if algorithm == "maml":  # first, since a loss may change what is the task's own
                 gradient = maml_gradient(model, steps, query, inner_optimizer, step_size, state)
-            adapted, final_state = adapt(model, steps, inner_optimizer, step_size, state)
+            path = []
+            adapted, final_state = adapt(
+                model, steps, inner_optimizer, step_size, state, lambda m, path=path: note(path, m)
+            )
             if algorithm == "reptile":
                 pairs = zip(learned(model), learned(adapted), strict=True)
                 gradient = [(p - q).detach() for p, q in pairs]
+            elif algorithm == "eigen-reptile":
+                gradient = against_main_direction(path)
             elif algorithm == "fomaml":
                 gradient = gradient_of(query, adapted)
             gradients.append(gradient)
@@ -115,6 +120,29 @@ def gradient_of(task, model):
     model = deepcopy(model)
     task.loss(model).backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in learned(model)]
+
+
+def note(path, model):
+    """Append a copy of the parameters of ``model`` to ``path``."""
+    path.append([p.detach().clone() for p in learned(model)])
+
+
+def against_main_direction(path):
+    """Return −s ζ e of Eigen-Reptile, by the singular values of all parameters in one vector."""
+    vectors = torch.stack([torch.cat([coordinates(p) for p in params]) for params in path])
+    _, sizes, directions = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    if sizes[0] == 0:
+        return [torch.zeros_like(p) for p in path[0]]
+    half = len(vectors) // 2
+    onwards = (vectors[-half:].mean(0) - vectors[:half].mean(0)) @ directions[0]
+    share = sizes[0] ** 2 / sizes.square().sum()
+    length = (vectors.diff(dim=0) @ directions[0]).abs().sum()
+    move = share * length * onwards.sign() * directions[0]
+    gradient = [torch.zeros_like(p) for p in path[0]]
+    slopes = [coordinates(p) for p in gradient]
+    for slope, part in zip(slopes, move.split([s.numel() for s in slopes]), strict=True):
+        slope.copy_(-part)
+    return gradient
 
 
 def maml_gradient(model, steps, query, inner_optimizer, step_size, state, h=1e-5):

@@ -30,15 +30,16 @@ _TABLE = {
     "fewshot": "evaluation supervised tasks randomness errors",
     "learner": "engines training ranks configured settings "
     "evaluation sampling inner phi records randomness",
-    "engines": "settings inner phi errors",
-    "training": "ranks configured settings inner phi records "
+    "engines": "settings inner algorithms phi errors",
+    "training": "ranks configured settings inner algorithms phi records "
     "storage files memory randomness errors",
     "ranks": "phi memory errors",
     "configured": "settings errors",
-    "settings": "inner phi errors",
+    "settings": "inner algorithms phi errors",
     "evaluation": "sampling tasks randomness errors",
     "sampling": "tasks randomness errors",
-    "inner": "phi tasks randomness errors",
+    "inner": "algorithms phi tasks randomness errors",
+    "algorithms": "phi errors",
     "phi": "errors",
     "records": "",
     "storage": "files memory errors",

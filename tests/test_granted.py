@@ -199,7 +199,7 @@ def test_chunk_size(engine, monkeypatch):
         mapped = vmap(function, *args, **options)
 
         def call(*inputs):
-            sizes.append(len(torch.utils._pytree.tree_leaves(inputs)[0]))
+            sizes.append(len(torch.utils._pytree.tree_leaves(inputs)[-1]))
             return mapped(*inputs)
 
         return call

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from koi.algorithms import Algorithm, algorithm_of, named
 from koi.errors import ConfigurationError
 from koi.inner.base import InnerLoop
 from koi.inner.checks.granted import ClassLook, Look, Same, environment, frozen
@@ -159,16 +160,16 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
     learned = Learned.of(model)
     params = learned.params_of(model)
     optimizer = settings.optimizer(params)
-    second_order = settings.algorithm == "maml"
-    if second_order:
-        _check_differentiable(optimizer)
-    _check_sparse(model, settings.algorithm, optimizer)
+    algorithm = algorithm_of(settings.algorithm)
+    if algorithm.second_order:
+        _check_differentiable(algorithm, optimizer)
+    _check_sparse(model, algorithm, optimizer)
     return InnerLoop(
         learned,
-        settings.algorithm,
+        algorithm,
         settings.optimizer_factory,
         settings.step_size,
-        update_rule(optimizer, params, differentiable=second_order),
+        update_rule(optimizer, params, differentiable=algorithm.second_order),
         autocast=settings.autocast,
         scale=scale,
         skip_nonfinite=settings.on_nonfinite == "skip",
@@ -176,14 +177,14 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
     )
 
 
-def _check_sparse(model: nn.Module, algorithm: str, optimizer: torch.optim.Optimizer) -> None:
+def _check_sparse(model: nn.Module, algorithm: Algorithm, optimizer: torch.optim.Optimizer) -> None:
     """Check that nothing which torch has for dense gradients alone meets sparse ones.
 
     Raises:
-        ConfigurationError: MAML, or Adam inside, and an embedding with sparse=True.
+        ConfigurationError: second order, or Adam inside, and an embedding with sparse=True.
     """
-    if algorithm == "maml":
-        what, other = "algorithm='maml'", "algorithm='fomaml'"
+    if algorithm.second_order:
+        what, other = f"algorithm={named(algorithm)}", "algorithm='fomaml'"
     elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         what, other = f"{type(optimizer).__name__} inside", "inner_optimizer='sgd'"
     else:
@@ -199,17 +200,17 @@ def _check_sparse(model: nn.Module, algorithm: str, optimizer: torch.optim.Optim
             )
 
 
-def _check_differentiable(optimizer: torch.optim.Optimizer) -> None:
-    """Check that MAML can differentiate through an inner optimizer."""
+def _check_differentiable(algorithm: Algorithm, optimizer: torch.optim.Optimizer) -> None:
+    """Check that an algorithm of second order can differentiate through an inner optimizer."""
     reason = why_no_rule(optimizer)
     if reason is not None:
         raise ConfigurationError(
             [
-                "algorithm='maml' differentiates through the inner optimizer, which works for "
-                "torch.optim's SGD, Adam and AdamW as they come (one parameter group, settings "
-                "that are numbers, no dampening, amsgrad, maximize or capturable, no step hooks, "
-                f"no wrapped step, real parameters with Adam), and here {reason}: change that, or "
-                "choose 'fomaml'"
+                f"algorithm={named(algorithm)} differentiates through the inner optimizer, which "
+                "works for torch.optim's SGD, Adam and AdamW as they come (one parameter group, "
+                "settings that are numbers, no dampening, amsgrad, maximize or capturable, no step "
+                f"hooks, no wrapped step, real parameters with Adam), and here {reason}: change "
+                "that, or choose 'fomaml'"
             ]
         )
 

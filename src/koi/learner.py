@@ -23,7 +23,7 @@ from koi.inner.eager import EagerEngine
 from koi.inner.scaling import LossScale
 from koi.phi.outcome import Outcome, Phi
 from koi.phi.parameters import Tensors, same_tensors
-from koi.phi.update import MetaUpdate, schedule_of, value_at
+from koi.phi.update import MetaUpdate, value_at
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import Record, mean_ends
@@ -151,7 +151,7 @@ class Koi(Configured):
         if state.pending is not None:
             ready.engines.refused |= state.ruled_out
         update = self._meta_update(ready)
-        watch = Watch(settings.algorithm, settings.num_steps, silent=not ranks.first)
+        watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
@@ -318,8 +318,7 @@ class Koi(Configured):
         update = self._meta_update(ready)
         ranks.adjust(update.phi, settings.meta_batch_size, carry)
         place = Place(seed, "meta-iteration", state.iteration)
-        schedule = schedule_of(settings.meta_step_size, settings.algorithm, settings.step_size)
-        epsilon = value_at(schedule, state.iteration / settings.num_iterations)
+        epsilon = value_at(settings.schedule, state.iteration / settings.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draw(tasks, settings.meta_batch_size, place).part(start, end)
@@ -387,9 +386,9 @@ class Koi(Configured):
             or update.make_optimizer is not settings.meta_optimizer
             or not same_tensors(update.phi.params, phi.params)
         ):
-            update = MetaUpdate(settings.algorithm, phi, settings.meta_optimizer)
+            update = MetaUpdate(ready.inner.algorithm, phi, settings.meta_optimizer)
             self._state.update = update
-        update.phi, update.algorithm = phi, settings.algorithm
+        update.phi, update.algorithm = phi, ready.inner.algorithm
         return update
 
     def _steps(self, num_steps: int | None) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from koi.algorithms import NAMED, Algorithm, schedule_of
 from koi.errors import ConfigurationError, did_you_mean, wrong
 from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, make_optimizer
 from koi.phi.update import MetaOptimizerFactory, Schedule, linear
@@ -102,6 +103,21 @@ def _mode(value: Any) -> Any:
     raise Refused("True, False or a mode of torch.compile")
 
 
+def _algorithm(value: Any) -> Any:
+    if isinstance(value, str) and value in NAMED:
+        return value
+    if not isinstance(value, Algorithm):
+        options = ", ".join(map(repr, NAMED))
+        near = did_you_mean(value, NAMED)
+        raise Refused(f"one of {options}, or an object such as koi.algorithms.Reptile(){near}")
+    kind = type(value).__name__
+    if "__dataclass_params__" not in vars(type(value)):
+        raise Refused(f"data: put @dataclass(frozen=True) above the class {kind}")
+    if value.second_order and not value.query_gradient:
+        raise Refused(f"consistent: {kind}.second_order is True, so make query_gradient True, too")
+    return value
+
+
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
@@ -147,7 +163,7 @@ class Settings:
         None,
         _schedule,
         "ε, a number or a schedule of the fraction done in [0, 1]; None: ``koi.linear(1.0, 0.0)`` "
-        "for Reptile, step_size for FOMAML and MAML.",
+        "where an algorithm moves φ towards a point, step_size where against a gradient.",
     )
     meta_batch_size: int = setting(1, count(1), "tasks in each meta-iteration.")
     inner_optimizer: str | OptimizerFactory = setting(
@@ -169,11 +185,12 @@ class Settings:
         "None, or a callable (params) that returns a ``torch.optim.Optimizer``; it is fed the "
         "gradient φ − mean(φ̃) and replaces ε (for the parameters; buffers follow ε).",
     )
-    algorithm: str = setting(
+    algorithm: str | Algorithm = setting(
         "reptile",
-        one_of(("reptile", "fomaml", "maml")),
-        '"reptile"; "fomaml" and "maml" move φ against the gradient of the query loss at φ̃, taken '
-        "with respect to φ̃ or, through all inner steps, to φ.",
+        _algorithm,
+        '"reptile"; "eigen-reptile", which moves φ along the main direction of the way to φ̃; '
+        '"fomaml" and "maml", which move φ against the gradient of the query loss at φ̃, taken with '
+        "respect to φ̃ or, through all inner steps, to φ; or a `koi.algorithms.Algorithm`.",
         engines=True,
     )
     vectorize: str | bool = setting(
@@ -245,6 +262,11 @@ class Settings:
         return {name: as_data(getattr(self, name)) for name in names}
 
     @property
+    def schedule(self) -> float | Schedule:
+        """ε as it was given, or what is right for the algorithm."""
+        return schedule_of(self.meta_step_size, self.algorithm, self.step_size)
+
+    @property
     def optimizer_factory(self) -> OptimizerFactory:
         """The callable that makes the inner optimizer."""
         given = self.inner_optimizer
@@ -275,7 +297,7 @@ def as_data(value: Any) -> Any:
     """
     if isinstance(value, linear):
         return "linear", float(value.start), float(value.end)
-    if callable(value):
+    if callable(value) or isinstance(value, Algorithm):
         return "code", getattr(value, "__qualname__", type(value).__qualname__)
     return value
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from koi.algorithms import Algorithm
 from koi.errors import NonFiniteError, TaskError, annotate, is_end
 from koi.inner.optimizers.rules import Layout, OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
@@ -50,7 +51,7 @@ class InnerLoop:
 
     Args:
         learned: the parameters and buffers that a task adapts.
-        algorithm: "reptile", "fomaml" or "maml": what a meta-batch gives back.
+        algorithm: what it asks of the inner loop, and gives back of each task.
         factory: makes the inner optimizer, a callable (params, lr).
         step_size: its learning rate.
         rule: the same optimizer as a pure rule; None where it has none.
@@ -61,7 +62,7 @@ class InnerLoop:
     """
 
     learned: Learned
-    algorithm: str
+    algorithm: Algorithm
     factory: OptimizerFactory
     step_size: float
     rule: UpdateRule | None
@@ -84,7 +85,7 @@ def attention_kernel(
 
     Only the plain one can be differentiated twice, and on the CPU mapped over tasks.
     """
-    if inner.algorithm == "maml" or (mapped and device_type == "cpu"):
+    if inner.algorithm.second_order or (mapped and device_type == "cpu"):
         context: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
         return context
     return nullcontext()

@@ -190,7 +190,7 @@ def why_one_by_one(
         return f"with {size:,} parameters each task is work enough"
     # torch's kernel of a whole sequence, which cannot be mapped, is near the processor's rate; it
     # cannot be differentiated twice in good time
-    if nn.LSTM in kinds and inner.algorithm != "maml" and params[0].dtype is torch.float32:
+    if nn.LSTM in kinds and not inner.algorithm.second_order and params[0].dtype is torch.float32:
         return "an LSTM's kernel takes one task at a time"
     return None
 

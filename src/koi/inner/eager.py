@@ -7,6 +7,7 @@ of the state and no new optimizer. That copy is set back before each task; φ is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from koi.inner.base import (
 from koi.inner.functional import PureLoss
 from koi.inner.layers.normalisation import map_weight_norm
 from koi.inner.optimizers.bound import bound_optimizer
-from koi.inner.stepwise import Adapted, StepwiseEngine
+from koi.inner.stepwise import StepwiseEngine
 from koi.inner.working import WorkingCopy
 from koi.phi import parameters
 from koi.phi.outcome import Outcome, OutcomeMean, Phi
@@ -36,7 +37,7 @@ from koi.tasks import TaskBatch, query_of, views
 
 
 class Kept(NamedTuple):
-    """A task's losses, in a list that is empty if it is skipped, and its distance from φ."""
+    """A task's losses, in a list that is empty if it is skipped, and how far it would take φ."""
 
     losses: list[list[float]]
     distance: float
@@ -53,7 +54,7 @@ class EagerEngine(StepwiseEngine):
 
     def __init__(self, model: nn.Module, inner: InnerLoop, *, share: bool = True) -> None:
         self.inner = inner
-        prepare = map_weight_norm if inner.algorithm == "maml" else None
+        prepare = map_weight_norm if inner.algorithm.second_order else None
         self.copy = WorkingCopy(model, inner.learned, share=share, prepare=prepare)
         self.params = self.copy.params
         self.precision = inner.precision(self.params[0].device)
@@ -69,11 +70,13 @@ class EagerEngine(StepwiseEngine):
                 adapted = self.run(phi, task, views(task, num_steps))
                 if adapted is None:
                     continue
-                losses, distance = self._finite(phi, adapted, number, place)
+                with torch.no_grad():
+                    way = self.inner.algorithm.meta_gradient(phi.params, adapted.given)
+                losses, distance = self._finite(way, adapted.losses, number, place)
                 buffers, constants = self.copy.end()
                 moved = parameters.movements(buffers, phi.buffers)
             if losses:
-                means.add(adapted.params, moved, constants, adapted.moments, losses)
+                means.add(adapted.given, moved, constants, adapted.moments, losses)
         return means.outcome(len(batch), distance if len(batch) == 1 else None)
 
     @torch.enable_grad()
@@ -81,7 +84,8 @@ class EagerEngine(StepwiseEngine):
         """Return the working copy, adapted to one task."""
         with explained(place, 0, 1):
             place.set("inner", 0)
-            self._finite(phi, self.adapt_to(phi, views(task, num_steps)), 0, place)
+            adapted = self.adapt_to(phi, views(task, num_steps))
+            self._finite(adapted.params, adapted.losses, 0, place)
             self.copy.check()
         return self.copy.module
 
@@ -129,14 +133,18 @@ class EagerEngine(StepwiseEngine):
                 loss = scalar(pure(params, view), view, step)
         return depends_on_model(loss, view, step)
 
+    def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
+        """Return the function: a single task runs."""
+        return function
+
     def buffers_kept(self) -> AbstractContextManager[None]:
         """Undo what a loss that is no inner step does to the module."""
         return self.copy.kept()
 
-    def _finite(self, phi: Phi, adapted: Adapted, number: int, place: Place) -> Kept:
-        """Return the task's losses, none if it is skipped, and how far it is from φ."""
-        moved = parameters.norms(parameters.difference(adapted.params, phi.params))
-        figures = torch.cat([adapted.losses, moved]).tolist()
+    def _finite(self, way: Tensors, each: Tensor, number: int, place: Place) -> Kept:
+        """Return the task's losses, none if it is skipped, and how long its way is."""
+        moved = parameters.norms(way)
+        figures = torch.cat([each, moved]).tolist()
         losses, distance = figures[: -len(moved)], math.hypot(*figures[-len(moved) :])
         kept = finite_tasks([losses], [distance], number, place, self.inner.skip_nonfinite)
         return Kept([losses] if kept else [], distance)

@@ -1,4 +1,4 @@
-"""The inner loop step by step, and what each algorithm makes of it.
+"""The inner loop step by step, and what the algorithm asks of it.
 
 Written once for one task and for many at once: a subclass says how the tensors that are stepped
 come from φ and how a loss is computed on them. Where many tasks run at once every tensor has them
@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +18,19 @@ from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from koi.algorithms import given
 from koi.errors import ModelError
 from koi.inner.base import InnerLoop
 from koi.inner.optimizers.bound import BoundOptimizer, RuleOptimizer
 from koi.phi.outcome import Phi
-from koi.phi.parameters import Tensors
+from koi.phi.parameters import Tensors, clone
 from koi.tasks import outer_view
 
 _RECOMPUTED = (
     "the model recomputes or moves what it saves for the gradient (torch.utils.checkpoint, "
-    "saved_tensors_hooks), which would see other weights than those of its inner step under MAML: "
-    "switch that off (gradient_checkpointing_disable()), or use algorithm='fomaml'"
+    "saved_tensors_hooks), which would see other weights than those of its inner step under a "
+    "derivative of second order: switch that off (gradient_checkpointing_disable()), or use "
+    "algorithm='fomaml'"
 )
 _REENTRANT = (
     "the model uses torch.utils.checkpoint with use_reentrant=True, which gives no gradients to "
@@ -36,15 +39,31 @@ _REENTRANT = (
 
 
 class Adapted(NamedTuple):
-    """What the inner loop gives: φ̃ or the meta-gradient, moments, a loss for each step.
+    """Where the inner loop ended: φ̃, moments, a loss for each step, and what algorithms ask for.
 
-    ``last`` is what the last step saw of the task.
+    Args:
+        params: φ̃.
+        moments: the inner optimizer's.
+        losses: at each inner step, before its update, and then the query loss, if there is one.
+        last: what the last step saw of the task.
+        path: the parameters before the first step and after each.
+        gradient: of the query loss.
     """
 
     params: Tensors
     moments: Tensors
     losses: Tensor
     last: Any = None
+    path: Sequence[Tensors] = ()
+    gradient: Sequence[Tensor] = ()
+
+
+class Given(NamedTuple):
+    """What the algorithm makes of a task, or of many, and what goes with it."""
+
+    given: Tensors
+    moments: Tensors
+    losses: Tensor
 
 
 def nothing() -> None:
@@ -71,16 +90,28 @@ class StepwiseEngine(ABC):
     def buffers_kept(self) -> AbstractContextManager[None]:
         """Undo what a loss that is no inner step does to the module."""
 
-    def run(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
+    @abstractmethod
+    def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
+        """Return ``function`` of φ and of tensors of one task, for all that run at once."""
+
+    def run(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Given | None:
         """Do what the algorithm does with one task, or with many stacked into one.
 
-        None where the meta-gradient overflowed in float16, so that there is none.
+        None where the gradient of the query loss overflowed in float16, so that there is none.
         """
-        if self.inner.algorithm == "reptile":
-            return self.adapt_to(phi, steps)
-        if self.inner.algorithm == "fomaml":
-            return self._first_order(phi, task, steps)
-        return self._second_order(phi, task, steps)
+        algorithm = self.inner.algorithm
+        if algorithm.second_order:
+            adapted = self._second_order(phi, task, steps)
+        elif algorithm.query_gradient:
+            adapted = self._first_order(phi, task, steps)
+        else:
+            adapted = self._along(phi, steps)
+        if adapted is None:
+            return None
+        with torch.no_grad():
+            give = self.each(partial(given, algorithm))
+            tensors = give(phi.params, adapted.params, adapted.path, adapted.gradient)
+        return Given(tensors, adapted.moments, adapted.losses)
 
     def adapt_to(
         self,
@@ -88,7 +119,7 @@ class StepwiseEngine(ABC):
         steps: Iterable[Any],
         after_each: Callable[[], None] = nothing,
     ) -> Adapted:
-        """Reptile: φ̃ after an optimizer step on each view of the task (algorithm 1)."""
+        """Return φ̃, after an optimizer step on each view of the task."""
         self.begin(phi)
         self.optimizer.load(phi.moments)
         losses, view = [], None
@@ -105,20 +136,28 @@ class StepwiseEngine(ABC):
         if grads is not None:
             self.optimizer.step(grads)
 
+    def _along(self, phi: Phi, steps: Iterable[Any]) -> Adapted:
+        """Return φ̃, and the way there for an algorithm that looks at it."""
+        if not self.inner.algorithm.trajectory:
+            return self.adapt_to(phi, steps)
+        path: list[Tensors] = []
+        adapted = self.adapt_to(phi, steps, lambda: path.append(clone(self.params)))
+        return adapted._replace(path=path)
+
     def _first_order(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
-        """FOMAML: ∇L(φ̃) of the query loss, as if φ̃ did not depend on φ (section 2.2)."""
-        adapted = self.adapt_to(phi, steps)
+        """Return φ̃ and ∇L(φ̃) of the query loss, as if φ̃ did not depend on φ."""
+        adapted = self._along(phi, steps)
         number = len(adapted.losses)
         with self.buffers_kept():  # until the gradient, which may need them as they were
             loss = self.loss(outer_view(task, adapted.last), number)
             grads = self.gradients(loss, self.params)
-        losses = torch.cat([adapted.losses, loss.detach().unsqueeze(0)])
         if grads is None:
             return None
-        return Adapted(filled(grads, self.params), adapted.moments, losses)
+        losses = torch.cat([adapted.losses, loss.detach().unsqueeze(0)])
+        return adapted._replace(losses=losses, gradient=filled(grads, self.params))
 
     def _second_order(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
-        """MAML: dL(φ̃(φ))/dφ through every inner step (Finn et al., arXiv 1703.03400, eq. 1)."""
+        """Return φ̃ and dL(φ̃(φ))/dφ of the query loss, through every inner step."""
         assert isinstance(self.optimizer, RuleOptimizer), "checked when the learner is made"
         rule = self.optimizer.rule
         self.begin(phi)
@@ -126,6 +165,8 @@ class StepwiseEngine(ABC):
         params: Tensors = list(leaves)
         moments = self.optimizer.spread(phi.moments)
         losses: Tensors = []
+        trajectory = self.inner.algorithm.trajectory
+        path = [detached(params)] if trajectory else []
         view = None
         # of attention's kernels only the plain one can be differentiated twice
         with sdpa_kernel(SDPBackend.MATH), without_saved_tensors_hooks():
@@ -135,14 +176,21 @@ class StepwiseEngine(ABC):
                 if grads is not None:
                     params, moments = rule.step(grads, params, moments)
                 losses.append(loss.detach())
+                if trajectory:
+                    path.append(detached(params))
             with self.buffers_kept():
                 loss = self.loss(outer_view(task, view), len(losses), params)
                 grads = self.gradients(loss, leaves)
         losses.append(loss.detach())
         if grads is None:
             return None
-        moments = [m.detach() for m in moments]
-        return Adapted(filled(grads, leaves), moments, torch.stack(losses))
+        return Adapted(
+            detached(params),
+            detached(moments),
+            torch.stack(losses),
+            path=path,
+            gradient=filled(grads, leaves),
+        )
 
     def gradients(
         self, loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
@@ -166,7 +214,7 @@ class StepwiseEngine(ABC):
                 allow_unused=True,
             )
         except RuntimeError as error:
-            explain(error, self.inner.algorithm)
+            explain(error, self.inner.algorithm.second_order)
             raise
         return grads if scale is None else scale.unscaled(grads)
 
@@ -187,7 +235,7 @@ def without_saved_tensors_hooks() -> Iterator[None]:
         raise
 
 
-def explain(error: RuntimeError, algorithm: str) -> None:
+def explain(error: RuntimeError, second_order: bool) -> None:
     """Say what to do where torch cannot give a gradient, if that is known.
 
     Raises:
@@ -197,11 +245,16 @@ def explain(error: RuntimeError, algorithm: str) -> None:
     if "use_reentrant=True" in text:
         raise ModelError(_REENTRANT) from error
     twice = "once_differentiable" in text or ("derivative" in text and "not implemented" in text)
-    if algorithm == "maml" and twice:
+    if second_order and twice:
         raise ModelError(
-            f"MAML differentiates the gradient of the loss, and torch cannot ({text}): write that "
-            "function in others, or use algorithm='fomaml' or 'reptile'"
+            f"the algorithm differentiates the gradient of the loss, and torch cannot ({text}): "
+            "write that function in others, or use algorithm='fomaml' or 'reptile'"
         ) from error
+
+
+def detached(tensors: Sequence[Tensor]) -> Tensors:
+    """Return the tensors without the graph that led to them."""
+    return [t.detach() for t in tensors]
 
 
 def filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensors:

@@ -7,7 +7,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ from koi.inner.layers.normalisation import map_normalisation, map_weight_norm
 from koi.inner.layers.recurrence import map_recurrence
 from koi.inner.optimizers.bound import BoundOptimizer, bound_optimizer
 from koi.inner.optimizers.elementwise import check_elementwise
-from koi.inner.stepwise import Adapted, StepwiseEngine
+from koi.inner.stepwise import Given, StepwiseEngine
 from koi.inner.working import WorkingCopy
 from koi.phi import parameters
 from koi.phi.outcome import Outcome, OutcomeMean, Phi
@@ -89,7 +89,7 @@ class VectorizedEngine(StepwiseEngine):
                 kept, losses = self._finite(adapted, first, place)
             last = -1 if kept is None else max(kept, default=-1)
             means.add(
-                means_of(adapted.params, kept),
+                means_of(adapted.given, kept),
                 means_of(parameters.movements(self.buffers, phi.buffers), kept),
                 [rows[last] for rows in self.constants] if losses else [],
                 means_of(adapted.moments, kept, self.optimizer.per_task(adapted.moments)),
@@ -151,6 +151,13 @@ class VectorizedEngine(StepwiseEngine):
         split = len(self.buffers)
         self.buffers, self.constants = moved[:split], moved[split:]
         return depends_on_model(losses, view, step)
+
+    def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
+        """Return the function mapped over the tasks' tensors; φ is the same for all."""
+        mapped: Callable[..., Tensors] = vmap(
+            function, in_dims=(None, 0, 0, 0), randomness="different"
+        )
+        return mapped
 
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:
@@ -233,8 +240,8 @@ class VectorizedEngine(StepwiseEngine):
 
     def _prepare(self, module: nn.Module) -> None:
         map_normalisation(module, self.inner.autocast is not None, join=True)
-        map_recurrence(module, kernel=self.inner.algorithm != "maml")
-        if self.inner.algorithm == "maml":
+        map_recurrence(module, kernel=not self.inner.algorithm.second_order)
+        if self.inner.algorithm.second_order:
             map_weight_norm(module)
 
     @contextmanager
@@ -250,14 +257,14 @@ class VectorizedEngine(StepwiseEngine):
         self._looked_at.add(what)
 
     def _finite(
-        self, adapted: Adapted, first: int, place: Place
+        self, adapted: Given, first: int, place: Place
     ) -> tuple[list[int] | None, list[list[float]]]:
         """Return which rows are kept, None for all, and their losses."""
         rows = adapted.losses.t().tolist()
-        total = parameters.norm(adapted.params) + adapted.losses.sum()
+        total = parameters.norm(adapted.given) + adapted.losses.sum()
         if bool(total.isfinite()):
             return None, rows
-        squares = [p.square().flatten(1).sum(1) for p in adapted.params]
+        squares = [p.square().flatten(1).sum(1) for p in adapted.given]
         norms = torch.stack(squares).sum(0).tolist()
         kept = finite_tasks(rows, norms, first, place, self.inner.skip_nonfinite)
         return kept, [rows[row] for row in kept]

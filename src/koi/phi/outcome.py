@@ -26,17 +26,17 @@ class Outcome:
     """What a meta-batch gives back, each a mean over its tasks.
 
     Args:
-        params: the adapted parameters φ̃ (Reptile), or the meta-gradient (FOMAML, MAML).
+        given: what the algorithm makes of each task: a point, or a gradient.
         buffers: how far tasks moved the floating and complex buffers, exactly zero where none did.
         constants: the other buffers, which have no mean: as the last task left them.
         moments: the inner optimizer's moments after the last step.
-        losses: for each task the loss at each inner step, before its update; FOMAML and MAML add
-            the loss that is differentiated. Skipped tasks are not in it.
+        losses: for each task the loss at each inner step, before its update, then the query loss
+            where the algorithm has its gradient. Skipped tasks are not in it.
         num_skipped: how many tasks were left out; when all were, the lists are empty.
-        distance: the Euclidean norm of params − φ, where the engine knows it anyway.
+        distance: the Euclidean norm of the meta-gradient, where the engine knows it anyway.
     """
 
-    params: Tensors
+    given: Tensors
     buffers: Tensors
     constants: Tensors
     moments: Tensors
@@ -53,20 +53,20 @@ class OutcomeMean:
     """
 
     def __init__(self, copy: bool = True) -> None:
-        self._params, self._buffers, self._moments = (RunningMean(copy) for _ in range(3))
+        self._given, self._buffers, self._moments = (RunningMean(copy) for _ in range(3))
         self._constants: Tensors = []
         self._losses: list[list[float]] = []
 
     def add(
         self,
-        params: Sequence[Tensor],
+        given: Sequence[Tensor],
         buffers: Sequence[Tensor],
         constants: Sequence[Tensor],
         moments: Sequence[Tensor],
         losses: list[list[float]],
     ) -> None:
         """Add means over as many tasks as there are lists of losses."""
-        self._params.add(params, len(losses))
+        self._given.add(given, len(losses))
         self._buffers.add(buffers, len(losses))
         self._constants = clone(constants)
         self._moments.add(moments, len(losses))
@@ -75,7 +75,7 @@ class OutcomeMean:
     def outcome(self, num_tasks: int, distance: float | None = None) -> Outcome:
         """Return the means, over all but the skipped of ``num_tasks`` tasks."""
         return Outcome(
-            self._params.value(),
+            self._given.value(),
             self._buffers.value(),
             self._constants,
             self._moments.value(),

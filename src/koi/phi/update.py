@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,22 +38,6 @@ class linear:  # noqa: N801 (reads as a function, compares and prints as data)
         return (1 - fraction) * self.start + fraction * self.end
 
 
-def schedule_of(
-    meta_step_size: float | Schedule | None, algorithm: str, step_size: float
-) -> float | Schedule:
-    """Return ε as it was given, or what is right for the algorithm where it was not.
-
-    Reptile's ε is a fraction of the way to φ̃, so that it begins with all of it and ends at 0, by
-    when φ no longer follows single tasks. Of FOMAML and MAML it is the rate of a gradient.
-
-    >>> schedule_of(None, "reptile", step_size=0.02), schedule_of(None, "maml", step_size=0.02)
-    (linear(start=1.0, end=0.0), 0.02)
-    """
-    if meta_step_size is not None:
-        return meta_step_size
-    return linear(1.0, 0.0) if algorithm == "reptile" else step_size
-
-
 def value_at(schedule: float | Schedule, fraction: float) -> float:
     """Return ε at the fraction done, checking what the user's schedule gives.
 
@@ -76,19 +61,27 @@ def value_at(schedule: float | Schedule, fraction: float) -> float:
     return number
 
 
+class Moves(Protocol):
+    """What the meta-update asks of an algorithm (`koi.algorithms.Algorithm`)."""
+
+    def meta_gradient(self, phi: Tensors, mean: Tensors, /) -> Tensors:
+        """Return the gradient that a meta-optimizer is fed, of the mean over tasks."""
+
+    def move_(self, phi: Tensors, mean: Tensors, epsilon: float, /) -> None:
+        """Move φ in place by ε; it goes as far as ε times the gradient is long."""
+
+
 class MetaUpdate:
     """Moves φ by what a meta-batch gave, wholly or not at all.
 
-    Reptile (algorithm 2 of the paper):      φ ← φ + ε · mean(φ̃_i − φ)
-    FOMAML and MAML:                         φ ← φ − ε · mean(g_i)
-    A meta-optimizer, where there is one, is fed the gradient φ − mean(φ̃_i), or mean(g_i), and its
-    own learning rate takes the place of ε. Buffers always follow ε: floating and complex ones by
-    φ_b ← φ_b + ε · mean(φ̃_b − φ_b), bit for bit as they were where no task changed them; integers
-    and flags, which have no mean, become what the last task left.
+    How, the algorithm says: by ε, or, where there is a meta-optimizer, by what gradient that is
+    fed; then its own learning rate takes the place of ε. Buffers always follow ε: floating and
+    complex ones by φ_b ← φ_b + ε · mean(φ̃_b − φ_b), bit for bit as they were where no task changed
+    them; integers and flags, which have no mean, become what the last task left.
     """
 
     def __init__(
-        self, algorithm: str, phi: Phi, make_optimizer: MetaOptimizerFactory | None
+        self, algorithm: Moves, phi: Phi, make_optimizer: MetaOptimizerFactory | None
     ) -> None:
         self.phi = phi
         self.algorithm = algorithm
@@ -109,29 +102,20 @@ class MetaUpdate:
         Raises:
             NonFiniteError: the change is not finite.
         """
-        params = self.phi.params
+        params, algorithm = self.phi.params, self.algorithm
         self._check_buffers(outcome)
         if self.optimizer is not None:
-            size = self._step(self.optimizer, self._gradient(outcome))
-        elif self.algorithm == "reptile":
+            size = self._step(self.optimizer, algorithm.meta_gradient(params, outcome.given))
+        else:
             distance = outcome.distance
             if distance is None:
-                distance = parameters.norm(self._gradient(outcome)).item()
+                distance = parameters.norm(algorithm.meta_gradient(params, outcome.given)).item()
             size = self._finite(epsilon * distance)
-            parameters.interpolate_(params, outcome.params, epsilon)
-        else:
-            size = self._finite(epsilon * parameters.norm(outcome.params).item())
-            torch._foreach_add_(params, outcome.params, alpha=-epsilon)
+            algorithm.move_(params, outcome.given, epsilon)
         parameters.move_(self.phi.buffers, outcome.buffers, epsilon)
         if epsilon > 0:
             parameters.copy_(self.phi.constants, outcome.constants)
         return size
-
-    def _gradient(self, outcome: Outcome) -> Tensors:
-        """Return φ − mean(φ̃), or the mean meta-gradient."""
-        if self.algorithm == "reptile":
-            return parameters.difference(self.phi.params, outcome.params)
-        return outcome.params
 
     def _check_buffers(self, outcome: Outcome) -> None:
         for name, value, change in zip(

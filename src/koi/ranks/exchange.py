@@ -38,7 +38,7 @@ class Told(NamedTuple):
 
 
 class Buffer:
-    """The one flat buffer: φ̃ or the meta-gradient, buffers' changes, moments; losses and flags.
+    """The one flat buffer: what tasks gave, buffers' changes, moments; losses and flags.
 
     Each rank weighs its means by its number of tasks, and what it has to say for itself stands in
     places of its own, so that one sum over ranks brings all of it together. The type is the widest
@@ -79,7 +79,7 @@ class Buffer:
             return
         moments = outcome.moments if len(self._parts) > self._splits[1] else []
         for part, tensor in zip(
-            self._parts, [*outcome.params, *outcome.buffers, *moments], strict=True
+            self._parts, [*outcome.given, *outcome.buffers, *moments], strict=True
         ):
             part.copy_(tensor)
         self._flat[: self._size].mul_(count / self._num_tasks)

@@ -59,7 +59,7 @@ class FewShotRecipe:
         num_steps: inner steps of training.
         num_iterations: meta-iterations.
         adaptations: number of test shots -> how a test task is adapted to.
-        algorithm: "reptile", "fomaml" or "maml".
+        algorithm: a name in `koi.algorithms.NAMED`.
         num_queries: query examples of each class in training, which Reptile does not use.
         meta_batch_size: tasks in each meta-iteration.
         meta_step_size: the first ε; it falls linearly to 0.
@@ -203,9 +203,15 @@ FOMAML_5WAY, MAML_5WAY = (
     for algorithm in ("fomaml", "maml")
 )
 
+# As omniglot-5way in all but the algorithm, to be measured beside it.
+EIGEN_5WAY = replace(OMNIGLOT_5WAY, name="omniglot-5way-eigen-reptile", algorithm="eigen-reptile")
+
 RECIPES: dict[str, FewShotRecipe] = {
     recipe.name: recipe
-    for recipe in (OMNIGLOT_5WAY, OMNIGLOT_20WAY, MINI_IMAGENET_5WAY, FOMAML_5WAY, MAML_5WAY)
+    for recipe in (
+        *(OMNIGLOT_5WAY, OMNIGLOT_20WAY, MINI_IMAGENET_5WAY),
+        *(EIGEN_5WAY, FOMAML_5WAY, MAML_5WAY),
+    )
 }
 
 # The paper's tables 1 and 2 in percent: recipe, shots -> (mean, interval), inductive and then

@@ -62,8 +62,8 @@ def own_folder(
         raise ConfigurationError([f"there is no network {network!r}{near} (networks: {known})"])
     counts = {name: len(files) for name, files in class_folders(Path(folder)).items()}
     _check(folder, counts, num_ways, num_shots)
-    nearest = min(
-        (r for r in RECIPES.values() if r.network == network and r.algorithm == "reptile"),
+    nearest = min(  # the first of those that are equally near, which is the paper's
+        (r for r in RECIPES.values() if r.network == network),
         key=lambda recipe: abs(recipe.num_ways - num_ways),
     )
     recipe = replace(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from koi.algorithms import schedule_of
 from koi.phi.parameters import in_words
-from koi.phi.update import schedule_of
 from koi.settings import is_kind, shown
 
 Data = dict[str, Any]
@@ -52,7 +52,9 @@ def different_tensors(there: dict[str, str], here: dict[str, str]) -> Iterator[s
 
 def different_settings(there: Data, here: Data) -> Iterator[str]:
     """Yield every setting that differs; of code only whether it is some."""
-    epsilon = schedule_of(there["meta_step_size"], there["algorithm"], there["step_size"])
+    algorithm, epsilon = there["algorithm"], there["meta_step_size"]
+    if not is_kind(algorithm, "code"):
+        epsilon = schedule_of(epsilon, algorithm, there["step_size"])
     for name, stored in there.items():
         if name not in here:
             yield f"{name}: {shown(stored)} in the checkpoint, no setting of this Koi"

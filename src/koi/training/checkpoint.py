@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from koi import storage
+from koi.algorithms import algorithm_of
 from koi.configured import Configured
 from koi.errors import CheckpointError, annotate
 from koi.phi import parameters
@@ -292,7 +293,7 @@ def _optimizer_problems(koi: Configured, saved: Saved, free: tuple[str, ...]) ->
     if saved.moments and settings.inner_state == "carry":
         here = arguments_of(settings.optimizer(phi.params))
         yield from different_optimizer("inner_optimizer", saved.inner_optimizer, here, free)
-    meta = MetaUpdate(settings.algorithm, phi, settings.meta_optimizer).optimizer
+    meta = MetaUpdate(algorithm_of(settings.algorithm), phi, settings.meta_optimizer).optimizer
     if saved.meta_optimizer is not None and meta is not None:
         here = arguments_of(meta)
         yield from different_optimizer("meta_optimizer", saved.meta_optimizer, here)
@@ -300,7 +301,7 @@ def _optimizer_problems(koi: Configured, saved: Saved, free: tuple[str, ...]) ->
 
 def _meta_update(settings: Settings, phi: Phi, saved: Saved) -> MetaUpdate:
     """Return a new meta-update whose optimizer has the state that was stored."""
-    update = MetaUpdate(settings.algorithm, phi, settings.meta_optimizer)
+    update = MetaUpdate(algorithm_of(settings.algorithm), phi, settings.meta_optimizer)
     optimizer, state = update.optimizer, saved.meta_state
     if optimizer is None or state is None:
         return update

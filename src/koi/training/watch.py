@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
+from koi.algorithms import Algorithm
 from koi.errors import KoiWarning
 from koi.phi.outcome import Outcome
 
@@ -27,14 +28,14 @@ class Watch:
     Where several processes train together, all but one are ``silent``.
     """
 
-    def __init__(self, algorithm: str, num_steps: int, silent: bool = False) -> None:
+    def __init__(self, algorithm: Algorithm, num_steps: int, silent: bool = False) -> None:
         self._silent = silent
         self._seen = self._rising = 0
         self._warned: set[str] = set()
-        if num_steps == 1 and algorithm == "reptile":
+        if num_steps == 1 and not algorithm.query_gradient:
             self._once(
-                "num_steps = 1: with one inner step Reptile is joint training on all tasks "
-                "(section 3 of the paper), not meta-learning; take at least 2"
+                f"num_steps = 1: with one inner step {type(algorithm).__name__} is joint "
+                "training on all tasks (section 3 of the paper), not meta-learning; take at least 2"
             )
 
     def look(self, outcome: Outcome, epsilon: float, update_norm: float, num_steps: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from koi.algorithms import FOMAML
 from koi.inner.checks.plain import Plain
 from koi.phi.parameters import Tensors, largest, norm
 from koi.randomness import States
@@ -89,7 +90,8 @@ class Losses:
 
         Then the meta-gradient is the loss's own, in which nothing but what is detached is missing.
         """
-        still = replace(self.plain, steps=False, algorithm="fomaml")
+        inner = replace(self.plain.inner, algorithm=FOMAML())
+        still = replace(self.plain, steps=False, inner=inner)
         gradient, _ = self.plainly(self.start, self.tasks, self.states, still)
         return not self._contradicts(gradient, direction, still)
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koi.algorithms import given
 from koi.errors import ModelError
 from koi.inner.base import InnerLoop, scalar
 from koi.inner.optimizers.rules import make_optimizer
-from koi.phi.parameters import Tensors, copy_module
+from koi.phi.parameters import Tensors, clone, copy_module
 from koi.randomness import Place, capture, same_states
 from koi.tasks import outer_view, query_of, views
 
@@ -28,8 +29,9 @@ class Plain:
     Args:
         model: the user's module.
         inner: the settings of the inner loop.
-        algorithm: what is asked for: φ̃ ("reptile"), the query loss at φ̃ ("maml") and its gradient
-            there ("fomaml"), or the query losses before and after each step ("evaluation").
+        purpose: what is asked for: what the algorithm gives of a task ("train"; where it is of
+            second order nothing but the query loss), φ̃ ("measure"), or the query losses before and
+            after each step ("evaluate").
         num_steps: inner steps.
         place: where this is, for the draws.
         together: whether losses draw as those of tasks that run at once do.
@@ -40,7 +42,7 @@ class Plain:
 
     model: nn.Module
     inner: InnerLoop
-    algorithm: str
+    purpose: str
     num_steps: int
     place: Place
     together: bool
@@ -50,7 +52,7 @@ class Plain:
 
     @torch.enable_grad()
     def __call__(self, start: Sequence[Tensor], task: Any, number: int) -> tuple[Tensors, float]:
-        """Return φ̃ or the gradient at φ̃, and the last loss, from ``start``.
+        """Return what is asked for, and the last loss, from ``start``.
 
         Args:
             start: the parameters.
@@ -69,6 +71,8 @@ class Plain:
         view, loss = task, torch.zeros(())
         steps = self._views(task, number)
         curve = [self._measured(task, model, 0)]
+        trajectory = self.inner.algorithm.trajectory
+        path = [clone(params)] if trajectory else []
         for step, view in enumerate(steps):
             loss = self._loss(view, model, step)
             if step == 0:
@@ -79,15 +83,21 @@ class Plain:
             if self.steps:
                 optimizer.step()
             curve.append(self._measured(task, model, step + 1))
-        if self.algorithm == "evaluation":
+            if trajectory:
+                path.append(clone(params))
+        if self.purpose == "evaluate":
             return [torch.stack(curve)], loss.item()
-        if self.algorithm == "reptile":
-            return [p.detach() for p in params], loss.item()
-        loss = self._loss(outer_view(task, view), model, self.num_steps)
-        if self.algorithm == "maml":
-            return [], loss.item()
-        pairs = zip(params, _gradients(loss, params), strict=True)
-        return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in pairs], loss.item()
+        if self.purpose == "measure":
+            return clone(params), loss.item()
+        algorithm, gradient = self.inner.algorithm, []
+        if algorithm.query_gradient:
+            loss = self._loss(outer_view(task, view), model, self.num_steps)
+            if algorithm.second_order:
+                return [], loss.item()
+            pairs = zip(params, _gradients(loss, params), strict=True)
+            gradient = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in pairs]
+        with torch.no_grad():
+            return given(algorithm, list(start), clone(params), path, gradient), loss.item()
 
     def _copied(self, model: nn.Module) -> nn.Module:
         """Return a deep copy; what is frozen is not copied."""
@@ -95,7 +105,7 @@ class Plain:
 
     def _measured(self, task: Any, model: nn.Module, step: int) -> Tensor:
         """Return the query loss, where that is asked for, of a copy."""
-        if self.algorithm != "evaluation":
+        if self.purpose != "evaluate":
             return torch.zeros(())
         return self._loss(query_of(task), self._copied(model), step).detach()
 

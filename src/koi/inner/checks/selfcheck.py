@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from koi.algorithms import MAML
 from koi.errors import EngineError, ModelError
 from koi.inner.base import Engine, InnerLoop
 from koi.inner.checks.differences import Losses
@@ -60,18 +61,18 @@ Way = Callable[[Sequence[Tensor], Any, int], tuple[Tensors, float]]
 
 
 class Eagerly:
-    """MAML's gradient one task at a time: where torch's autograd is right, it is the plain way."""
+    """Second order one task at a time: where torch's autograd is right, it is the plain way."""
 
     def __init__(self, model: nn.Module, inner: InnerLoop, request: Request) -> None:
         self._engine, self._request = EagerEngine(model, inner), request
 
     def __call__(self, start: Sequence[Tensor], task: Any, number: int) -> tuple[Tensors, float]:
-        """Return the gradient and the query loss."""
+        """Return what the algorithm gives of the task, and the query loss."""
         phi = self._request.phi
         at = Phi(list(start), phi.buffers, phi.constants, None, phi.names)
         batch = TaskBatch(tasks=[task], first=number)
         outcome = self._engine.meta_batch(at, batch, self._request.num_steps, self._request.place)
-        return outcome.params, outcome.losses[0][-1] if outcome.losses else math.nan
+        return outcome.given, outcome.losses[0][-1] if outcome.losses else math.nan
 
 
 @runtime_checkable
@@ -87,8 +88,8 @@ class SelfCheck:
 
     Nothing is drawn from the user's generators, φ is left alone, and the tasks are copies; those
     that cannot be copied are not compared. Of rounding as much is allowed as a change of φ's last
-    digit makes in the plain way. MAML's gradient is compared with that of one task at a time, and
-    with differences of the loss.
+    digit makes in the plain way. Second order is compared with that of one task at a time, and
+    MAML's gradient with differences of the loss.
 
     Args:
         model: the user's module.
@@ -103,11 +104,10 @@ class SelfCheck:
     ) -> None:
         self._model, self._inner, self._engine = model, inner, engine
         self._request, self._rows = request, rows
-        given = {"train": inner.algorithm, "evaluate": "evaluation", "measure": "reptile"}
-        self._algorithm = given[request.purpose]
+        self._second_order = request.purpose == "train" and inner.algorithm.second_order
         self._together = request.form.startswith("vectorized")
         self._plain = Plain(
-            *(model, inner, self._algorithm, request.num_steps, request.place, self._together)
+            *(model, inner, request.purpose, request.num_steps, request.place, self._together)
         )
         self._reference: Way = self._plain
 
@@ -143,7 +143,7 @@ class SelfCheck:
         if self._plain.noisy and self._together:  # a single task's draws can be repeated
             tasks, self._rows = tasks[:1], 1
             expected, loss = self._plainly(start, tasks, states)
-        elif self._algorithm == "maml" and self._request.form != "eager":
+        elif self._second_order and self._request.form != "eager":
             self._reference = Eagerly(self._model, self._inner, self._request)
             expected, loss = self._plainly(start, tasks, states)
         if self._plain.noisy and isinstance(self._engine, Compiled):
@@ -155,12 +155,13 @@ class SelfCheck:
         if not given:  # all tasks were skipped, which will be told
             return
         wrong = self._beyond_rounding(given, expected, tasks, states) if expected else []
-        if self._algorithm == "maml" and not wrong:
+        # another algorithm need not give the gradient as it is
+        if self._second_order and type(self._inner.algorithm).gives is MAML.gives and not wrong:
             loss_of = Losses(self._plainly, self._plain, start, tasks, states)
             wrong = loss_of.contradict(given)
         if wrong:
             losses = ("the query losses",)
-            every = losses if self._algorithm == "evaluation" else self._inner.learned.params
+            every = losses if self._request.purpose == "evaluate" else self._inner.learned.params
             names = [every[i] for i in wrong]
             shown = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
             raise DisagreementError(
@@ -176,7 +177,7 @@ class SelfCheck:
         fresh = Phi(params, buffers, constants, None, phi.names)
         where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
         if request.purpose == "train":
-            return self._engine.meta_batch(fresh, *where).params
+            return self._engine.meta_batch(fresh, *where).given
         if request.purpose == "evaluate":
             return [self._engine.evaluate(fresh, *where).mean(0)]
         values = self._engine.measure(fresh, *where, self._parameters)
@@ -219,7 +220,7 @@ class SelfCheck:
     ) -> list[int]:
         """Return which tensors differ by more than rounding, or than other draws, explain."""
         start = self._request.phi.params
-        moved = difference(expected, start) if self._algorithm == "reptile" else expected
+        moved = self._moved(start, expected)
         away = [largest(a - b) for a, b in zip(given, expected, strict=True)]
         eps = max(torch.finfo(p.dtype).eps for p in start)
         allowed = [
@@ -240,6 +241,15 @@ class SelfCheck:
             for i, (a, b) in enumerate(zip(other, expected, strict=True)):
                 allowed[i] = max(allowed[i], _NOISE * largest(a - b))
         return [i for i in range(len(away)) if not away[i] <= allowed[i]]
+
+    def _moved(self, start: Tensors, expected: Tensors) -> Tensors:
+        """Return what of the results is not φ itself, of which a part may be wrong."""
+        if self._request.purpose == "evaluate":
+            return expected
+        if self._request.purpose == "measure":
+            return difference(expected, start)
+        with torch.no_grad():
+            return self._inner.algorithm.meta_gradient(start, expected)
 
     def _copies(self, tasks: list[Any]) -> list[Any]:
         """Return copies that share the user's module; none where a task cannot be copied."""

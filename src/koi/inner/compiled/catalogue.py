@@ -112,12 +112,12 @@ class Catalogue:
         return Call(place, first, count, program, (start, task, steps), shared, threads)
 
     def _in_one_graph(self, request: Request) -> bool:
-        """Return whether one graph is of all inner steps: those of small networks, and MAML's."""
+        """Return whether one graph is of all steps: of a small network, or of second order."""
         if request.purpose != "train":
             return False
         size = request.num_steps * len(self._params)
         small = size <= _MOST_WRITTEN_OUT and not self._recurrent
-        return small or self._inner.algorithm == "maml"
+        return small or self._inner.algorithm.second_order
 
     def _written_out(
         self, request: Request, plan: Plan, threads: int
@@ -239,7 +239,7 @@ class Catalogue:
         try:
             grads = torch.autograd.grad(depends_on_model(loss, view, 0), copies, allow_unused=True)
         except RuntimeError as error:
-            explain(error, self._inner.algorithm)
+            explain(error, self._inner.algorithm.second_order)
             raise
         return tuple(i for i, grad in enumerate(grads) if grad is not None)
 

@@ -93,11 +93,11 @@ class CompiledEngine:
                     losses = [rows[row] for row in kept]
                 if whole and losses:
                     constants = clone(output.constants)
-                    parts = output.params, output.buffers, constants, output.moments
+                    parts = output.given, output.buffers, constants, output.moments
                     return Outcome(*parts, losses, len(batch) - len(losses), distance)
                 if losses:
                     means.add(
-                        output.params, output.buffers, output.constants, output.moments, losses
+                        output.given, output.buffers, output.constants, output.moments, losses
                     )
         return means.outcome(len(batch), distance if size >= len(batch) else None)
 
@@ -164,7 +164,7 @@ class CompiledEngine:
             map_normalisation(module, self.inner.autocast is not None, join=False)
         map_recurrence(module, kernel=False)
         map_padding(module)
-        if self.inner.algorithm == "maml":
+        if self.inner.algorithm.second_order:
             map_weight_norm(module)
 
     def _rows(self, num_tasks: int) -> int:

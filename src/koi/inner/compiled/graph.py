@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
+from koi.algorithms import given
 from koi.inner.base import InnerLoop, attention_kernel
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers.rules import UpdateRule
@@ -36,10 +38,19 @@ class State(NamedTuple):
     moments: Tensors
 
 
-class TrainOutput(NamedTuple):
-    """An `Outcome`, its losses, the tasks' norms and ‖mean(φ̃) − φ‖ in one tensor."""
+class Adapted(NamedTuple):
+    """Where the inner loop ended, and what algorithms ask for (as in `koi.inner.stepwise`)."""
 
-    params: Tensors
+    state: State
+    losses: Tensors
+    path: list[Tensors]
+    gradient: Tensors
+
+
+class TrainOutput(NamedTuple):
+    """An `Outcome`, its losses, the tasks' norms and the meta-gradient's in one tensor."""
+
+    given: Tensors
     buffers: Tensors
     constants: Tensors
     moments: Tensors
@@ -87,13 +98,14 @@ class InnerGraph:
     def train(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> TrainOutput:
         """Return what a meta-batch gives, the inner steps written out."""
         start = self._spread(phi)
-        if self.inner.algorithm == "maml":
-            return self.outcome(phi, *self._second_order(start, task, steps))
-        after, losses = self._after(start, task, steps)
-        if self.inner.algorithm == "fomaml":
-            grads, loss = self.outer_gradient(after, task, steps[-1])
-            return self.outcome(phi, after, grads, [*losses, loss])
-        return self.outcome(phi, after, after.params, losses)
+        if self.inner.algorithm.second_order:
+            return self.outcome(phi, self._second_order(start, task, steps))
+        adapted = self._after(start, task, steps)
+        if self.inner.algorithm.query_gradient:
+            gradient, loss = self.outer_gradient(adapted.state, task, steps[-1])
+            losses = [*adapted.losses, loss]
+            adapted = adapted._replace(losses=losses, gradient=gradient)
+        return self.outcome(phi, adapted)
 
     def begin(self, phi: State) -> State:
         """Return φ as every task starts from it, in memory of its own, for `step_`."""
@@ -115,56 +127,60 @@ class InnerGraph:
     def outer_gradient(
         self, state: State, task: TensorDict, last: TensorDict
     ) -> tuple[Tensors, Tensor]:
-        """Return FOMAML's gradient at φ̃, and the losses there; ``last`` is the last step's view."""
+        """Return ∇L(φ̃) of the query loss, and the losses; ``last`` is the last step's view."""
         every = tuple(range(len(state.params)))
         grads, losses, _ = self._gradients(state, *self._outer_target(task, last), every)
         return filled(grads, state.params), losses
 
-    def outcome(self, phi: State, after: State, result: Tensors, losses: Tensors) -> TrainOutput:
-        """Return the means over the tasks of φ̃ or the meta-gradient, and of what goes with it."""
-        curves = torch.stack(losses)
-        norms = self._norms(result)
+    def outcome(self, phi: State, adapted: Adapted) -> TrainOutput:
+        """Return the means over the tasks of what the algorithm gives, and of what goes with it."""
+        algorithm, after = self.inner.algorithm, adapted.state
+        give: Callable[..., Tensors] = partial(given, algorithm)
+        if self.num_tasks is not None:
+            give = vmap(give, in_dims=(None, 0, 0, 0), randomness="different")
+        each = give(phi.params, after.params, adapted.path, adapted.gradient)
+        curves = torch.stack(adapted.losses)
+        norms = self._norms(each)
         kept = curves.isfinite().all(0) & norms.isfinite()
         split = self.rule.num_slots * len(phi.params)
         moments = self._means(after.moments[:split], kept)
         moments += [count.clone() for count in after.moments[split:]]
-        params = self._means(result, kept)
+        mean = self._means(each, kept)
         count = len(self.inner.learned.buffers)
         moved = movements(after.buffers[:count], phi.buffers[:count])
-        away = [m - p for m, p in zip(params, phi.params, strict=True)]
-        distance = torch.stack([_squares(m).sum() for m in away]).sum().sqrt()
+        way = algorithm.meta_gradient(phi.params, mean)
+        distance = torch.stack([_squares(w).sum() for w in way]).sum().sqrt()
         figures = [curves.flatten(), norms.flatten(), distance.flatten()]
         return TrainOutput(
-            params,
+            mean,
             self._means(moved, kept),
             self._last(after.buffers[count:], kept),
             moments,
             torch.cat([f.to(curves.dtype) for f in figures]),
         )
 
-    def _after(
-        self, state: State, task: TensorDict, steps: Sequence[TensorDict]
-    ) -> tuple[State, Tensors]:
-        """Return the state after all steps, and the losses before each."""
-        losses = []
+    def _after(self, state: State, task: TensorDict, steps: Sequence[TensorDict]) -> Adapted:
+        """Return the state after all steps, the losses before each, and the way there."""
+        losses, trajectory = [], self.inner.algorithm.trajectory
+        path = [state.params] if trajectory else []
         for tensors in steps:
             state, loss = self._step(task, state, tensors)
             losses.append(loss)
-        return state, losses
+            if trajectory:
+                path.append(state.params)
+        return Adapted(state, losses, path, [])
 
-    def _second_order(
-        self, start: State, task: TensorDict, steps: Sequence[TensorDict]
-    ) -> tuple[State, Tensors, Tensors]:
-        """MAML: the gradient at φ of the query loss after all steps."""
+    def _second_order(self, start: State, task: TensorDict, steps: Sequence[TensorDict]) -> Adapted:
+        """Return the gradient at φ of the query loss after all steps, and what led to it."""
 
-        def after_all(params: Tensors) -> tuple[Tensor, tuple[State, Tensors]]:
+        def after_all(params: Tensors) -> tuple[Tensor, Adapted]:
             first = State(params, start.buffers, start.moments)
-            state, losses = self._after(first, task, steps)
-            outer = self._loss(state, *self._outer_target(task, steps[-1]))
-            return outer.sum(), (state, [*losses, outer])
+            adapted = self._after(first, task, steps)
+            loss = self._loss(adapted.state, *self._outer_target(task, steps[-1]))
+            return loss.sum(), adapted._replace(losses=[*adapted.losses, loss])
 
-        grads, (state, losses) = grad(after_all, has_aux=True)(start.params)
-        return state, grads, losses
+        gradient, adapted = grad(after_all, has_aux=True)(start.params)
+        return cast(Adapted, adapted)._replace(gradient=gradient)
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         """Return a copy: of convolutions' weights on the CPU with the channels last.
@@ -202,7 +218,7 @@ class InnerGraph:
             return losses.sum(), (losses, moved)
 
         given = [state.params[index] for index in used], state.params, state.buffers, tensors
-        if self.inner.algorithm == "maml":
+        if self.inner.algorithm.second_order:
             # vmap inside of both derivatives: torch 2.13 gets second derivatives of affine
             # normalisations wrong in grad(vmap(grad(…)))
             found, (loss, moved) = grad(total, has_aux=True)(*given)
@@ -235,7 +251,7 @@ class InnerGraph:
         return query_of(with_tensors(self.task, tensors))
 
     def _outer_target(self, task: TensorDict, last: TensorDict) -> tuple[Target, TensorDict]:
-        """Return what FOMAML and MAML differentiate, as `koi.tasks.outer_view` does."""
+        """Return what the query loss is of, as `koi.tasks.outer_view` does."""
         if hasattr(self.task, "query"):
             return self._query, task
         if self.view is None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.graph import InnerGraph, State, TensorDict, TrainOutput
+from koi.inner.compiled.graph import Adapted, InnerGraph, State, TensorDict, TrainOutput
 from koi.inner.compiled.torch_internals import at_fixed_address
-from koi.phi.parameters import Tensors
+from koi.phi.parameters import Tensors, clone
 
 MakeGraph = Callable[[Callable[..., Any], str], Graph | AsItStands]
 
@@ -32,7 +32,7 @@ class Program:
 
 
 class Stepwise:
-    """The inner loop as graphs of one step, of the query loss and of FOMAML's gradient.
+    """The inner loop as graphs of one step, of the query loss and of its gradient.
 
     The steps are done in place: memory holds each task's state once. What is compiled for one
     number of steps, or for evaluation, serves every other.
@@ -53,20 +53,26 @@ class Stepwise:
         """Return what to call to "train", "evaluate" or "adapt"."""
         if purpose == "evaluate":
             return Program(self.evaluate, (self._step, self._query))
-        if purpose == "train" and self._pure.inner.algorithm == "fomaml":
+        if purpose == "train" and self._pure.inner.algorithm.query_gradient:
             return Program(self.train, (self._step, self._outer))
         return Program(getattr(self, purpose), (self._step,))
 
     @torch.no_grad()
     def train(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> TrainOutput:
         """Return what a meta-batch gives."""
-        state = self._begin(phi)
-        # a CUDA graph writes its next results over the last ones
-        losses = [self._step(state, task, tensors).clone() for tensors in steps]
-        if self._pure.inner.algorithm == "reptile":
-            return self._pure.outcome(phi, state, state.params, losses)
-        grads, loss = self._outer(state, task, steps[-1])
-        return self._pure.outcome(phi, state, grads, [*losses, loss])
+        state, algorithm = self._begin(phi), self._pure.inner.algorithm
+        path = [clone(state.params)] if algorithm.trajectory else []
+        losses = []
+        for tensors in steps:
+            # a CUDA graph writes its next results over the last ones
+            losses.append(self._step(state, task, tensors).clone())
+            if algorithm.trajectory:
+                path.append(clone(state.params))
+        gradient: Tensors = []
+        if algorithm.query_gradient:
+            gradient, loss = self._outer(state, task, steps[-1])
+            losses.append(loss)
+        return self._pure.outcome(phi, Adapted(state, losses, path, gradient))
 
     @torch.no_grad()
     def evaluate(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> Tensor:
