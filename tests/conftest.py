@@ -104,4 +104,4 @@ def traced(monkeypatch):
         return compile(function, fullgraph=fullgraph, backend="aot_eager", options=guards)
 
     monkeypatch.setattr(torch, "compile", without_inductor)
-    monkeypatch.setattr("koi.inner.compiled.catalogue._MOST_WRITTEN_OUT", 0)
+    monkeypatch.setattr("koi.inner.compiled.graphs._MOST_WRITTEN_OUT", 0)

@@ -231,7 +231,7 @@ def test_a_graph_outlives_a_reset_of_the_compiler():
 
 
 def test_a_compiler_that_the_user_disabled(monkeypatch):
-    monkeypatch.setattr("koi.inner.compiled.catalogue._MOST_WRITTEN_OUT", 64)
+    monkeypatch.setattr("koi.inner.compiled.graphs._MOST_WRITTEN_OUT", 64)
     model = mlp()
     with torch.compiler.set_stance("force_eager"):
         assert_agree(*(trained(name, model, Fits()) for name in ("compiled", "eager")))

@@ -10,7 +10,7 @@ from engine_toys import Fits, assert_agree, mlp, trained
 from koi import EngineError, Koi
 from koi.inner.compiled.compiler import options_for
 from koi.inner.compiled.engine import CompiledEngine
-from koi.inner.compiled.graph import InnerGraph
+from koi.inner.compiled.functions import InnerFunctions
 from koi.randomness import Place, capture, restore, set_generators
 from koi.sampling import draw
 
@@ -43,8 +43,8 @@ class TestCudaGraphs:
         settings = {"inner_optimizer": "adam", "num_iterations": 4, "algorithm": algorithm}
         eager = trained("eager", start, tasks, **settings)
         monkeypatch.setattr("koi.inner.compiled.compiler.Graph.__call__", overwriting)
-        monkeypatch.setattr("koi.inner.compiled.catalogue._MOST_WRITTEN_OUT", written_out)
-        monkeypatch.setattr("koi.inner.compiled.catalogue.InnerGraph", on_cuda(InnerGraph))
+        monkeypatch.setattr("koi.inner.compiled.graphs._MOST_WRITTEN_OUT", written_out)
+        monkeypatch.setattr("koi.inner.compiled.graphs.InnerFunctions", on_cuda(InnerFunctions))
         make = CompiledEngine.__init__
 
         def engine_on_cuda(self, *args, **settings):

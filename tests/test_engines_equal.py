@@ -84,7 +84,7 @@ def test_traced(algorithm, optimizer, net, engine):
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("algorithm", "optimizer", "net", "engine", "written_out"), COMPLETE)
 def test_compiled(algorithm, optimizer, net, engine, written_out, monkeypatch):
-    monkeypatch.setattr("koi.inner.compiled.catalogue._MOST_WRITTEN_OUT", written_out)
+    monkeypatch.setattr("koi.inner.compiled.graphs._MOST_WRITTEN_OUT", written_out)
     agree(engine, algorithm, optimizer, net)
 
 

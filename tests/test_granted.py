@@ -205,7 +205,7 @@ def test_chunk_size(engine, monkeypatch):
         return call
 
     monkeypatch.setattr("koi.inner.vectorized.vmap", seen)
-    monkeypatch.setattr("koi.inner.compiled.graph.vmap", seen)
+    monkeypatch.setattr("koi.inner.compiled.functions.vmap", seen)
 
     def change(koi, record):
         if record.iteration == 1:

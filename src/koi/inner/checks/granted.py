@@ -4,7 +4,7 @@ An engine works on a copy of the user's module and, compiled, on a graph that wa
 are right as long as nothing that they were made of changes: the settings, what the module holds
 besides the values of parameters and buffers, what its classes hold, torch's own switches. `held`
 and `frozen` describe that as values that are equal only where nothing has changed; every key by
-which an engine, a plan or a graph is found again is made of them.
+which an engine or a graph is found again is made of them.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from koi.errors import EngineError
 from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, metrics_of
-from koi.inner.compiled.catalogue import Catalogue, Request
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.graph import State
+from koi.inner.compiled.functions import State
+from koi.inner.compiled.graphs import Graphs, Job
 from koi.inner.compiled.layers import layers_as_products
 from koi.inner.compiled.workers import Call, Workers
 from koi.inner.layers.embedding import map_padding
@@ -63,7 +63,7 @@ class CompiledEngine:
         self._shapes = inner.rule.shapes(self.copy.params)
         self._chunk_size = chunk_size
         self._evaluation_rows: int | None = None
-        self._catalogue = Catalogue(self.copy, inner, inner.rule, mode, together, make)
+        self._graphs = Graphs(self.copy, inner, inner.rule, mode, together, make)
         self._workers: dict[tuple[str, int], Workers | None] = {}
 
     def uncompiled(self) -> CompiledEngine:
@@ -141,8 +141,8 @@ class CompiledEngine:
         start = State(phi.params, [*phi.buffers, *phi.constants], moments)
         workers = self._workers_for(purpose, len(batch))
         calls = (
-            self._catalogue.call(
-                Request(
+            self._graphs.call(
+                Job(
                     purpose,
                     chunk if purpose == "train" else chunk.filled(size),
                     len(chunk),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from koi.inner.base import explained
-from koi.inner.compiled.programs import Program
+from koi.inner.compiled.steps import Program
 from koi.randomness import Place
 
 

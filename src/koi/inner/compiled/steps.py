@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.graph import Adapted, InnerGraph, State, TensorDict, TrainOutput
+from koi.inner.compiled.functions import Adapted, InnerFunctions, State, TensorDict, TrainOutput
 from koi.inner.compiled.torch_internals import at_fixed_address
 from koi.phi.parameters import Tensors, clone
 
@@ -31,7 +31,7 @@ class Program:
         return all(graph.threadsafe for graph in self.graphs)
 
 
-class Stepwise:
+class StepGraphs:
     """The inner loop as graphs of one step, of the query loss and of its gradient.
 
     The steps are done in place: memory holds each task's state once. What is compiled for one
@@ -42,7 +42,7 @@ class Stepwise:
         make: makes a graph of a function and of what the log calls it.
     """
 
-    def __init__(self, pure: InnerGraph, make: MakeGraph) -> None:
+    def __init__(self, pure: InnerFunctions, make: MakeGraph) -> None:
         self._pure = pure
         self._step = make(pure.step_, "an inner step")
         self._query = make(pure.query_loss, "the query loss")

@@ -14,8 +14,8 @@ from koi.errors import EngineError
 from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
 from koi.inner.checks.granted import ClassLook, ValuesLook
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.graph import InnerGraph, State, TensorDict
-from koi.inner.compiled.programs import Program, Stepwise
+from koi.inner.compiled.functions import InnerFunctions, State, TensorDict
+from koi.inner.compiled.steps import Program, StepGraphs
 from koi.inner.compiled.workers import Call, Workers
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers.rules import UpdateRule
@@ -42,7 +42,7 @@ _MOST_ALONE = 2**20
 
 
 @dataclass(frozen=True)
-class Request:
+class Job:
     """What is asked of a program.
 
     Args:
@@ -62,7 +62,7 @@ class Request:
     first: int
 
 
-class Catalogue:
+class Graphs:
     """Makes a graph for each combination of shapes, types, modes and settings, and finds it again.
 
     Args:
@@ -90,75 +90,77 @@ class Catalogue:
         # each step through time is written out, in every inner step
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in copy.module.modules())
         self._looks: dict[type, tuple[ClassLook, ValuesLook]] = {}
-        self._plans: dict[Any, Plan] = {}
-        self._last: tuple[Any, Plan] | None = None  # equal keys are faster compared than hashed
-        self._stepwises: dict[Any, Stepwise] = {}
+        self._known: dict[Any, Traced] = {}
+        self._last: tuple[Any, Traced] | None = None  # equal keys are faster compared than hashed
+        self._step_graphs: dict[Any, StepGraphs] = {}
 
-    def call(self, request: Request, start: State, workers: Workers | None) -> Call:
+    def call(self, job: Job, start: State, workers: Workers | None) -> Call:
         """Return a program and what it is called with, ``start`` first."""
-        place, first, count = request.place, request.first, request.count
+        place, first, count = job.place, job.first, job.count
         with explained(place, first, count):
             place.set("inner", (first or None) if self._together else first)
-            task = self._tensors(request.chunk)
+            task = self._tensors(job.chunk)
             forms = forms_of(task)
-            plan = self._plan(request.chunk, forms, request.num_steps)
-            shared = workers is not None and not plan.noisy
-            threads = 1 if plan.light else torch.get_num_threads()
+            traced = self._traced(job.chunk, forms, job.num_steps)
+            shared = workers is not None and not traced.noisy
+            threads = 1 if traced.light else torch.get_num_threads()
             threads = workers.num_threads if workers and shared else threads
-            if self._in_one_graph(request):
-                program, steps = self._written_out(request, plan, threads)
+            if self._in_one_graph(job):
+                program, steps = self._written_out(job, traced, threads)
             else:
-                program, steps = self._stepwise(request, task, forms, plan, threads)
+                program, steps = self._step_by_step(job, task, forms, traced, threads)
         return Call(place, first, count, program, (start, task, steps), shared, threads)
 
-    def _in_one_graph(self, request: Request) -> bool:
+    def _in_one_graph(self, job: Job) -> bool:
         """Return whether one graph is of all steps: of a small network, or of second order."""
-        if request.purpose != "train":
+        if job.purpose != "train":
             return False
-        size = request.num_steps * len(self._params)
+        size = job.num_steps * len(self._params)
         small = size <= _MOST_WRITTEN_OUT and not self._recurrent
         return small or self._inner.algorithm.second_order
 
     def _written_out(
-        self, request: Request, plan: Plan, threads: int
+        self, job: Job, traced: Traced, threads: int
     ) -> tuple[Program, list[TensorDict] | None]:
-        """Return a graph of `InnerGraph.train`, made for one number of steps."""
-        num_steps = request.num_steps
-        steps = self._drawn(request) if plan.draws else None
+        """Return a graph of `InnerFunctions.train`, made for one number of steps."""
+        num_steps = job.num_steps
+        steps = self._drawn(job) if traced.draws else None
         key = (forms_of(*(steps or [])), threads)
-        if key not in plan.programs:
-            graph = plan.graph
+        if key not in traced.programs:
+            functions = traced.functions
 
             def train(start: State, task: TensorDict, steps: list[TensorDict] | None) -> Any:
-                views = graph.prepare(task, num_steps) if steps is None else steps
-                return graph.train(start, task, views)
+                views = functions.prepare(task, num_steps) if steps is None else steps
+                return functions.train(start, task, views)
 
-            made = self._graph(plan, train, "the inner loop", lean=False)
-            plan.programs[key] = Program(made, (made,))
-        return plan.programs[key], steps
+            made = self._graph(traced, train, "the inner loop", lean=False)
+            traced.programs[key] = Program(made, (made,))
+        return traced.programs[key], steps
 
-    def _stepwise(
-        self, request: Request, task: TensorDict, forms: Any, plan: Plan, threads: int
+    def _step_by_step(
+        self, job: Job, task: TensorDict, forms: Any, traced: Traced, threads: int
     ) -> tuple[Program, list[TensorDict]]:
         """Return graphs of the parts of an inner step, for any number of them."""
-        draws = plan.draws and request.num_steps > 0
-        drawn = self._drawn(request) if draws else plan.graph.prepare(task, request.num_steps)
+        draws = traced.draws and job.num_steps > 0
+        drawn = self._drawn(job) if draws else traced.functions.prepare(task, job.num_steps)
         steps = [{name: t.contiguous() for name, t in tensors.items()} for tensors in drawn]
-        key = (plan.form, forms, forms_of(*steps[:1]), threads)
-        if key not in self._stepwises:
-            self._stepwises[key] = Stepwise(plan.graph, partial(self._graph, plan, lean=True))
-        return self._stepwises[key].program(request.purpose), steps
+        key = (traced.form, forms, forms_of(*steps[:1]), threads)
+        if key not in self._step_graphs:
+            self._step_graphs[key] = StepGraphs(
+                traced.functions, partial(self._graph, traced, lean=True)
+            )
+        return self._step_graphs[key].program(job.purpose), steps
 
     def _tensors(self, chunk: TaskBatch) -> TensorDict:
         return tensors_of(chunk.stacked if self._together else chunk.tasks[0])
 
-    def _drawn(self, request: Request) -> list[TensorDict]:
+    def _drawn(self, job: Job) -> list[TensorDict]:
         """Return the tensors of minibatches that are drawn at random, task by task."""
-        each = drawn_views(request.chunk, request.num_steps, request.place, request.first)
+        each = drawn_views(job.chunk, job.num_steps, job.place, job.first)
         steps = [stack(step) for step in zip(*each, strict=True)] if self._together else each[0]
         return [tensors_of(view) for view in steps]
 
-    def _plan(self, chunk: TaskBatch, forms: Any, num_steps: int) -> Plan:
+    def _traced(self, chunk: TaskBatch, forms: Any, num_steps: int) -> Traced:
         """Return how tasks like these are traced, found out on the first of them.
 
         What its minibatches and its loss do may depend on its class, settings and shapes.
@@ -167,9 +169,9 @@ class Catalogue:
         kind = self._kind_of(example)
         key = kind, size, forms, num_steps
         if self._last is None or self._last[0] != key:
-            if key not in self._plans:
-                self._plans[key] = self._make_plan(kind, chunk.tasks[0], size, num_steps)
-            self._last = key, self._plans[key]
+            if key not in self._known:
+                self._known[key] = self._trace(kind, chunk.tasks[0], size, num_steps)
+            self._last = key, self._known[key]
         return self._last[1]
 
     def _kind_of(self, task: Any) -> tuple[Any, ...]:
@@ -180,7 +182,7 @@ class Catalogue:
         classes, values = self._looks[kind]
         return kind, classes.now(), values.now(settings_of(task))
 
-    def _make_plan(self, kind: Any, task: Any, size: int | None, num_steps: int) -> Plan:
+    def _trace(self, kind: Any, task: Any, size: int | None, num_steps: int) -> Traced:
         before = capture()
         task = with_tensors(task, {})  # what the loss may do to it is not the user's
         steps = list(views(task, max(num_steps, 1)))
@@ -201,7 +203,7 @@ class Catalogue:
                 "loop would do only once: draw from torch, or in sample(), or use compile=False"
             )
         restore(before)
-        graph = InnerGraph(
+        functions = InnerFunctions(
             self._pure,
             self._inner,
             self._rule,
@@ -214,7 +216,7 @@ class Catalogue:
         form = kind, size, used, None if constant else self._kind_of(steps[0])
         seen = sum(t.numel() for t in tensors_of(steps[0]).values())
         light = not self._together and seen * sum(p.numel() for p in self._params) <= _MOST_ALONE
-        return Plan(form, graph, draws, not same_states(middle, after), light)
+        return Traced(form, functions, draws, not same_states(middle, after), light)
 
     def _used(self, task: Any, view: Any, num_steps: int) -> tuple[int, ...]:
         """Return which parameters the loss depends on, by computing it once as it stands.
@@ -244,29 +246,29 @@ class Catalogue:
         return tuple(i for i, grad in enumerate(grads) if grad is not None)
 
     def _graph(
-        self, plan: Plan, function: Callable[..., Any], what: str, *, lean: bool
+        self, traced: Traced, function: Callable[..., Any], what: str, *, lean: bool
     ) -> Graph | AsItStands:
         def run(*inputs: Any) -> Any:
-            with plan.graph.attention():
+            with traced.functions.attention():
                 return function(*inputs)
 
         return self._make(
             run,
             what=f"{what} of {'all tasks at once' if self._together else 'one task'}",
-            tasks=type(plan.graph.task).__name__,
-            device=plan.graph.device_type,
+            tasks=type(traced.functions.task).__name__,
+            device=traced.functions.device_type,
             mode=self._mode,
             lean=lean,
         )
 
 
 @dataclass(frozen=True)
-class Plan:
+class Traced:
     """How tasks of one class and settings are traced.
 
     Args:
         form: what a graph takes for granted of the tasks besides their tensors' forms.
-        graph: the functions that are compiled.
+        functions: what is compiled.
         draws: whether the minibatches are drawn at random.
         noisy: whether the loss draws at random.
         light: whether the loss is so small that a second thread costs more than it does.
@@ -274,7 +276,7 @@ class Plan:
     """
 
     form: Any
-    graph: InnerGraph
+    functions: InnerFunctions
     draws: bool
     noisy: bool
     light: bool

@@ -2,7 +2,7 @@
 
 Either one graph is of all that a meta-batch takes, the inner steps written out one after the
 other, which lets the compiler join what they share; or it is of one inner step, which serves any
-number of them (`koi.inner.compiled.programs`). Gradients and optimizer are part of it, so that it
+number of them (`koi.inner.compiled.steps`). Gradients and optimizer are part of it, so that it
 needs no autograd when it runs.
 """
 
@@ -58,7 +58,7 @@ class TrainOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class InnerGraph:
+class InnerFunctions:
     """Functions of φ and the tensors of a task, or of many stacked; only `step_` changes any.
 
     Args:
