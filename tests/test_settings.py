@@ -3,7 +3,7 @@
 import inspect
 import pydoc
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 
 import pytest
 import torch
@@ -121,6 +121,16 @@ def test_repr_has_what_is_not_as_usual():
         "Koi(Sequential, step_size=0.1, meta_step_size=linear(start=1.0, end=0.0), "
         "inner_optimizer=code (SGD), iteration=0)"
     )
+
+
+def test_several_at_once():
+    koi = Koi(nn.Linear(1, 1))
+    koi.settings = replace(koi.settings, step_size=0.5, num_steps=3)
+    assert (koi.step_size, koi.num_steps, koi.num_iterations) == (0.5, 3, 1000)
+    with pytest.raises(ConfigurationError, match="settings = None: must be made by"):
+        koi.settings = None
+    with pytest.raises(FrozenInstanceError):
+        koi.settings.step_size = 0.1
 
 
 def test_attributes_that_there_are_not():
