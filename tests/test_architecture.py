@@ -61,6 +61,7 @@ TOP_LEVEL: dict[str, set[str]] = {
 }
 LAZY: dict[str, set[str]] = {
     "fewshot": {"PIL"},
+    "lab": {"huggingface_hub"},
     "problems": {"PIL", "pooch"},
 }
 LAZY_ANYWHERE = {"numpy"}

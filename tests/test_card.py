@@ -55,6 +55,12 @@ def test_the_hub_reads_it_before_anything_is_measured():
     assert head.datasets is None
 
 
+def test_without_the_hubs_library_it_is_for_people_alone(monkeypatch):
+    whole = model_card(CONFIG, RESULTS)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert whole.endswith("---\n\n" + model_card(CONFIG, RESULTS))
+
+
 def test_everything_is_told():
     card = model_card(CONFIG, RESULTS)
     for text in (

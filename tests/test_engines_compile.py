@@ -23,7 +23,7 @@ from engine_toys import (
     trained,
 )
 from koi import Koi
-from koi.inner.compiled.internals import kernels_apart
+from koi.inner.compiled.torch_internals import kernels_apart
 
 pytestmark = pytest.mark.usefixtures("float64", "traced")
 COMPILED = ["compiled", "vectorized+compiled"]

@@ -1,13 +1,16 @@
-"""mini-ImageNet in every form in which it circulates; what is missing; pickles that do harm."""
+"""mini-ImageNet in every form in which it is read; what is missing; what becomes of pickles."""
 
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data_toys import everything
 from koi import DataError, KoiWarning
 from koi.problems import mini_imagenet
 
@@ -55,14 +58,6 @@ def in_folders(root, folder):
             (folder / part / name).mkdir(parents=True)
             for path in (root / "images").glob(f"{name}_*"):
                 shutil.copy(path, folder / part / name)
-
-
-def everything(data):
-    """Return all inputs of each class, by its name."""
-    return {
-        name: data.take(torch.full((count,), number), torch.arange(count))
-        for number, (name, count) in enumerate(zip(data.classes, data.counts, strict=True))
-    }
 
 
 def assert_all_there(splits, images):
@@ -179,153 +174,93 @@ class TestMissingImages:
 
 
 def arrays(part, images):
-    """Return a part as the pickles have it, the classes' images mixed."""
+    """Return the images of a part, those of its classes mixed, and the class of each."""
     small = [
         np.array(Image.fromarray(image).resize((84, 84), Image.Resampling.NEAREST))
         for number in range(NUM_IMAGES)
         for image in (images[name][number] for name in CLASSES[part])
     ]
-    labels = [name for _ in range(NUM_IMAGES) for name in CLASSES[part]]
-    rows = {name: [k for k, label in enumerate(labels) if label == name] for name in CLASSES[part]}
-    return {"image_data": np.stack(small), "class_dict": rows}
-
-
-class PythonTwo(pickle._Pickler):
-    """Writes strings and bytes as Python 2 did, which had one type for both."""
-
-    dispatch = pickle._Pickler.dispatch.copy()
-
-    def save_string(self, value):
-        content = value if isinstance(value, bytes) else value.encode("ascii")
-        self.write(pickle.BINSTRING + len(content).to_bytes(4, "little") + content)
-        self.memoize(value)
-
-    dispatch[bytes] = dispatch[str] = save_string
+    return np.stack(small), np.array(CLASSES[part] * NUM_IMAGES)
 
 
 class TestArrays:
-    @pytest.mark.parametrize("rows_as", [list, np.array, tuple])
-    @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-    def test_pickles(self, tmp_path, images, protocol, rows_as):
+    @pytest.mark.parametrize("names", [("images", "labels"), ("features", "targets")])
+    def test_npz(self, tmp_path, images, names):
         for part in CLASSES:
-            content = arrays(part, images)
-            for name, rows in content["class_dict"].items():
-                content["class_dict"][name] = rows_as([np.int64(row) for row in rows])
-            content["image_data"] = np.asfortranarray(content["image_data"])
-            content = pickle.dumps(content, protocol)
-            (tmp_path / f"mini-imagenet-cache-{part}.pkl").write_bytes(content)
-        assert_all_there(mini_imagenet.load(tmp_path), images)
-
-    def test_pickles_of_python_2(self, tmp_path, images):
-        for part in CLASSES:
-            with (tmp_path / f"{part}.pickle").open("wb") as file:
-                PythonTwo(file, protocol=2).dump(arrays(part, images))
-        assert_all_there(mini_imagenet.load(tmp_path), images)
-
-    def test_npz_with_labels(self, tmp_path, images):
-        for part in CLASSES:
-            content = arrays(part, images)
-            labels = np.array(CLASSES[part] * NUM_IMAGES)
-            path = tmp_path / f"few-shot-{part}.npz"
-            np.savez(path, features=content["image_data"], targets=labels)
+            content = dict(zip(names, arrays(part, images), strict=True))
+            np.savez(tmp_path / f"few-shot-{part}.npz", **content)
         assert_all_there(mini_imagenet.load(tmp_path), images)
 
     def test_classes_that_are_numbers_belong_to_their_part(self, tmp_path, images):
         """Each part may count from 0: class 0 of one is not class 0 of another."""
         for part in CLASSES:
-            content = arrays(part, images)
-            labels = np.arange(len(content["image_data"])) % 2
-            np.savez(tmp_path / f"{part}.npz", images=content["image_data"], labels=labels)
+            content, _ = arrays(part, images)
+            labels = np.where(np.arange(len(content)) % 2, 10, 9)
+            np.savez(tmp_path / f"{part}.npz", images=content, labels=labels)
         splits = mini_imagenet.load(tmp_path)
-        assert splits.train.classes == ("train/0", "train/1")
-        assert splits.validation.classes == ("validation/0", "validation/1")
+        assert splits.train.classes == ("train/9", "train/10")
+        assert splits.validation.classes == ("validation/9", "validation/10")
         assert splits.test.counts == [4, 4]
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"image_data": np.zeros((8, 84, 84, 3))}, "has no images of shape"),
-            ({"image_data": np.zeros((8, 3, 84, 84), np.uint8)}, "has no images of shape"),
-            ({"image_data": [1, 2]}, "has no images of shape"),
-            ({"class_dict": {"n06": [0, 8]}}, "name an image twice, or one it has not"),
-            ({"class_dict": {"n06": [0, -1]}}, "name an image twice, or one it has not"),
-            ({"class_dict": {"n06": [0, 1], "n07": [1]}}, "name an image twice"),
-            ({"class_dict": {"n06": [0], "n07": []}}, "has no images of n07"),
-            ({"class_dict": {}}, "has no images of any class"),
+            ({"images": np.zeros((8, 84, 84, 3))}, "has no images of shape"),
+            ({"images": np.zeros((8, 3, 84, 84), np.uint8)}, "has no images of shape"),
+            ({"images": np.zeros((0, 84, 84, 3), np.uint8)}, "has no images of shape"),
+            (
+                {"labels": np.zeros(7)},
+                r"8 images and labels of shape \(7,\): it needs one for each",
+            ),
+            ({"labels": np.zeros((8, 1))}, r"8 images and labels of shape \(8, 1\)"),
+            ({"labels": np.array([None] * 8)}, r"test\.npz cannot be read \(Object arrays"),
         ],
     )
     def test_arrays_that_do_not_fit(self, tmp_path, images, change, message):
         for part in CLASSES:
-            content = arrays(part, images) | (change if part == "test" else {})
-            (tmp_path / f"{part}.pkl").write_bytes(pickle.dumps(content))
+            content = dict(zip(("images", "labels"), arrays(part, images), strict=True))
+            np.savez(tmp_path / f"{part}.npz", **content | (change if part == "test" else {}))
         with pytest.raises(DataError, match=message):
             mini_imagenet.load(tmp_path)
 
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            (pickle.dumps([1, 2]), "holds a list: must be a dictionary"),
-            (pickle.dumps({"image_data": np.zeros((1, 84, 84, 3), np.uint8)}), "neither class_d"),
-            (pickle.dumps({"data": np.zeros(300)})[:-50], r"cannot be read \(.*get it anew"),
-            (b"", r"cannot be read \(.*get it anew"),
-            (b"no pickle", r"cannot be read \(.*get it anew"),
-        ],
-        ids=["list", "no classes", "cut", "empty", "something else"],
-    )
-    def test_pickles_of_something_else(self, tmp_path, images, content, message):
+    def test_arrays_that_are_missing(self, tmp_path, images):
+        content, labels = arrays("test", images)
+        for name, given in {
+            "has no images": {"labels": labels},
+            "one for": {"data": content},
+        }.items():
+            for part in CLASSES:
+                np.savez(tmp_path / f"{part}.npz", **given)
+            with pytest.raises(DataError, match=name):
+                mini_imagenet.load(tmp_path)
+
+    @pytest.mark.parametrize("content", [b"", b"no arrays", b"PK\3\4 cut"])
+    def test_files_of_something_else(self, tmp_path, content):
         for part in CLASSES:
-            (tmp_path / f"{part}.pkl").write_bytes(content)
-        with pytest.raises(DataError, match=message):
+            (tmp_path / f"{part}.npz").write_bytes(content)
+        with pytest.raises(DataError, match=r"train\.npz cannot be read \(.*get it anew"):
             mini_imagenet.load(tmp_path)
 
     def test_two_files_for_one_part(self, tmp_path):
-        for name in ("a-train.npz", "b_train.pkl", "val.pkl", "test.pkl"):
+        for name in ("a-train.npz", "b_train.npz", "val.npz", "test.npz"):
             (tmp_path / name).write_bytes(b"")
-        with pytest.raises(DataError, match=r"a-train\.npz and b_train\.pkl .* could both be"):
+        with pytest.raises(DataError, match=r"a-train\.npz and b_train\.npz .* could both be"):
             mini_imagenet.load(tmp_path)
 
 
-class Harm:
-    """A pickle of this calls a function when it is read."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-class TestPicklesThatDoHarm:
-    @pytest.mark.parametrize("hidden", ["plain", "in a list", "in an array"])
-    @pytest.mark.parametrize("protocol", [2, 4, 5])
-    def test_they_are_refused_and_do_none(self, tmp_path, images, hidden, protocol):
-        done = tmp_path / "done"
-        harm = Harm(exec, f"open({str(done)!r}, 'w').close()")
-        value = {
-            "plain": harm,
-            "in a list": [1, harm],
-            "in an array": np.array([harm, 1], dtype=object),
-        }[hidden]
-        content = pickle.dumps(arrays("train", images) | {"extra": value}, protocol)
-        for part in CLASSES:
-            (tmp_path / f"{part}.pkl").write_bytes(content)
-        with pytest.raises(DataError, match=r"asks for (\w+\.exec|an array of type O8),.* refused"):
-            mini_imagenet.load(tmp_path)
-        assert not done.exists()
-        pickle.loads(content)  # what an ordinary reader does
-        assert done.exists()
-
-    def test_a_forged_type_is_refused(self, tmp_path):
-        """NumPy itself would read a pointer from the file, and follow it."""
-        objects = (3, "|", None, ("a",), {"a": (np.dtype("u1"), 1000)}, 8, 1, 0)
-        for part in CLASSES:
-            with (tmp_path / f"{part}.pkl").open("wb") as file:
-                pickle.dump({"data": Harm(np.dtype, "V8", False, True), "state": objects}, file)
-        with pytest.raises(DataError, match="asks for an array of type V8, which is refused"):
-            mini_imagenet.load(tmp_path)
-
-    def test_an_npz_of_pickles_is_refused(self, tmp_path):
-        for part in CLASSES:
-            np.savez(tmp_path / f"{part}.npz", images=np.array([Harm(print, "harm")], dtype=object))
-        with pytest.raises(DataError, match="Object arrays cannot be loaded"):
-            mini_imagenet.load(tmp_path)
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_pickles_become_arrays_as_the_documentation_says(tmp_path, images, protocol, monkeypatch):
+    """They are not read by Koi, which says where those lines are."""
+    for part in CLASSES:
+        content, labels = arrays(part, images)
+        rows = {name: np.flatnonzero(labels == name).tolist() for name in CLASSES[part]}
+        content = {"image_data": content, "class_dict": rows}
+        path = tmp_path / f"mini-imagenet-cache-{part}.pkl"
+        path.write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(DataError, match=r"cache-test\.pkl is a pickle, .*lines that docs/data\.md"):
+        mini_imagenet.load(tmp_path)
+    page = Path(__file__).parents[1] / "docs" / "data.md"
+    (lines,) = re.findall(r"```python\n([^`]*pickle[^`]*)```", page.read_text("utf-8"))
+    monkeypatch.chdir(tmp_path)
+    exec(lines)
+    assert_all_there(mini_imagenet.load(tmp_path), images)

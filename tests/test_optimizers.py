@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from koi import ConfigurationError, Koi
-from koi.inner import optimizers
 from koi.inner.base import InnerLoop
+from koi.inner.optimizers import rules as optimizers
 from koi.inner.optimizers.bound import bound_optimizer
 from koi.inner.optimizers.recognition import update_rule, why_no_rule
 from koi.inner.optimizers.rules import make_optimizer

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from koi.inner.compiled.convolution import patches_product
 from koi.inner.compiled.products import layers_as_products, linear_product
-from koi.inner.compiled.small_products import SmallProducts
+from koi.inner.compiled.torch_internals import small_products
 
 pytestmark = pytest.mark.usefixtures("float64")
 small = partial(st.integers, 1)
@@ -153,7 +153,7 @@ def test_small_products_are_written_out(sizes, remaining):
         return left @ right, left[0] @ right[0]
 
     traced = make_fx(products, tracing_mode="fake")(left, right)
-    SmallProducts()(traced.graph)
+    small_products()["post_grad_custom_pre_pass"](traced.graph)
     traced.recompile()
     targets = [node.target for node in traced.graph.nodes]
     matrix_products = torch.ops.aten.mm.default, torch.ops.aten.bmm.default

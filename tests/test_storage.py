@@ -1,5 +1,7 @@
 """Tensors of every type and any size, in files and in memory, held once and copied in pieces."""
 
+import hashlib
+
 import pytest
 import safetensors.torch
 import torch
@@ -74,18 +76,26 @@ class Wrapper(torch.Tensor):
         raise AssertionError
 
 
-def round_trip(tensor, path):
-    storage.write(path, {"odd": torch.tensor([True]), "t": tensor})
-    return storage.read(path)["t"]
+def round_trips(tensor, path):
+    """Return it from a file and from memory."""
+    data = {"odd": torch.tensor([True]), "t": tensor}
+    storage.write(path, data)
+    return storage.read(path)["t"], storage.unpack(storage.pack(data), path)["t"]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_type(kind, tmp_path):
     values = torch.arange(48, dtype=torch.uint8) % 2
     expected = values if kind == torch.uint8 else values.view(kind)
-    found = round_trip(expected, tmp_path / "file")
-    assert found.dtype == kind
-    assert torch.equal(found.view(torch.uint8), values)
+    for found in round_trips(expected, tmp_path / "file"):
+        assert found.dtype == kind
+        assert torch.equal(found.view(torch.uint8), values)
+
+
+def test_two_values_in_a_byte_are_refused(tmp_path):
+    tensor = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(CheckpointError, match=r"of type torch\.float4_e2m1fn_x2 tensor"):
+        storage.write(tmp_path / "file", {"t": tensor})
 
 
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
@@ -93,9 +103,9 @@ def test_every_type(kind, tmp_path):
 def test_every_layout_in_pieces_of_any_size(make, piece, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "PIECE", piece)
     tensor = make()
-    found = round_trip(tensor, tmp_path / "file")
-    assert found.dtype == tensor.dtype
-    assert torch.equal(found, tensor)
+    for found in round_trips(tensor, tmp_path / "file"):
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
@@ -127,6 +137,15 @@ def test_packed_in_memory():
         storage.unpack(storage.pack(data)[:-1], "of rank 0")
 
 
+def test_what_is_read_is_on_the_cpu(tmp_path):
+    data = {"full": torch.ones(2), "empty": torch.ones(0), "wide": torch.tensor(1j).cdouble()}
+    storage.write(tmp_path / "file", data)
+    content = storage.pack(data)
+    with torch.device("meta"):
+        found = [storage.read(tmp_path / "file"), storage.unpack(content, "of rank 0")]
+    assert {tensor.device.type for each in found for tensor in each.values()} == {"cpu"}
+
+
 def test_what_is_read_is_memory_of_its_own(tmp_path):
     """A copy of one tensor then does not copy the whole file, nor keep it alive."""
     storage.write(tmp_path / "file", {"a": torch.ones(1000), "b": torch.ones(2)})
@@ -145,6 +164,18 @@ def test_each_tensor_is_gone_through_once(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "pieces_of", counting)
     storage.write(tmp_path / "file", {"a": torch.ones(2), "b": torch.ones(3)})
     assert sorted(seen) == [(2,), (3,)]
+
+
+def test_a_forged_file_is_refused_even_with_the_right_checksum(tmp_path):
+    content = storage.pack({"t": torch.ones(2)})
+    place = content.index(b'"sha256":"') + len('"sha256":"')
+    forged = bytearray(content.replace(b'"data_offsets":[0,8]', b'"data_offsets":[8,0]'))
+    forged[place : place + 64] = b"0" * 64
+    forged[place : place + 64] = hashlib.sha256(forged).hexdigest().encode()
+    (tmp_path / "file").write_bytes(forged)
+    for read in (storage.read, lambda path: storage.unpack(path.read_bytes(), path)):
+        with pytest.raises(CheckpointError, match="file cannot be understood"):
+            read(tmp_path / "file")
 
 
 def test_pieces_are_the_tensors_own_memory(monkeypatch):

@@ -6,18 +6,18 @@ import contextlib
 import errno
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file that takes its name once its content has reached the disk, or not at all.
 
     Raises:
         OSError: it cannot be written; an earlier file of that name is as it was.
     """
     with replacing(path) as file:
-        file.writelines(pieces)
+        file.write(content)
 
 
 @contextlib.contextmanager

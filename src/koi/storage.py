@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, TensorSpec
 from torch import Tensor
 
 from koi import memory
@@ -29,30 +30,6 @@ _ZEROS = b"0" * hashlib.sha256().digest_size * 2
 _START = b'{"__metadata__":{"sha256":"'
 _DIGEST = slice(8 + len(_START), 8 + len(_START) + len(_ZEROS))
 _MAX_HEADER = 100_000_000  # safetensors' own limit
-
-# The names that safetensors gives to types. It has none for complex128, which is kept as pairs.
-_TYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_TYPES = {name: kind for kind, name in _TYPE_NAMES.items()}
 
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
@@ -129,8 +106,8 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        pairs = value.dtype == torch.complex128
-        if (pairs or value.dtype in _TYPE_NAMES) and memory.is_plain(value):
+        pairs = value.dtype == torch.complex128  # which safetensors has not
+        if (pairs or _type_name(value.dtype)) and memory.is_plain(value):
             name = where.lstrip(".")
             while name in tensors:  # two ways through dictionaries can read the same
                 name += "'"
@@ -139,8 +116,7 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     elif isinstance(value, list):
         return [encode(part, f"{where}[{i}]", tensors) for i, part in enumerate(value)]
     elif isinstance(value, tuple | set | frozenset):
-        parts = [encode(part, f"{where}[{i}]", tensors) for i, part in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "set": parts}
+        return {"tuple" if isinstance(value, tuple) else "set": encode([*value], where, tensors)}
     elif isinstance(value, Mapping):
         return {
             "dict": [
@@ -196,6 +172,19 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {"tuple": tuple, "set": set}[kind](parts)
 
 
+def _type_name(dtype: torch.dtype) -> str | None:
+    """Return what safetensors calls a type, None if it has none for it, or packs two in a byte."""
+    try:
+        name = str(dtype).removeprefix("torch.")
+        spec = TensorSpec(dtype=name, shape=[1], data_ptr=0, data_len=0)
+    except SafetensorError:
+        return None
+    return spec.dtype if spec.shape == [1] else None
+
+
+_TYPES = {_type_name(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
+
+
 def _start_of(data: Mapping[str, Any]) -> tuple[bytes, list[Tensor]]:
     """Return what a file begins with, zeros in the checksum's place, and the tensors to follow."""
     tensors: dict[str, Tensor] = {}
@@ -207,13 +196,12 @@ def _start_of(data: Mapping[str, Any]) -> tuple[bytes, list[Tensor]]:
     offset = 0
     for name in order:
         tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
+        start, offset = offset, offset + tensor.nbytes
         header[name] = {
-            "dtype": _TYPE_NAMES[tensor.dtype],
+            "dtype": _type_name(tensor.dtype),
             "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
+            "data_offsets": [start, offset],
         }
-        offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > _MAX_HEADER:
@@ -225,7 +213,11 @@ def _start_of(data: Mapping[str, Any]) -> tuple[bytes, list[Tensor]]:
 
 
 def _write(file: io.BufferedIOBase, start: bytes, tensors: Iterable[Tensor]) -> None:
-    """Write a file's content in one pass, and its checksum where there were zeros."""
+    """Write a file's content in one pass, and its checksum where there were zeros.
+
+    The library's own writer takes tensors that are contiguous and on the CPU, all of them copied
+    there before it begins, and puts the metadata, and so the checksum, in any order.
+    """
     digest = hashlib.sha256(start)
     file.write(start)
     for tensor in tensors:
@@ -238,26 +230,30 @@ def _write(file: io.BufferedIOBase, start: bytes, tensors: Iterable[Tensor]) -> 
 
 def _read(file: io.BufferedIOBase, path: Path | str) -> dict[str, Any]:
     """Return what `_write` wrote. Nothing in it is believed before the checksum is right."""
-    header = _header(file)
-    if header is None:
+    start = file.read(_DIGEST.stop)
+    if start[8 : _DIGEST.start] != _START:
         raise CheckpointError(
             f"{path} is no checkpoint of Koi, or its beginning is damaged: give a file that "
             "koi.save or koi.train wrote, or an earlier one"
         )
-    metadata = header.pop("__metadata__")
-    if _digest(file) != metadata["sha256"]:
+    digest = hashlib.sha256(start[: _DIGEST.start] + _ZEROS)
+    while piece := file.read(memory.PIECE):
+        digest.update(piece)
+    if digest.hexdigest().encode() != start[_DIGEST]:
         raise CheckpointError(
             f"the checkpoint {path} is damaged (its checksum does not match; it was cut or "
             "changed after it was written): use an earlier one"
         )
+    file.seek(8)
+    header = json.loads(file.read(int.from_bytes(start[:8], "little")))
+    begin, metadata = file.tell(), header.pop("__metadata__")
     if metadata.get("koi_format") != str(FORMAT):
         raise CheckpointError(
             f"the checkpoint {path} has format {metadata.get('koi_format')} and this Koi reads "
             f"format {FORMAT}: read it with the Koi that wrote it, or a newer one"
         )
-    begin = 8 + _size(file)
     try:
-        tensors = {name: _tensor(file, begin, entry) for name, entry in header.items()}
+        tensors = {name: _tensor(file, begin, **entry) for name, entry in header.items()}
         return dict(decode(json.loads(metadata["koi"]), tensors))
     except OSError:
         raise
@@ -267,46 +263,17 @@ def _read(file: io.BufferedIOBase, path: Path | str) -> dict[str, Any]:
         ) from error
 
 
-def _tensor(file: io.BufferedIOBase, begin: int, entry: Mapping[str, Any]) -> Tensor:
-    """Return a tensor of a file, read into memory of its own."""
-    tensor = torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="cpu")
-    start, end = entry["data_offsets"]
-    if end - start != tensor.nbytes:
-        raise ValueError(f"{end - start} bytes for a tensor of {tensor.nbytes}")
-    file.seek(begin + start)
+def _tensor(
+    file: io.BufferedIOBase, begin: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> Tensor:
+    """Return a tensor of a file, or of what was sent, read into memory of its own on the CPU.
+
+    The library has a reader for each, and they differ: the one of files maps them, or makes empty
+    tensors on the default device; the one of bytes does not know all types.
+    """
+    tensor = torch.empty(shape, dtype=_TYPES[dtype], device="cpu")
+    file.seek(begin + data_offsets[0])
     for piece in memory.pieces_of(tensor):
         if file.readinto(piece) != len(piece):
-            raise ValueError("it was cut while it was read")
+            raise ValueError("it ends within a tensor")
     return tensor
-
-
-def _size(file: io.BufferedIOBase) -> int:
-    file.seek(0)
-    return int.from_bytes(file.read(8), "little")
-
-
-def _header(file: io.BufferedIOBase) -> dict[str, Any] | None:
-    """Return the header of a Koi file, None if it is something else."""
-    size = _size(file)
-    if size > _MAX_HEADER:
-        return None
-    content = file.read(size)
-    if not content.startswith(_START):
-        return None
-    try:
-        header = json.loads(content)
-        metadata = header["__metadata__"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    is_ours = isinstance(metadata, dict) and {"koi", "sha256"} <= metadata.keys()
-    return header if is_ours else None
-
-
-def _digest(file: io.BufferedIOBase) -> str:
-    file.seek(0)
-    digest = hashlib.sha256(file.read(_DIGEST.start))
-    digest.update(_ZEROS)
-    file.seek(_DIGEST.stop)
-    while piece := file.read(memory.PIECE):
-        digest.update(piece)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -44,9 +45,6 @@ class LabelledData:
             [2, 4]])
     """
 
-    classes: tuple[str, ...]
-    counts: list[int]
-
     def __init__(
         self, inputs: Tensor | Lazy, classes: Sequence[str], counts: Sequence[int]
     ) -> None:
@@ -58,23 +56,12 @@ class LabelledData:
                 f"{len(classes)} classes with counts that sum to {sum(counts)} do not fit "
                 f"{len(inputs)} inputs: give a count for each class and an input for each example"
             )
-        starts = [0, *itertools.accumulate(counts)][:-1]
-        self._set(inputs, classes, counts, torch.tensor(starts, dtype=torch.long))
-
-    def _set(
-        self,
-        inputs: Tensor | Lazy,
-        classes: Sequence[str],
-        counts: Sequence[int],
-        starts: Tensor,
-        is_rotated: bool = False,
-    ) -> None:
         self.classes = tuple(classes)
         self.counts = list(counts)
         self._inputs = inputs
-        self._starts = starts
         self._limits = torch.tensor(self.counts, dtype=torch.long)
-        self._is_rotated = is_rotated
+        self._starts = self._limits.cumsum(0) - self._limits
+        self._is_rotated = False
 
     def __len__(self) -> int:
         """Return the number of classes."""
@@ -195,14 +182,11 @@ class LabelledData:
         return other
 
     def _part(self, index: list[int]) -> LabelledData:
-        part = object.__new__(type(self))
-        part._set(
-            self._inputs,
-            [self.classes[i] for i in index],
-            [self.counts[i] for i in index],
-            self._starts[torch.tensor(index, dtype=torch.long)],
-            self._is_rotated,
-        )
+        part = copy.copy(self)
+        part.classes = tuple(self.classes[i] for i in index)
+        part.counts = [self.counts[i] for i in index]
+        rows = torch.tensor(index, dtype=torch.long)
+        part._limits, part._starts = self._limits[rows], self._starts[rows]
         return part
 
 

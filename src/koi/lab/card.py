@@ -1,23 +1,26 @@
 """A model card: what a trained model is, for people and for the Hugging Face Hub.
 
-The card is the README.md beside the model's file. Its head, in YAML, is what the Hub reads.
+The card is the README.md beside the model's file. Its head, in YAML, is what the Hub reads; it is
+made by the Hub's own library, and without that the card is for people alone.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from koi.errors import ConfigurationError
 
 _PAPER = "https://arxiv.org/abs/1803.02999"
 _NEEDED = ("name", "description", "license", "model", "settings", "data")
+_DATA = ("name", "license")
 _RESULT = ("task", "metric", "value")
 
 
 def model_card(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]] = ()) -> str:
     """Return the card of a model that Koi trained, in Markdown with the head that the Hub reads.
+
+    The head is there where ``huggingface_hub`` is installed (``pip install "koi-x[hub]"``).
 
     Args:
         config: what was run. Needed are ``name`` (of the model), ``description`` (a sentence or
@@ -61,59 +64,54 @@ def model_card(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]] =
     <BLANKLINE>
     """
     _check(config, results)
-    parts = [_head(config, results), f"# {config['name']}", str(config["description"])]
+    parts = [f"# {config['name']}", str(config["description"])]
     if results:
         parts += ["## Results", _results(results)]
     parts += ["## Use", _use(config), "## Training", _training(config), "## Data"]
     parts += [_data(config["data"]), "## Licence", f"Of these weights: {config['license']}."]
-    return "\n\n".join(parts) + "\n"
+    return _head(config, results) + "\n\n".join(parts) + "\n"
 
 
 def _check(config: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> None:
-    problems = [f"the config of a model card lacks {key!r}" for key in _NEEDED if key not in config]
-    problems += [
-        f"the data of a model card lack {key!r}"
-        for key in ("name", "license")
-        if key not in config.get("data", {"name": "", "license": ""})
+    parts: list[tuple[str, Container[str], Iterable[str]]] = [
+        ("the config of a model card lacks", config, _NEEDED),
+        ("the data of a model card lack", config.get("data", _DATA), _DATA),
+        *((f"result {i} of a model card lacks", each, _RESULT) for i, each in enumerate(results)),
     ]
-    problems += [
-        f"result {number} of a model card lacks {key!r}"
-        for number, result in enumerate(results)
-        for key in _RESULT
-        if key not in result
-    ]
+    problems = [f"{what} {key!r}" for what, part, keys in parts for key in keys if key not in part]
     if problems:
         raise ConfigurationError(problems)
 
 
 def _head(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the front matter. JSON is YAML, so that quoting is json's business."""
+    """Return the front matter, nothing where the Hub's library is not installed."""
+    try:
+        from huggingface_hub import EvalResult, ModelCardData
+    except ImportError:
+        return ""
     data = config["data"]
-    lines = [
-        "---",
-        f"license: {_yaml(config['license'])}",
-        "library_name: pytorch",
-        "tags: [koi, meta-learning, few-shot-learning, "
-        f"{_yaml(config['settings'].get('algorithm', 'reptile'))}]",
+    algorithm = str(config["settings"].get("algorithm", "reptile"))
+    evaluations = [
+        EvalResult(
+            task_type="few-shot-learning",
+            task_name=result["task"],
+            dataset_type=data.get("id", data["name"]),
+            dataset_name=data["name"],
+            dataset_config=result["task"],  # results are told apart by it, not by task_name
+            metric_type=result["metric"],
+            metric_value=result["value"],
+        )
+        for result in results
     ]
-    if "id" in data:
-        lines.append(f"datasets: [{_yaml(data['id'])}]")
-    if results:
-        lines += ["model-index:", f"- name: {_yaml(config['name'])}", "  results:"]
-    for result in results:
-        lines += [
-            "  - task: {type: few-shot-learning, name: " + _yaml(result["task"]) + "}",
-            "    dataset: {type: "
-            + _yaml(data.get("id", data["name"]))
-            + f", name: {_yaml(data['name'])}}}",
-            "    metrics:",
-            f"    - {{type: {_yaml(result['metric'])}, value: {_yaml(result['value'])}}}",
-        ]
-    return "\n".join([*lines, "---"])
-
-
-def _yaml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    head = ModelCardData(
+        license=config["license"],
+        library_name="pytorch",
+        tags=["koi", "meta-learning", "few-shot-learning", algorithm],
+        datasets=[data["id"]] if "id" in data else None,
+        model_name=config["name"],
+        eval_results=evaluations or None,
+    )
+    return f"---\n{head.to_yaml()}\n---\n\n"
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:

@@ -18,11 +18,12 @@ import torch
 
 from koi.errors import DataError, KoiWarning
 from koi.fewshot import LabelledData, Splits
-from koi.fewshot.sources import ImageForm, class_folders
-from koi.problems.mini_imagenet_arrays import SUFFIXES, read_arrays
+from koi.fewshot.sources import ImageForm, class_folders, needed
 
 SIDE = 84  # pixels
 PARTS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
+IMAGES = ("images", "image_data", "features", "data")
+LABELS = ("labels", "targets")
 NUM_NAMED = 3  # files that an error or warning names
 
 # The image files of each class.
@@ -43,12 +44,11 @@ def load(source: str | os.PathLike[str], *, skip_missing: bool = False) -> Split
               ``label``, and beside them the images in ``images``;
             - the folders ``train``, ``val`` and ``test``, each with a folder of images for each
               class, as the paper's code has it;
-            - for each part a ``.pkl`` (or ``.pickle``) or ``.npz`` whose name ends in the part's,
-              such as ``mini-imagenet-cache-train.pkl``: images of shape (n, 84, 84, 3) and type
-              uint8 as ``image_data`` (or ``images``, ``features``, ``data``), and ``class_dict``,
-              from a class's name to its images' numbers, or ``labels`` (or ``targets``), one for
-              each image. Nothing in a pickle is executed: one that asks for anything but arrays
-              is refused.
+            - for each part an ``.npz`` whose name ends in the part's, such as
+              ``mini-imagenet-cache-train.npz``: images of shape (n, 84, 84, 3) and type uint8 as
+              ``images`` (or ``image_data``, ``features``, ``data``), and for each of them its
+              class's name or number as ``labels`` (or ``targets``). Pickles, which execute what
+              is in them, are not read; "Your own data" in the documentation turns them into these.
         skip_missing: leave out image files that are missing, empty or damaged, and warn. False:
             they are an error.
 
@@ -78,11 +78,22 @@ def load(source: str | os.PathLike[str], *, skip_missing: bool = False) -> Split
         return Splits(**_read_images(files, skip_missing))
     arrays = _each_part(lambda names: _array_file(root, names))
     if arrays is None:
-        raise DataError(
-            f"{root} has no mini-ImageNet: it needs train.csv, val.csv, test.csv and images, or "
-            "the folders train, val and test, or a .pkl or .npz for each"
+        raise DataError(f"{root} has no mini-ImageNet: {_wanted(root)}")
+    return Splits(**{part: _read_arrays(path, part) for part, path in arrays.items()})
+
+
+def _wanted(root: Path) -> str:
+    """Return what a folder would need."""
+    pickles = sorted(path.name for path in root.iterdir() if path.suffix in (".pkl", ".pickle"))
+    if pickles:
+        return (
+            f"{pickles[0]} is a pickle, which executes what is in it as it is read, so turn those "
+            "that you trust into .npz, in the lines that docs/data.md has for it"
         )
-    return Splits(**{part: read_arrays(path, part, SIDE) for part, path in arrays.items()})
+    return (
+        "it needs train.csv, val.csv, test.csv and images, or the folders train, val and test, or "
+        "an .npz for each"
+    )
 
 
 def _each_part(find: Callable[[Iterable[str]], Found | None]) -> dict[str, Found] | None:
@@ -130,13 +141,45 @@ def _array_file(root: Path, names: Iterable[str]) -> Path | None:
     found = sorted(
         path
         for path in root.iterdir()
-        if path.suffix.lower() in SUFFIXES and ending.search(path.stem)
+        if path.suffix.lower() == ".npz" and ending.search(path.stem)
     )
     if len(found) > 1:
         raise DataError(
             f"{found[0].name} and {found[1].name} in {root} could both be meant: move one away"
         )
     return found[0] if found else None
+
+
+def _read_arrays(path: Path, part: str) -> LabelledData:
+    """Read the images and labels of one part.
+
+    Classes that are numbers get the part before their name, since every part may begin at 0.
+    """
+    with needed():
+        import numpy
+    try:
+        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
+            content = dict(arrays)
+    except Exception as error:  # NumPy raises whatever it meets
+        raise DataError(f"{path} cannot be read ({error}): get it anew") from error
+    images, labels = (
+        next((content[name] for name in names if name in content), numpy.empty(0))
+        for names in (IMAGES, LABELS)
+    )
+    if images.dtype != numpy.uint8 or images.shape[1:] != (SIDE, SIDE, 3) or not len(images):
+        raise DataError(
+            f"{path} has no images of shape (n, {SIDE}, {SIDE}, 3) and type uint8 under one of "
+            f"the names {', '.join(IMAGES)}"
+        )
+    if labels.shape != images.shape[:1]:
+        raise DataError(
+            f"{path} has {len(images)} images and labels of shape {labels.shape}: it needs one "
+            f"for each, under the name {' or '.join(LABELS)}"
+        )
+    classes, counts = numpy.unique(labels, return_counts=True)
+    inputs = torch.from_numpy(images[labels.argsort(kind="stable")])
+    names = [name if isinstance(name, str) else f"{part}/{name}" for name in classes.tolist()]
+    return LabelledData(inputs.permute(0, 3, 1, 2).contiguous(), names, counts.tolist())
 
 
 def _read_images(files: dict[str, Files], skip_missing: bool) -> dict[str, LabelledData]:

@@ -12,14 +12,12 @@ none waits for it in vain, and all stop at the same φ.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -32,7 +30,7 @@ from koi.phi.parameters import same_tensors
 from koi.ranks.exchange import Buffer, Form, share
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    from torch.distributed.distributed_c10d import Store
 
 Result = TypeVar("Result")
 
@@ -69,8 +67,7 @@ def of_this_attempt(store: Store, rank: int, size: int) -> Store:
     that have ended (pytorch/pytorch#135712). So each rank says hello under a name that was never
     used, which only a rank 0 that is alive can answer, and confirms what it was told.
     """
-    from torch._C._distributed_c10d import PrefixStore
-    from torch.distributed.constants import default_pg_timeout
+    from torch.distributed.distributed_c10d import PrefixStore, default_pg_timeout
 
     name = f"koi/{uuid.uuid4()}"
     if rank > 0:
@@ -152,12 +149,7 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Meet a last time: until rank 0 has saved, and to tell of an error."""
         if self.size == 1 or self._over:
             return
@@ -324,10 +316,18 @@ class Ranks:
             ) from error
 
     def _roll_call(self) -> str:
-        """Return which ranks are not at the collective that failed."""
+        """Return which ranks are not at the collective that failed.
+
+        They are called through the store, with any backend. torch's own `monitored_barrier` is
+        gloo's alone: its connections are closed once a collective has timed out, and on a group
+        made for it none but rank 0 would hear which ranks are missing. NCCL has none; where a
+        collective times out it ends the process, unless told not to, before this is reached.
+        """
         missing, patience = [], _ROLL_CALL
         try:
-            store, here = dist.distributed_c10d._get_default_store(), f"koi/{self._count}/"
+            group = dist.group.WORLD
+            assert group is not None
+            store, here = group.get_group_store(), f"koi/{self._count}/"
             store.set(f"{here}{self.rank}", "")
             for rank in range(self.size):
                 try:
@@ -345,11 +345,8 @@ class Ranks:
 
 def digest_of(phi: Phi) -> tuple[int, ...]:
     """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
-    digest = hashlib.blake2b(digest_size=6)
-    for tensor in (*phi.params, *phi.buffers, *(phi.moments or [])):
-        for piece in memory.pieces_of(tensor):
-            digest.update(piece)
-    return tuple(int.from_bytes(digest.digest()[i : i + 2], "big") for i in (0, 2, 4))
+    digest = memory.digest(*phi.params, *phi.buffers, *(phi.moments or []), size=6)
+    return tuple(int.from_bytes(digest[i : i + 2], "big") for i in (0, 2, 4))
 
 
 def error_of(rank: int, name: str, text: str) -> Exception:

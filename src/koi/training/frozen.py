@@ -7,7 +7,6 @@ some values spread over it, as what is done through ``.data`` is not counted.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from koi import memory
 
+_SIZE = 16  # bytes of a digest
 _SAMPLE = 1024  # values that are looked at
 _NAMED = 4  # parameters that a message names
 _known: Any = WeakTensorKeyDictionary()  # a parameter -> what tells of a change, and its digest
@@ -55,15 +55,8 @@ def _digest_of(param: Tensor) -> str:
     values = param.detach().reshape(-1)
     some = values[:: max(1, len(values) // _SAMPLE)]
     version = None if param.is_inference() else param._version
-    state = param.data_ptr(), version, _hash(some)
+    state = param.data_ptr(), version, memory.digest(some, size=_SIZE)
     if param not in _known or _known[param][0] != state:
-        _known[param] = state, _hash(param)
+        _known[param] = state, memory.digest(param, size=_SIZE).hex()
     digest: str = _known[param][1]
     return digest
-
-
-def _hash(tensor: Tensor) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for piece in memory.pieces_of(tensor):
-        digest.update(piece)
-    return digest.hexdigest()

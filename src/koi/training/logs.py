@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from koi.errors import ConfigurationError
@@ -67,7 +66,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
     if later:
         with path.with_name(f"{path.name}.old").open("ab") as file:
             file.writelines(later)
-    replace_file(path, [*kept, _encoded([line])])
+    replace_file(path, b"".join([*kept, _encoded([line])]))
 
 
 class Log:
@@ -118,12 +117,7 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.flush()
         if self._board is not None:
             with contextlib.suppress(Exception):
@@ -201,12 +195,12 @@ class Log:
         size = path.stat().st_size if path.exists() else None
         if self._begun is not None and self._history and not self._written:
             # first: a line in the log without it would be a stranger's to the next process
-            replace_file(self._begun, [_encoded([asdict(self._history[0])])])
+            replace_file(self._begun, _encoded([asdict(self._history[0])]))
         if self._size is None or size != self._size:
             if self._size is not None and size and not self._is_own(path.read_bytes()):
                 raise OSError("another training writes there")
             content = _encoded(map(asdict, self._history))
-            replace_file(path, [content])
+            replace_file(path, content)
             self._size = len(content)
         elif len(self._history) > self._written:
             content = _encoded(map(asdict, self._history[self._written :]))

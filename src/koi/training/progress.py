@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import logging
-import sys
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from koi.records import Record
 
 
-class Messages(logging.Handler):
-    """Shows what Koi logs above the bar, such as that it compiles and nothing moves for a while.
+@contextmanager
+def messages() -> Iterator[None]:
+    """Show what Koi logs above the bar, such as that it compiles and nothing moves for a while.
 
     Where the program shows log messages itself, that is left to it.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._logger = logging.getLogger("koi")
-        self._level = self._logger.level
-
-    def start(self) -> None:
-        """Show messages from here on."""
-        if not self._logger.hasHandlers():
-            self._logger.addHandler(self)
-            self._logger.setLevel(logging.INFO)
-
-    def stop(self) -> None:
-        """Leave logging as it was."""
-        if self in self._logger.handlers:
-            self._logger.removeHandler(self)
-            self._logger.setLevel(self._level)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a message without disturbing the bar."""
-        tqdm.write(record.getMessage(), file=sys.stderr)
+    logger = logging.getLogger("koi")
+    if logger.hasHandlers():
+        yield
+        return
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class ProgressBar:
@@ -55,21 +47,16 @@ class ProgressBar:
             unit="it",
             dynamic_ncols=True,
         )
-        self._messages = Messages()
+        self._open = ExitStack()
+        self._open.callback(self._bar.close)
 
     def __enter__(self) -> ProgressBar:
         if not self._bar.disable:
-            self._messages.start()
+            self._open.enter_context(messages())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._messages.stop()
-        self._bar.close()
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def advance(self, record: Record) -> None:
         """Count one meta-iteration and show its losses and ε."""

@@ -14,8 +14,8 @@ from koi.errors import EngineError, ModelError
 from koi.inner.base import Engine, InnerLoop
 from koi.inner.checks.differences import Losses
 from koi.inner.checks.plain import Plain
-from koi.inner.compiled.internals import step_hooks
 from koi.inner.eager import EagerEngine
+from koi.inner.optimizers.hooks import step_hooks
 from koi.inner.optimizers.rules import make_optimizer
 from koi.phi.outcome import Phi
 from koi.phi.parameters import Tensors, clone, difference, largest

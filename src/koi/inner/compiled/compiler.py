@@ -16,10 +16,12 @@ import torch
 
 from koi.errors import EngineError, KoiError
 from koi.inner.base import advice_on, reason_of
-from koi.inner.compiled.internals import (
+from koi.inner.compiled.torch_internals import (
     has_graph,
     kernels_apart,
+    options_of,
     recurrence_traced,
+    small_products,
     without_lookup,
 )
 
@@ -157,14 +159,9 @@ def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, 
     tensors are read for that) instead of keeping it. On CUDA the default is CUDA graphs.
     """
     named = mode if isinstance(mode, str) else ("reduce-overhead" if device == "cuda" else None)
-    options: dict[str, Any] = (
-        {} if named is None else dict(torch._inductor.list_mode_options(named))
-    )
+    options: dict[str, Any] = {} if named is None else options_of(named)
     if device == "cpu":
-        from koi.inner.compiled.small_products import SmallProducts
-
-        options |= {
-            "post_grad_custom_pre_pass": SmallProducts(),
+        options |= small_products() | {
             "cpp_wrapper": True,
             "cpp.enable_floating_point_contract_flag": "fast",
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from koi.inner.compiled.compiler import AsItStands, Graph
 from koi.inner.compiled.graph import InnerGraph, State, TensorDict, TrainOutput
+from koi.inner.compiled.torch_internals import at_fixed_address
 from koi.phi.parameters import Tensors
 
 MakeGraph = Callable[[Callable[..., Any], str], Graph | AsItStands]
@@ -94,7 +95,7 @@ class Stepwise:
         if self._fixed is None:
             self._fixed = start
             for tensor in chain(*start):
-                torch._dynamo.mark_static_address(tensor, guard=False)
+                at_fixed_address(tensor)
         else:
             for fixed, value in zip(chain(*self._fixed), chain(*start), strict=True):
                 fixed.copy_(value)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from koi.errors import EngineError
 from koi.inner.base import InnerLoop
-from koi.inner.compiled.internals import step_hooks
+from koi.inner.optimizers.hooks import step_hooks
 from koi.inner.optimizers.torch_optimizer import Key, contents, new_optimizer, try_step
 from koi.phi.parameters import Tensors, clone, difference
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koi.inner.compiled.internals import step_hooks
+from koi.inner.optimizers.hooks import step_hooks
 from koi.inner.optimizers.rules import SGD, Adam, UpdateRule, layout_of
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from koi.errors import ConfigurationError, EngineError
 from koi.inner.base import InnerLoop
-from koi.inner.compiled.internals import hooks_set_aside
+from koi.inner.optimizers.hooks import hooks_set_aside
 from koi.inner.optimizers.moments import check_moments, spread
 from koi.inner.optimizers.rules import layout_of, make_optimizer
 from koi.phi.parameters import Tensors

@@ -66,7 +66,7 @@ def write_card(run: Run) -> None:
         },
         list(_results(run, iteration)),
     )
-    replace_file(run.folder / "README.md", [card.encode()])
+    replace_file(run.folder / "README.md", card.encode())
 
 
 def _description(recipe: FewShotRecipe) -> str:

@@ -162,7 +162,7 @@ class Run:
     @staticmethod
     def _write(path: Path, data: Mapping[str, Any]) -> None:
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-        replace_file(path, [text.encode()])
+        replace_file(path, text.encode())
 
 
 def _differences(there: Config, here: Config) -> list[str]:

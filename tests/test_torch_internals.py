@@ -1,0 +1,95 @@
+"""Private names of torch: one file has them, and Koi does without each."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.codegen.cpp
+
+from engine_toys import Fits, assert_agree, mlp, trained
+from koi.inner.compiled import torch_internals
+
+PACKAGE = Path(__file__).parent.parent / "src" / "koi"
+HOME = PACKAGE / "inner" / "compiled" / "torch_internals.py"
+
+
+def private_names(tree):
+    """Yield what begins at torch and goes through a name with an underscore in front."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name, inner = ast.unparse(node), node
+            while isinstance(inner, ast.Attribute):
+                inner = inner.value
+            if not isinstance(inner, ast.Name):
+                continue
+        elif isinstance(node, ast.ImportFrom):
+            name = ".".join([node.module or "", *(alias.name for alias in node.names)])
+        elif isinstance(node, ast.Import):
+            name = node.names[0].name
+        else:
+            continue
+        root, *parts = name.split(".")
+        private = [p for p in parts if p.startswith("_") and not p.startswith(("__", "_foreach_"))]
+        if root == "torch" and private:
+            yield name
+
+
+def test_they_live_in_one_file():
+    found = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in PACKAGE.rglob("*.py")
+        if path != HOME
+        for name in private_names(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
+def test_the_compiler_is_not_loaded_before_it_is_asked_for():
+    code = (
+        "import sys, torch, koi, koi.problems\n"
+        "for vectorize in (False, True):\n"
+        "    koi.Koi(torch.nn.Linear(1, 1), num_iterations=1, meta_batch_size=2, "
+        "vectorize=vectorize).train(koi.problems.Lines())\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {n for n in done.stdout.split() if n.startswith("koi.inner.compiled.")}
+    assert "torch._inductor.compile_fx" not in done.stdout.split()
+
+
+MISSING = [
+    (torch._C._dynamo.eval_frame, "_debug_get_cache_entry_list"),
+    (torch._dynamo, "mark_static_address"),
+    (torch._inductor, "list_mode_options"),
+]
+
+
+class TestMissing:
+    @pytest.fixture(autouse=True)
+    def none_of_them(self, monkeypatch):
+        for place, name in MISSING:
+            monkeypatch.delattr(place, name)
+
+    def test_what_is_said_instead(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch._inductor.custom_graph_pass", None)
+        monkeypatch.delattr(torch._inductor.codegen.cpp.CppScheduling, "MAX_FUSED_KERNEL_ARGS_NUM")
+        function = torch_internals.sum_of_terms
+        assert not torch_internals.has_graph(function)
+        assert torch_internals.without_lookup(function) is None
+        with torch_internals.kernels_apart():
+            pass
+        torch_internals.at_fixed_address(torch.zeros(1))
+        assert torch_internals.options_of("reduce-overhead") == {"triton.cudagraphs": True}
+        assert torch_internals.options_of("max-autotune") == {}
+        assert torch_internals.small_products() == {}
+
+    @pytest.mark.timeout(300)
+    @pytest.mark.usefixtures("float64")
+    def test_the_numbers_are_the_same(self):
+        start, tasks = mlp(), Fits()
+        settings = {"num_iterations": 3, "num_steps": 2}
+        eager, compiled = (trained(e, start, tasks, **settings) for e in ("eager", "compiled"))
+        assert_agree(compiled, eager)
