@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
 from types import ModuleType
 
+import griffe
 import pytest
+
+from koi import Koi
 
 HOOKS = Path(__file__).resolve().parent.parent / "docs" / "hooks"
 
@@ -51,6 +55,22 @@ def test_a_page_for_a_source_file_shows_all_of_it():
     site = hook("site")
     assert (HOOKS / "site.py").read_text("utf-8") in site.listing(Path("docs/hooks/site.py"))
     assert "`site.py`" in site.listing(Path("docs/hooks"))
+
+
+def test_the_learner_has_all_of_its_arguments():
+    """The source alone says that there are settings, not which."""
+    extensions = griffe.load_extensions(HOOKS / "settings.py")
+    source = griffe.load("koi.learner", search_paths=[HOOKS.parents[1] / "src"])
+    assert "step_size" not in source["Koi.__init__"].parameters
+    package = griffe.load("koi", search_paths=[HOOKS.parents[1] / "src"], extensions=extensions)
+    made = package["learner.Koi"]
+    parameters = made.members["__init__"].parameters
+    assert [p.name for p in parameters][1:] == list(inspect.signature(Koi).parameters)
+    assert (str(parameters["seed"].annotation), parameters["seed"].default) == (
+        "int | None",
+        "None",
+    )
+    assert made.docstring.value == inspect.getdoc(Koi)
 
 
 def test_doctests_are_fenced():

@@ -51,6 +51,9 @@ class Configured:
         Raises:
             ConfigurationError: a setting cannot work, or it is the model, which stays.
         """
+        if name == "settings" and not isinstance(value, Settings):
+            allowed = "made by dataclasses.replace(koi.settings, step_size=…, …)"
+            raise ConfigurationError([wrong(name, value, allowed)])
         if name in _values(self.__dict__.get("settings")):
             name, value = "settings", replace(self.settings, **{name: value})
         elif name == "model" and value is not self.__dict__.get("model", value):

@@ -58,7 +58,7 @@ def contents(koi: Configured, state: TrainingState) -> Data:
         callbacks = state.pending.callbacks
     return {
         "koi": _VERSION,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "settings": settings.stored(),
         "iteration": state.iteration,
         "engine": state.engine,
@@ -80,7 +80,7 @@ def contents(koi: Configured, state: TrainingState) -> Data:
         "meta_state": None if meta is None else meta.state_dict(),
         "tasks": at.tasks,
         "callbacks": callbacks,
-        "generators": None if at.generators is None else tuple(at.generators),
+        "generators": None if at.generators is None else _plain(at.generators),
         "drawn_seed": at.seed,
     }
 
@@ -335,6 +335,14 @@ def _phi(koi: Configured) -> Phi:
     learned, model = Learned.of(koi.model), koi.model
     buffers, constants = learned.buffers_of(model), learned.constants_of(model)
     return Phi(learned.params_of(model), buffers, constants, None, learned)
+
+
+def _plain(states: States) -> tuple[Any, ...]:
+    """Return the generators' states without NumPy's array, which ``torch.load`` does not trust."""
+    if states.numpy is None:
+        return tuple(states)
+    name, key, *rest = states.numpy
+    return tuple(states._replace(numpy=(name, torch.as_tensor(key), *rest)))
 
 
 def _column(values: list[Any]) -> Tensor:

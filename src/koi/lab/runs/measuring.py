@@ -57,16 +57,27 @@ def measuring_learner(checkpoint: Path, config: Config, num_shots: int) -> Koi:
     which it diverges is left out and counted: it must not end a training that is being watched.
     """
     recipe: FewShotRecipe = config.recipe
-    return Koi.load(
-        checkpoint,
-        recipe.model().to(config.device),
-        **recipe.code(),
-        num_steps=recipe.adaptation(num_shots).num_steps,
-        compile=False,
-        vectorize="auto",
-        chunk_size=_CHUNK,
-        on_nonfinite="skip",
-    )
+    model, settings = recipe.model().to(config.device), _measuring(recipe, num_shots)
+    return Koi.load(checkpoint, model, **recipe.code(), **settings)
+
+
+def measuring_copy(learner: Koi, config: Config, num_shots: int) -> Koi:
+    """Return a learner as `measuring_learner` does, of what ``learner`` is now."""
+    copy = Koi(config.recipe.model().to(config.device), **vars(learner.settings))
+    copy.load_state_dict(learner.state_dict())
+    for name, value in _measuring(config.recipe, num_shots).items():
+        setattr(copy, name, value)
+    return copy
+
+
+def _measuring(recipe: FewShotRecipe, num_shots: int) -> dict[str, Any]:
+    return {
+        "num_steps": recipe.adaptation(num_shots).num_steps,
+        "compile": False,
+        "vectorize": "auto",
+        "chunk_size": _CHUNK,
+        "on_nonfinite": "skip",
+    }
 
 
 def measured(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -12,7 +10,7 @@ import torch
 from koi import Koi, Record
 from koi.fewshot import Accuracy, LabelledData
 from koi.lab.runs.folder import Config, Run
-from koi.lab.runs.measuring import measured, measuring_learner
+from koi.lab.runs.measuring import measured, measuring_copy
 from koi.training.logs import append
 from koi.training.progress import ProgressBar
 
@@ -62,8 +60,8 @@ def train(run: Run, progress: bool | None = None) -> Koi:
 class Watcher:
     """A callback that shows progress and measures accuracy on validation classes now and then.
 
-    The measured learner is another one, read from a file: it adapts in its own way and many tasks
-    at once, and cannot touch the training.
+    The measured learner is a copy: it adapts in its own way and many tasks at once, and cannot
+    touch the training.
     """
 
     def __init__(self, run: Run, config: Config, data: LabelledData, bar: ProgressBar) -> None:
@@ -89,16 +87,14 @@ class Watcher:
         self._bar.note = f"validation {100 * line[f'{shots}-shot inductive']:.1f} %"
 
     def _accuracies(self, koi: Koi) -> dict[int, Accuracy]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "koi.safetensors"
-            koi.save(path)
-            return {
-                num_shots: measured(
-                    measuring_learner(path, self._config, num_shots),
-                    self._config,
-                    self._data,
-                    num_shots,
-                    _VALIDATION_TASKS,
-                )
-                for num_shots in self._config.recipe.adaptations
-            }
+        config = self._config
+        return {
+            num_shots: measured(
+                measuring_copy(koi, config, num_shots),
+                config,
+                self._data,
+                num_shots,
+                _VALIDATION_TASKS,
+            )
+            for num_shots in config.recipe.adaptations
+        }
