@@ -5,7 +5,7 @@ import torch
 from koi.inner.base import InnerLoop
 from koi.inner.optimizers.recognition import update_rule
 from koi.inner.optimizers.rules import layout_of, make_optimizer
-from koi.phi.parameters import Learned
+from koi.phi.learned import Learned
 
 SHAPES = [(3, 2), (2,), ()]
 

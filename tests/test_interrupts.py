@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from koi import Koi
-from koi.phi import parameters
+from koi.phi import arithmetic
 from toys import InTurn, Point, Quadratic, Regression, assert_same, small_net
 
 SETTINGS = {"step_size": 0.5, "num_steps": 2, "meta_step_size": 0.5}
@@ -47,7 +47,7 @@ def test_during_the_meta_update(moment, monkeypatch):
     task = Regression(torch.randn(6, 3), torch.randn(6, 2))
     Koi(whole, num_iterations=1, **SETTINGS).train(InTurn(task))
 
-    real = parameters.interpolate_
+    real = arithmetic.interpolate_
 
     def interrupted(*arguments):
         if moment == "before φ moves":
@@ -56,7 +56,7 @@ def test_during_the_meta_update(moment, monkeypatch):
         if moment == "after φ moved":
             press_ctrl_c()
 
-    monkeypatch.setattr(parameters, "interpolate_", interrupted)
+    monkeypatch.setattr(arithmetic, "interpolate_", interrupted)
     koi = Koi(model, num_iterations=3, **SETTINGS)
     with pytest.raises(KeyboardInterrupt):
         koi.train(InTurn(task))

@@ -11,7 +11,7 @@ from koi.inner.optimizers import rules as optimizers
 from koi.inner.optimizers.bound import bound_optimizer
 from koi.inner.optimizers.recognition import update_rule, why_no_rule
 from koi.inner.optimizers.rules import make_optimizer
-from koi.phi.parameters import Learned
+from koi.phi.learned import Learned
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from koi.phi import parameters
-from koi.phi.parameters import Learned, RunningMean
+from koi.phi import arithmetic
+from koi.phi.arithmetic import RunningMean
+from koi.phi.learned import Learned
 
 
 def test_interpolation_is_exact_at_its_ends():
@@ -13,20 +14,20 @@ def test_interpolation_is_exact_at_its_ends():
     start, end = torch.tensor([1e8, 1e-8, -3.0]), torch.tensor([1e-8, 1e8, 0.1])
     for fraction, expected in [(0.0, start), (1.0, end)]:
         moved = start.clone()
-        parameters.interpolate_([moved], [end], fraction)
+        arithmetic.interpolate_([moved], [end], fraction)
         assert torch.equal(moved, expected)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.75, 2.0])
 def test_interpolation(fraction):
     moved = torch.tensor([1.0, -2.0])
-    parameters.interpolate_([moved], [torch.tensor([5.0, 2.0])], fraction)
+    arithmetic.interpolate_([moved], [torch.tensor([5.0, 2.0])], fraction)
     assert moved.tolist() == [1 + 4 * fraction, -2 + 4 * fraction]
 
 
 def test_norm_is_over_all_tensors_together():
     tensors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0], [0.0]]), torch.tensor(12.0)]
-    assert parameters.norm(tensors).item() == 13
+    assert arithmetic.norm(tensors).item() == 13
 
 
 class TestRunningMean:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from koi import ConfigurationError, Koi
 from koi.fewshot import LabelledData
-from koi.phi.update import linear
+from koi.phi.schedules import linear
 from koi.recipes import RECIPES, FewShotRecipe, recipe_named
 from koi.recipes.fewshot import PAPER, adam_without_momentum
 

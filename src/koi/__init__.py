@@ -16,7 +16,7 @@ from koi.errors import (
 )
 from koi.evaluation import Evaluation
 from koi.learner import Koi
-from koi.phi.update import linear
+from koi.phi.schedules import linear
 from koi.records import Record
 from koi.supervised import SupervisedTask
 from koi.tasks import Task, TaskDistribution, stack, tensor_task

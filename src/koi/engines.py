@@ -17,7 +17,8 @@ from koi.inner.dispatch import Dispatch
 from koi.inner.optimizers.recognition import update_rule, why_no_rule
 from koi.inner.optimizers.rules import layout_of
 from koi.inner.scaling import LossScale
-from koi.phi.parameters import Learned, Tensors
+from koi.phi.arithmetic import Tensors
+from koi.phi.learned import Learned
 from koi.settings import Settings
 
 log = logging.getLogger("koi")

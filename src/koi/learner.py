@@ -21,9 +21,10 @@ from koi.evaluation import Evaluation, blocks, stacked
 from koi.inner.base import Metric, finite_rows
 from koi.inner.eager import EagerEngine
 from koi.inner.scaling import LossScale
+from koi.phi.arithmetic import Tensors, same_tensors
 from koi.phi.outcome import Outcome, Phi
-from koi.phi.parameters import Tensors, same_tensors
-from koi.phi.update import MetaUpdate, value_at
+from koi.phi.schedules import value_at
+from koi.phi.update import MetaUpdate
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import Record, mean_ends

@@ -18,7 +18,8 @@ from torch import Tensor
 from koi.algorithms import NAMED, Algorithm, schedule_of
 from koi.errors import ConfigurationError, did_you_mean, wrong
 from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, make_optimizer
-from koi.phi.update import MetaOptimizerFactory, Schedule, linear
+from koi.phi.schedules import Schedule, linear
+from koi.phi.update import MetaOptimizerFactory
 
 # Returns a value as Koi keeps it, NumPy's numbers as Python's own, or raises `Refused`.
 Check = Callable[[Any], Any]

@@ -7,7 +7,7 @@ from koi.algorithms.eigen_reptile import EigenReptile
 from koi.algorithms.fomaml import FOMAML
 from koi.algorithms.maml import MAML
 from koi.algorithms.reptile import Reptile
-from koi.phi.update import Schedule
+from koi.phi.schedules import Schedule
 
 __all__ = [
     "FOMAML",

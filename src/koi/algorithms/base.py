@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from koi.errors import ConfigurationError
-from koi.phi import parameters
-from koi.phi.parameters import Tensors
-from koi.phi.update import Schedule, linear
+from koi.phi import arithmetic
+from koi.phi.arithmetic import Tensors
+from koi.phi.schedules import Schedule, linear
 
 
 class Adaptation(NamedTuple):
@@ -91,11 +91,11 @@ class TowardsPoint(Algorithm):
 
     def meta_gradient(self, phi: Tensors, mean: Tensors) -> Tensors:
         """Return φ − mean."""
-        return parameters.difference(phi, mean)
+        return arithmetic.difference(phi, mean)
 
     def move_(self, phi: Tensors, mean: Tensors, epsilon: float) -> None:
         """φ ← φ + ε · (mean − φ)."""
-        parameters.interpolate_(phi, mean, epsilon)
+        arithmetic.interpolate_(phi, mean, epsilon)
 
     def default_meta_step_size(self, _: float) -> Schedule:
         """Return ε from 1 to 0: by the end φ no longer follows single tasks."""
@@ -140,9 +140,9 @@ def given(
             and tensor.dtype == param.dtype
         ):
             is_tensor = isinstance(tensor, Tensor)
-            what = parameters.in_words(tensor) if is_tensor else type(tensor).__name__
+            what = arithmetic.in_words(tensor) if is_tensor else type(tensor).__name__
             raise ConfigurationError(
-                [_wanted(algorithm, f"{what} for a parameter of {parameters.in_words(param)}")]
+                [_wanted(algorithm, f"{what} for a parameter of {arithmetic.in_words(param)}")]
             )
     return list(tensors)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from koi.algorithms.base import Adaptation, TowardsPoint
-from koi.phi.parameters import Tensors
+from koi.phi.arithmetic import Tensors
 
 # The matrix is squared so often, which is as good as 2¹⁶ steps of the power method.
 _SQUARINGS = 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from koi.algorithms.base import Adaptation, AgainstGradient
-from koi.phi.parameters import Tensors
+from koi.phi.arithmetic import Tensors
 
 
 @dataclass(frozen=True)

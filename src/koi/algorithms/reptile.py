@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from koi.algorithms.base import Adaptation, TowardsPoint
-from koi.phi.parameters import Tensors
+from koi.phi.arithmetic import Tensors
 
 
 @dataclass(frozen=True)

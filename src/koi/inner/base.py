@@ -17,9 +17,10 @@ from koi.algorithms import Algorithm
 from koi.errors import NonFiniteError, TaskError, annotate, is_end
 from koi.inner.optimizers.rules import Layout, OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
-from koi.phi import parameters
+from koi.phi import arithmetic
+from koi.phi.arithmetic import Tensors
+from koi.phi.learned import Learned
 from koi.phi.outcome import Outcome, Phi
-from koi.phi.parameters import Learned, Tensors
 from koi.randomness import Place
 from koi.tasks import TaskBatch, views
 
@@ -123,7 +124,7 @@ def metrics_of(
         NonFiniteError: an adapted parameter is not finite.
         TaskError: the metric returned no tensor.
     """
-    size = parameters.norm([p.detach() for p in inner.learned.params_of(model)]).item()
+    size = arithmetic.norm([p.detach() for p in inner.learned.params_of(model)]).item()
     if not finite_tasks([[]], [size], number, place, inner.skip_nonfinite):
         return []
     with torch.no_grad():

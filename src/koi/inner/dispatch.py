@@ -14,8 +14,8 @@ from koi.inner.base import Engine, InnerLoop, Metric, advice_on, reason_of
 from koi.inner.checks.selfcheck import DisagreementError, Request, SelfCheck
 from koi.inner.eager import EagerEngine
 from koi.inner.vectorized import VectorizedEngine
+from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
-from koi.phi.parameters import Tensors
 from koi.randomness import Place, capture, restore
 from koi.tasks import TaskBatch, is_tensor_task
 

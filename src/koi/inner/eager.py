@@ -29,9 +29,9 @@ from koi.inner.layers.normalisation import map_weight_norm
 from koi.inner.optimizers.bound import bound_optimizer
 from koi.inner.stepwise import StepwiseEngine
 from koi.inner.working import WorkingCopy
-from koi.phi import parameters
+from koi.phi import arithmetic
+from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, OutcomeMean, Phi
-from koi.phi.parameters import Tensors
 from koi.randomness import Place
 from koi.tasks import TaskBatch, query_of, views
 
@@ -74,7 +74,7 @@ class EagerEngine(StepwiseEngine):
                     way = self.inner.algorithm.meta_gradient(phi.params, adapted.given)
                 losses, distance = self._finite(way, adapted.losses, number, place)
                 buffers, constants = self.copy.end()
-                moved = parameters.movements(buffers, phi.buffers)
+                moved = arithmetic.movements(buffers, phi.buffers)
             if losses:
                 means.add(adapted.given, moved, constants, adapted.moments, losses)
         return means.outcome(len(batch), distance if len(batch) == 1 else None)
@@ -143,7 +143,7 @@ class EagerEngine(StepwiseEngine):
 
     def _finite(self, way: Tensors, each: Tensor, number: int, place: Place) -> Kept:
         """Return the task's losses, none if it is skipped, and how long its way is."""
-        moved = parameters.norms(way)
+        moved = arithmetic.norms(way)
         figures = torch.cat([each, moved]).tolist()
         losses, distance = figures[: -len(moved)], math.hypot(*figures[-len(moved) :])
         kept = finite_tasks([losses], [distance], number, place, self.inner.skip_nonfinite)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from koi.phi.parameters import Learned, Tensors
+from koi.phi.arithmetic import Tensors
+from koi.phi.learned import Learned
 
 
 class TaskLoss(nn.Module):

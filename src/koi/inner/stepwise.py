@@ -22,8 +22,8 @@ from koi.algorithms import given
 from koi.errors import ModelError
 from koi.inner.base import InnerLoop
 from koi.inner.optimizers.bound import BoundOptimizer, RuleOptimizer
+from koi.phi.arithmetic import Tensors, clone
 from koi.phi.outcome import Phi
-from koi.phi.parameters import Tensors, clone
 from koi.tasks import outer_view
 
 _RECOMPUTED = (

@@ -37,9 +37,9 @@ from koi.inner.optimizers.bound import BoundOptimizer, bound_optimizer
 from koi.inner.optimizers.elementwise import check_elementwise
 from koi.inner.stepwise import Given, StepwiseEngine
 from koi.inner.working import WorkingCopy
-from koi.phi import parameters
+from koi.phi import arithmetic
+from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, OutcomeMean, Phi
-from koi.phi.parameters import Tensors
 from koi.randomness import Place, capture, same_host_draws
 from koi.tasks import (
     TaskBatch,
@@ -90,7 +90,7 @@ class VectorizedEngine(StepwiseEngine):
             last = -1 if kept is None else max(kept, default=-1)
             means.add(
                 means_of(adapted.given, kept),
-                means_of(parameters.movements(self.buffers, phi.buffers), kept),
+                means_of(arithmetic.movements(self.buffers, phi.buffers), kept),
                 [rows[last] for rows in self.constants] if losses else [],
                 means_of(adapted.moments, kept, self.optimizer.per_task(adapted.moments)),
                 losses,
@@ -261,7 +261,7 @@ class VectorizedEngine(StepwiseEngine):
     ) -> tuple[list[int] | None, list[list[float]]]:
         """Return which rows are kept, None for all, and their losses."""
         rows = adapted.losses.t().tolist()
-        total = parameters.norm(adapted.given) + adapted.losses.sum()
+        total = arithmetic.norm(adapted.given) + adapted.losses.sum()
         if bool(total.isfinite()):
             return None, rows
         squares = [p.square().flatten(1).sum(1) for p in adapted.given]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from koi.errors import EngineError, ModelError
 from koi.inner.checks.granted import Look, difference, form, held
-from koi.phi import parameters
+from koi.phi import arithmetic, learned
+from koi.phi.arithmetic import Tensors
+from koi.phi.learned import Learned
 from koi.phi.outcome import Phi
-from koi.phi.parameters import Learned, Tensors
 
 
 class Slot(NamedTuple):
@@ -67,9 +68,9 @@ class WorkingCopy:
             shared |= {id(t): own for t, own in zip(theirs, self._own, strict=True)}
             self.module = self._copy(shared)
             self._made()
-        parameters.copy_(self.values, phi.params)
+        arithmetic.copy_(self.values, phi.params)
         count = len(self.params)
-        parameters.copy_(self._own[count:], [*phi.buffers, *phi.constants])
+        arithmetic.copy_(self._own[count:], [*phi.buffers, *phi.constants])
         self.watch()
 
     def watch(self) -> None:
@@ -91,7 +92,7 @@ class WorkingCopy:
             strict=True,
         ):
             if form(own)[:3] != form(tensor)[:3]:
-                before, now = parameters.in_words(own), parameters.in_words(tensor)
+                before, now = arithmetic.in_words(own), arithmetic.in_words(tensor)
                 raise ModelError(
                     f"a task turned the buffer {name!r} of {before} into one of {now}, and buffers "
                     "are averaged over tasks: run one batch through the model before giving it to "
@@ -150,12 +151,12 @@ class WorkingCopy:
             for own in (part.__dict__, part._buffers, part._parameters)
         ]
         tensors = self.learned.tensors_of(self.module)[len(self.params) :]
-        values = parameters.clone(tensors)
+        values = arithmetic.clone(tensors)
         yield
         for own, entries in dictionaries:
             own.clear()
             own.update(entries)
-        parameters.copy_(tensors, values)
+        arithmetic.copy_(tensors, values)
         after = held(self.module) if self._look.deep else ()
         if before != after:
             raise ModelError(
@@ -169,7 +170,7 @@ class WorkingCopy:
 
     def _copy(self, shared: dict[int, Tensor]) -> nn.Module:
         """Return a fresh copy of the module, with ``shared`` in the place of tensors, by id."""
-        module = parameters.copy_module(self._model, shared)
+        module = learned.copy_module(self._model, shared)
         for kind in ("_parameters", "_buffers"):  # where a __deepcopy__ did not hand the memo on
             for part, theirs in zip(module.modules(), self._model.modules(), strict=True):
                 for key, tensor in getattr(theirs, kind).items():

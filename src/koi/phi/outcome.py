@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from koi.phi.parameters import Learned, RunningMean, Tensors, clone
+from koi.phi.arithmetic import RunningMean, Tensors, clone
+from koi.phi.learned import Learned
 
 
 @dataclass

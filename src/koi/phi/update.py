@@ -5,60 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from koi.errors import ConfigurationError, NonFiniteError
-from koi.phi import parameters
+from koi.phi import arithmetic
+from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
-from koi.phi.parameters import Tensors
 
-Schedule = Callable[[float], float]
 MetaOptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class linear:  # noqa: N801 (reads as a function, compares and prints as data)
-    """A schedule from ``start`` to ``end``: (1 − f) · start + f · end at the fraction f done.
-
-    The paper anneals ε this way (section 6); the last meta-iteration of N has f = (N − 1) / N.
-
-    >>> linear(1.0, 0.0)(0.25)
-    0.75
-    """
-
-    start: float
-    end: float
-
-    def __call__(self, fraction: float) -> float:
-        """Return the value at ``fraction`` in [0, 1]."""
-        return (1 - fraction) * self.start + fraction * self.end
-
-
-def value_at(schedule: float | Schedule, fraction: float) -> float:
-    """Return ε at the fraction done, checking what the user's schedule gives.
-
-    Raises:
-        ConfigurationError: it is no finite number of at least 0.
-    """
-    if not callable(schedule):
-        return float(schedule)
-    value = schedule(fraction)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise ConfigurationError(
-            [
-                f"the schedule meta_step_size gave {value!r} at the fraction {fraction:.4g}: "
-                "it must give a finite number of at least 0"
-            ]
-        )
-    return number
 
 
 class Moves(Protocol):
@@ -109,12 +66,12 @@ class MetaUpdate:
         else:
             distance = outcome.distance
             if distance is None:
-                distance = parameters.norm(algorithm.meta_gradient(params, outcome.given)).item()
+                distance = arithmetic.norm(algorithm.meta_gradient(params, outcome.given)).item()
             size = self._finite(epsilon * distance)
             algorithm.move_(params, outcome.given, epsilon)
-        parameters.move_(self.phi.buffers, outcome.buffers, epsilon)
+        arithmetic.move_(self.phi.buffers, outcome.buffers, epsilon)
         if epsilon > 0:
-            parameters.copy_(self.phi.constants, outcome.constants)
+            arithmetic.copy_(self.phi.constants, outcome.constants)
         return size
 
     def _check_buffers(self, outcome: Outcome) -> None:
@@ -131,7 +88,7 @@ class MetaUpdate:
 
     def _step(self, optimizer: torch.optim.Optimizer, gradient: Tensors) -> float:
         params = self.phi.params
-        before, users_grads = parameters.clone(params), [p.grad for p in params]
+        before, users_grads = arithmetic.clone(params), [p.grad for p in params]
         state = {param: copy.deepcopy(kept) for param, kept in optimizer.state.items()}
         groups = [
             copy.deepcopy({name: value for name, value in group.items() if name != "params"})
@@ -141,9 +98,9 @@ class MetaUpdate:
             for param, grad in zip(params, gradient, strict=True):
                 param.grad = grad
             optimizer.step()
-            return self._finite(parameters.norm(parameters.difference(params, before)).item())
+            return self._finite(arithmetic.norm(arithmetic.difference(params, before)).item())
         except BaseException:
-            parameters.copy_(params, before)
+            arithmetic.copy_(params, before)
             optimizer.state.clear()
             optimizer.state.update(state)
             for group, saved in zip(optimizer.param_groups, groups, strict=True):

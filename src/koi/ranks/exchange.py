@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from koi.phi.arithmetic import Tensors, clone
 from koi.phi.outcome import Outcome, Phi
-from koi.phi.parameters import Tensors, clone
 
 
 class Form(NamedTuple):

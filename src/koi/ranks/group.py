@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from koi import errors, memory
 from koi.errors import ConfigurationError, KoiError, RankError, annotate
+from koi.phi.arithmetic import same_tensors
 from koi.phi.outcome import Outcome, Phi
-from koi.phi.parameters import same_tensors
 from koi.ranks.exchange import Buffer, Form, share
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from koi.errors import ConfigurationError, did_you_mean
 from koi.fewshot import Episodes, LabelledData
 from koi.fewshot.sources import ImageForm
 from koi.models import mini_imagenet_net, omniglot_net
-from koi.phi.update import linear
+from koi.phi.schedules import linear
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "omniglot": omniglot_net,

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from koi.models import sine_mlp
-from koi.phi.update import linear
+from koi.phi.schedules import linear
 from koi.problems import Sines
 from koi.tasks import TaskDistribution
 

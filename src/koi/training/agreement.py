@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from koi.algorithms import schedule_of
-from koi.phi.parameters import in_words
+from koi.phi.arithmetic import in_words
 from koi.settings import is_kind, shown
 
 Data = dict[str, Any]

@@ -17,9 +17,10 @@ from koi import storage
 from koi.algorithms import algorithm_of
 from koi.configured import Configured
 from koi.errors import CheckpointError, annotate
-from koi.phi import parameters
+from koi.phi import arithmetic
+from koi.phi.arithmetic import Tensors
+from koi.phi.learned import Learned
 from koi.phi.outcome import Phi
-from koi.phi.parameters import Learned, Tensors
 from koi.phi.update import MetaUpdate
 from koi.randomness import States
 from koi.records import Record
@@ -270,8 +271,8 @@ def _put(
     if tasks is not None:
         stateful.give_state(tasks, saved.mark.tasks)
     with uninterrupted():
-        parameters.copy_(phi.params, sources)
-        parameters.copy_(buffers, list(saved.buffers.values()))
+        arithmetic.copy_(phi.params, sources)
+        arithmetic.copy_(buffers, list(saved.buffers.values()))
         state.iteration, state.engine = saved.iteration, saved.engine
         state.history, state.ruled_out = list(saved.history), set(saved.ruled_out)
         state.keep(moments, phi.params, settings)

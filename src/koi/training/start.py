@@ -13,7 +13,7 @@ import torch
 
 from koi import randomness, storage
 from koi.configured import Configured
-from koi.phi import parameters
+from koi.phi import arithmetic
 from koi.ranks.group import Ranks
 from koi.training import checkpoint, stateful
 from koi.training.folder import Folder
@@ -114,7 +114,7 @@ def _become_the_first(
                 data["callbacks"] = None
             saved = checkpoint.saved_from(data, "of rank 0")
             checkpoint.go_on(koi, state, saved, tasks, owners)
-            parameters.copy_(list(frozen.values()), [data["frozen_values"][n] for n in frozen])
+            arithmetic.copy_(list(frozen.values()), [data["frozen_values"][n] for n in frozen])
 
 
 def _look_for_a_scheduler(state: TrainingState) -> None:

@@ -12,7 +12,7 @@ from koi import randomness
 from koi.errors import CheckpointError
 from koi.inner.optimizers.rules import OptimizerFactory
 from koi.inner.scaling import LossScale
-from koi.phi.parameters import Tensors
+from koi.phi.arithmetic import Tensors
 from koi.phi.update import MetaUpdate
 from koi.randomness import States
 from koi.records import Record

@@ -10,7 +10,7 @@ import torch
 
 from koi.algorithms import FOMAML
 from koi.inner.checks.plain import Plain
-from koi.phi.parameters import Tensors, largest, norm
+from koi.phi.arithmetic import Tensors, largest, norm
 from koi.randomness import States
 
 # A contradiction is one beyond so much of the gradient's length, and so many times what differences

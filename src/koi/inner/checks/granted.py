@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koi.phi.parameters import has_hooks, unchanged
+from koi.phi.arithmetic import unchanged
+from koi.phi.learned import has_hooks
 
 # Up to this many elements a plain tensor is compared by value: `.data` leaves no other trace.
 _SMALL = 2**16

@@ -17,7 +17,8 @@ from koi.algorithms import given
 from koi.errors import ModelError
 from koi.inner.base import InnerLoop, scalar
 from koi.inner.optimizers.rules import make_optimizer
-from koi.phi.parameters import Tensors, clone, copy_module
+from koi.phi.arithmetic import Tensors, clone
+from koi.phi.learned import copy_module
 from koi.randomness import Place, capture, same_states
 from koi.tasks import outer_view, query_of, views
 

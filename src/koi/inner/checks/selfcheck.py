@@ -18,8 +18,8 @@ from koi.inner.checks.plain import Plain
 from koi.inner.eager import EagerEngine
 from koi.inner.optimizers.hooks import step_hooks
 from koi.inner.optimizers.rules import make_optimizer
+from koi.phi.arithmetic import Tensors, clone, difference, largest
 from koi.phi.outcome import Phi
-from koi.phi.parameters import Tensors, clone, difference, largest
 from koi.randomness import Place, States, capture, restore
 from koi.tasks import TaskBatch
 

@@ -21,8 +21,8 @@ from koi.inner.layers.normalisation import map_normalisation, map_weight_norm
 from koi.inner.layers.recurrence import map_recurrence
 from koi.inner.optimizers.moments import check_moments
 from koi.inner.working import WorkingCopy
+from koi.phi.arithmetic import Tensors, clone
 from koi.phi.outcome import Outcome, OutcomeMean, Phi
-from koi.phi.parameters import Tensors, clone
 from koi.randomness import Place
 from koi.tasks import TaskBatch
 

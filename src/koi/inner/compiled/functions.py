@@ -23,7 +23,7 @@ from koi.inner.base import InnerLoop, attention_kernel
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.stepwise import filled
-from koi.phi.parameters import Tensors, movements
+from koi.phi.arithmetic import Tensors, movements
 from koi.tasks import query_of, tensors_of, views, with_tensors
 
 TensorDict = dict[str, Tensor]

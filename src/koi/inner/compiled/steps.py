@@ -13,7 +13,7 @@ from torch import Tensor
 from koi.inner.compiled.compiler import AsItStands, Graph
 from koi.inner.compiled.functions import Adapted, InnerFunctions, State, TensorDict, TrainOutput
 from koi.inner.compiled.torch_internals import at_fixed_address
-from koi.phi.parameters import Tensors, clone
+from koi.phi.arithmetic import Tensors, clone
 
 MakeGraph = Callable[[Callable[..., Any], str], Graph | AsItStands]
 

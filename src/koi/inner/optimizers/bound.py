@@ -11,7 +11,7 @@ from koi.inner.base import InnerLoop
 from koi.inner.optimizers.moments import check_moments, spread
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.optimizers.torch_optimizer import TorchOptimizer
-from koi.phi.parameters import Tensors
+from koi.phi.arithmetic import Tensors
 
 
 class BoundOptimizer(Protocol):

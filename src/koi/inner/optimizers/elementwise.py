@@ -11,7 +11,7 @@ from koi.errors import EngineError
 from koi.inner.base import InnerLoop
 from koi.inner.optimizers.hooks import step_hooks
 from koi.inner.optimizers.torch_optimizer import Key, contents, new_optimizer, try_step
-from koi.phi.parameters import Tensors, clone, difference
+from koi.phi.arithmetic import Tensors, clone, difference
 
 # Gradients of very different size show what depends on a norm, or cuts it off.
 _SIZES = (0.01, 1.0, 100.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from koi.errors import ConfigurationError
-from koi.phi.parameters import Tensors
+from koi.phi.arithmetic import Tensors
 
 
 def check_moments(moments: Sequence[Tensor], shapes: Sequence[torch.Size]) -> None:

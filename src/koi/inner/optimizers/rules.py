@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from koi.errors import ConfigurationError
-from koi.phi.parameters import Tensors
+from koi.phi.arithmetic import Tensors
 
 OptimizerFactory = Callable[[Any, float], torch.optim.Optimizer]
 

@@ -20,7 +20,7 @@ from koi.inner.base import InnerLoop
 from koi.inner.optimizers.hooks import hooks_set_aside
 from koi.inner.optimizers.moments import check_moments, spread
 from koi.inner.optimizers.rules import layout_of, make_optimizer
-from koi.phi.parameters import Tensors
+from koi.phi.arithmetic import Tensors
 from koi.randomness import capture, restore
 
 # Set by schedulers as a task goes on: each task begins with what the factory gives.

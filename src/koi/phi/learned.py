@@ -1,9 +1,8 @@
-"""Arithmetic on lists of tensors, and which tensors of a module a task adapts."""
+"""Which tensors of a module a task adapts, and whether a copy can stand for the module."""
 
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from koi.errors import ModelError
-
-Tensors = list[Tensor]
+from koi.phi.arithmetic import Tensors, copy_
 
 
 @dataclass(frozen=True)
@@ -147,127 +145,3 @@ def copy_module(module: nn.Module, shared: dict[int, Any] | None = None) -> nn.M
             "torch.nn.utils.parametrizations, not the older weight_norm hooks), generators and "
             "locks out of the module's attributes"
         ) from error
-
-
-def clone(tensors: Sequence[Tensor]) -> Tensors:
-    """Return detached copies: later in-place changes of ``tensors`` do not reach them."""
-    return [t.detach().clone() for t in tensors]
-
-
-def same_tensors(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Return whether both lists hold the very same tensors."""
-    return len(left) == len(right) and all(map(operator.is_, left, right))
-
-
-def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Overwrite ``targets`` by ``sources``."""
-    if targets:
-        with torch.no_grad():
-            torch._foreach_copy_(list(targets), list(sources))
-
-
-def difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
-    """Return left − right, tensor by tensor."""
-    return list(torch._foreach_sub(list(left), list(right))) if left else []
-
-
-@torch.no_grad()
-def unchanged(left: Tensor, right: Tensor) -> Tensor:
-    """Return where two tensors hold the same values, infinities and NaN included."""
-    return (left == right) | (left.isnan() & right.isnan())
-
-
-@torch.no_grad()
-def movements(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensors:
-    """Return end − start, exactly zero where they are the same, be they infinite."""
-    return [
-        torch.where(unchanged(end, start), torch.zeros_like(start), end - start)
-        for end, start in zip(ends, starts, strict=True)
-    ]
-
-
-def move_(tensors: Sequence[Tensor], changes: Sequence[Tensor], fraction: float) -> None:
-    """Move ``tensors`` in place by fraction · change; what has no change stays bit for bit."""
-    for tensor, change in zip(tensors, changes, strict=True):
-        with torch.no_grad():
-            tensor.copy_(torch.where(change == 0, tensor, tensor + fraction * change))
-
-
-def interpolate_(start: Sequence[Tensor], end: Sequence[Tensor], fraction: float) -> None:
-    """Move ``start`` in place to start + fraction · (end − start), exact at 0 and at 1."""
-    if start:
-        torch._foreach_lerp_(list(start), list(end), fraction)
-
-
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm of each tensor, as one vector."""
-    each = torch._foreach_norm(list(tensors))
-    if len({norm.device for norm in each}) > 1:
-        each = tuple(norm.to(each[0].device) for norm in each)
-    return torch.stack(each)
-
-
-def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm over all the tensors together, as one scalar."""
-    total: Tensor = torch.linalg.vector_norm(norms(tensors))
-    return total
-
-
-def in_words(tensor: Tensor) -> str:
-    """Return a tensor's shape and type, for messages.
-
-    >>> in_words(torch.zeros(2, 3))
-    'shape (2, 3), float32'
-    """
-    return f"shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def largest(tensor: Tensor) -> float:
-    """Return the largest absolute value, 0 of an empty tensor."""
-    return tensor.abs().max().item() if tensor.numel() else 0.0
-
-
-class RunningMean:
-    """A mean over tasks that holds one sum, however many tasks there are.
-
-    Half-precision tensors are summed in float32. What is added only once passes through as it is;
-    with ``copy=False``, for a mean of which that is known, as the very tensors.
-
-    >>> mean = RunningMean()
-    >>> mean.add([torch.tensor([1.0])])
-    >>> mean.add([torch.tensor([4.0])], count=2)
-    >>> mean.value()
-    [tensor([3.])]
-    """
-
-    def __init__(self, copy: bool = True) -> None:
-        self.count = 0
-        self._copy = copy
-        self._first: tuple[Tensors, int] | None = None
-        self._sums: Tensors = []
-
-    def add(self, tensors: Sequence[Tensor], count: int = 1) -> None:
-        """Add the tensors of one task, or the mean over ``count`` tasks."""
-        if count == 0:
-            return
-        if self._first is None:
-            self._first = clone(tensors) if self._copy else list(tensors), count
-        elif tensors:
-            if not self._sums:
-                self._sums = [t * self._first[1] for t in _wide(self._first[0])]
-            torch._foreach_add_(self._sums, _wide(tensors), alpha=count)
-        self.count += count
-
-    def value(self) -> Tensors:
-        """Return the mean, in the tensors' own precision."""
-        if self._first is None:
-            return []
-        first, _ = self._first
-        if not self._sums:
-            return first
-        means = torch._foreach_div(self._sums, float(self.count))
-        return [mean.to(own.dtype) for mean, own in zip(means, first, strict=True)]
-
-
-def _wide(tensors: Sequence[Tensor]) -> Tensors:
-    return [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
