@@ -91,8 +91,9 @@ def test_case(case, engine, caplog):
         if case.refusals("vectorized") and not case.refusals(engine) and case.runs(engine)
     ],
 )
-def test_one_by_one_where_all_at_once_is_refused(case, engine, caplog):
+def test_one_by_one_where_all_at_once_is_refused(case, engine, caplog, monkeypatch):
     """With vectorize="auto" the line in the log has the words, and the slower way is right."""
+    monkeypatch.setattr("koi.inner.dispatch._FEW_TASKS", 1)
     koi = learner(case, "auto", ENGINES[engine][1])
     found = result(koi, case)
     assert koi.engine == engine

@@ -80,7 +80,7 @@ def test_every_recipe_trains(name):
     data = LabelledData(torch.randint(256, shape, dtype=torch.uint8), classes, [20] * len(classes))
     model = recipe.model()
     before = [p.detach().clone() for p in model.parameters()]
-    settings = recipe.settings() | {"num_iterations": 1, "num_steps": 2, "meta_batch_size": 2}
+    settings = recipe.settings() | {"num_iterations": 1, "num_steps": 2, "meta_batch_size": 3}
     koi = Koi(model, **settings, seed=0)
     koi.train(recipe.training_episodes(data))
     assert koi.engine == "vectorized"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm import TqdmWarning, tqdm
 
 from koi.records import Record
 
@@ -23,6 +23,9 @@ def messages() -> Iterator[None]:
     if logger.hasHandlers():
         yield
         return
+    with warnings.catch_warnings():  # of a notebook's own bar, which is not asked for
+        warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.contrib.logging import logging_redirect_tqdm
     level = logger.level
     logger.setLevel(logging.INFO)
     try:
