@@ -23,7 +23,7 @@ from koi.phi.schedules import Schedule, linear
 class Adaptation(NamedTuple):
     """What the inner loop leaves of one task: lists with a tensor for each parameter, in one order.
 
-    Args:
+    Attributes:
         start: φ.
         end: φ̃, the parameters after the last inner step.
         path: φ, …, φ̃, the parameters before the first step and after each: num_steps + 1 such
