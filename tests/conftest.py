@@ -16,7 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # The slow tests in shares of a few minutes, of which the check of every commit runs the next one.
-NUM_SHARDS = 40
+NUM_SHARDS = 8
 
 
 def pytest_addoption(parser):
