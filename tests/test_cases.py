@@ -5,7 +5,7 @@ import pytest
 from case_runs import assert_right, learner, moved, result, unchanged
 from cases import COMPILED, MODELS, Case, table
 from engine_toys import ENGINES
-from koi.errors import KoiError
+from koi.errors import EngineError, KoiError
 from koi.tasks import is_tensor_task
 
 pytestmark = [
@@ -126,4 +126,8 @@ def test_traced_in_full(case, engine, caplog):
 @pytest.mark.parametrize("case", REPTILE, ids=str)
 def test_compiled(case, caplog):
     """By Inductor, all tasks at once."""
+    if case.model.startswith("complex") and not case.refusals("vectorized+compiled", traced=True):
+        with pytest.raises(EngineError, match=r"complex operators.*: use compile=False"):
+            result(learner(case, True, True), case)
+        return
     check(case, "vectorized+compiled", caplog, traced=True)

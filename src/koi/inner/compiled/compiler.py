@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -79,7 +80,13 @@ class Graph:
         log.info("compiling %s: this takes some seconds, once", self._what)
         began = time.perf_counter()
         try:
-            with kernels_apart() if self._lean else nullcontext(), recurrence_traced():
+            with (
+                kernels_apart() if self._lean else nullcontext(),
+                recurrence_traced(),
+                warnings.catch_warnings(),
+            ):
+                # Inductor goes on without code of its own, and such graphs were seen to crash
+                warnings.filterwarnings("error", message=".*code generation for complex")
                 result = self._run(*inputs)
         except KoiError:
             raise
