@@ -254,6 +254,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whole update": {"meta_step_size": 1.0},
     "schedule": {"meta_step_size": koi.linear(1.0, 0.0)},
     "meta-optimizer": {"meta_optimizer": partial(torch.optim.Adam, lr=0.01)},
+    "clipped": {"clip_meta": 0.05},
+    "clipped meta-optimizer": {
+        "clip_meta": 0.05,
+        "meta_optimizer": partial(torch.optim.SGD, lr=0.5, momentum=0.9),
+        "meta_step_size": koi.warmup(koi.cosine(2.0, 0.5), 0.5),
+    },
 }
 
 # Beside every row with the base of the others: model, task, optimizer, settings.

@@ -22,13 +22,16 @@ def meta_train(
     inner_state="carry",
     meta_optimizer=None,
     algorithm="reptile",
+    clip_meta=None,
+    average=None,
     state=None,
 ):
     """Meta-train ``model`` in place; the arguments mean what they mean in `koi.Koi`.
 
     Returns the inner optimizer's moments, shared by all tasks, for a training that goes on as
-    ``state``; None where every task starts afresh.
+    ``state``; None where every task starts afresh. With ``average``, the mean of φ, too.
     """
+    means, weights = [0.0 for _ in learned(model)], 0.0
     outer = meta_optimizer(learned(model)) if meta_optimizer else None
     for iteration in range(num_iterations):
         epsilon = meta_step_size
@@ -58,8 +61,14 @@ def meta_train(
 
         for param, *grads in zip(learned(model), *gradients, strict=True):
             param.grad = sum(grads) / meta_batch_size
+        if clip_meta is not None:
+            torch.nn.utils.clip_grad_norm_(learned(model), clip_meta)
         if outer is not None:
+            for group in outer.param_groups:
+                group["lr"] *= epsilon
             outer.step()
+            for group in outer.param_groups:
+                group["lr"] /= epsilon
         else:
             with torch.no_grad():
                 for param in learned(model):
@@ -68,7 +77,11 @@ def meta_train(
         move_buffers(model, adapted_models, epsilon)
         if inner_state == "carry":
             state = mean_state(states)
-    return state
+        if average is not None:
+            weights = average * weights + 1
+            pairs = zip(means, learned(model), strict=True)
+            means = [average * mean + p.detach() for mean, p in pairs]
+    return state if average is None else [mean / weights for mean in means]
 
 
 def evaluate(

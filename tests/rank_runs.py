@@ -121,6 +121,37 @@ def counting(rank, ranks, num_iterations, folder):
     return [callback.count for callback in callbacks]
 
 
+def ending(rank, stops, **options):
+    """Train until one rank's callback returns STOP at the third; return how far it came, and φ."""
+    koi = learner(seed=0)
+    callbacks = [lambda koi, record: koi.STOP if rank in stops and koi.iteration == 3 else None]
+    koi.train(Regressions(), callbacks=callbacks, **options)
+    return koi.iteration, koi.best, {n: t.double() for n, t in snapshot(koi.model).items()}
+
+
+def validated(rank, folder):
+    """Train with validation by a callable that other ranks would not agree with."""
+    torch.manual_seed(0)
+    value = [5.0, 2.0, 3.0, 4.0, 5.0][rank:] or [1.0]
+    koi = learner(seed=0, num_iterations=6)
+    koi.train(
+        Regressions(),
+        validate=lambda koi: value[koi.iteration - 1],
+        validate_every=1,
+        patience=2,
+        checkpoint_dir=folder,
+    )
+    return koi.iteration, koi.best, {n: t.double() for n, t in snapshot(koi.model).items()}
+
+
+def stepped(rank):
+    torch.manual_seed(0)
+    koi, tasks = learner(seed=0, num_iterations=3), Regressions()
+    for _ in range(3):
+        koi.step(tasks)
+    return {n: t.double() for n, t in snapshot(koi.model).items()}
+
+
 def fail():
     raise ValueError("no luck")
 

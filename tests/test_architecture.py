@@ -28,8 +28,9 @@ _TABLE = {
     "problems": "fewshot storage supervised tasks errors",
     "models": "",
     "fewshot": "evaluation supervised tasks randomness errors",
-    "learner": "engines training ranks configured settings "
-    "evaluation sampling inner phi records randomness",
+    "learner": "stored engines training ranks configured settings "
+    "evaluation sampling inner phi records randomness errors",
+    "stored": "training configured phi errors",
     "engines": "settings inner algorithms phi errors",
     "training": "ranks configured settings inner algorithms phi records "
     "storage files memory randomness errors",

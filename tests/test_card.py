@@ -106,7 +106,7 @@ def test_the_card_of_a_run(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         write_card(run)
     learner = Koi(recipe.model(), **recipe.settings())
-    learner.iteration = 7
+    learner._state.iteration = 7
     run.checkpoints.mkdir()
     learner.save(run.checkpoints / "iteration-000000007.safetensors")
     write_card(run)

@@ -102,6 +102,28 @@ def test_callbacks_with_a_state_go_on_where_they_are(ranks, on_ranks, tmp_path):
     assert counted == [[5] if rank in ranks else [] for rank in range(2)]
 
 
+@pytest.mark.parametrize("stops", [(1,), (0, 1)])
+def test_stop_on_any_rank_ends_all(stops, on_ranks):
+    """One meta-iteration later, when all know of it."""
+    for iteration, _, _ in on_ranks(2, rank_runs.ending, stops):
+        assert iteration == 4
+    assert rank_runs.ending(0, (0,))[0] == 3
+
+
+def test_validation_is_rank_0s(on_ranks, tmp_path):
+    alone = rank_runs.validated(0, tmp_path / "alone")
+    for iteration, best, phi in on_ranks(2, rank_runs.validated, tmp_path / "ranks"):
+        assert (iteration, best) == alone[:2]
+        assert_close(phi, alone[2], tolerance=1e-6)
+    assert alone[0] == 4
+    assert (tmp_path / "ranks" / "best.safetensors").exists()
+
+
+def test_steps_on_ranks(on_ranks):
+    for phi in on_ranks(2, rank_runs.stepped):
+        assert_close(phi, rank_runs.stepped(0), tolerance=1e-6)
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_rank_whose_tasks_are_all_skipped(at, on_ranks):
     torch.manual_seed(100)

@@ -16,14 +16,15 @@ from koi.errors import (
 )
 from koi.evaluation import Evaluation
 from koi.learner import Koi
-from koi.phi.schedules import linear
-from koi.records import Record
+from koi.phi.schedules import cosine, linear, warmup
+from koi.records import STOP, Record
 from koi.supervised import SupervisedTask
 from koi.tasks import Task, TaskDistribution, stack, tensor_task
 
 __version__ = version("koi-x")
 
 __all__ = [
+    "STOP",
     "CheckpointError",
     "ConfigurationError",
     "DataError",
@@ -40,7 +41,9 @@ __all__ = [
     "Task",
     "TaskDistribution",
     "TaskError",
+    "cosine",
     "linear",
     "stack",
     "tensor_task",
+    "warmup",
 ]

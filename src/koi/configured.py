@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 import textwrap
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -29,7 +30,11 @@ class Configured:
 
     model: nn.Module
     settings: Settings
-    iteration: int
+
+    @property
+    @abstractmethod
+    def iteration(self) -> int:
+        """Meta-iterations done."""
 
     def __repr__(self) -> str:
         given = {name: shown(as_data(value)) for name, value in self.settings.changed().items()}

@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from koi.configured import Configured, documented, takes
+from koi.configured import documented, takes
 from koi.engines import Engines, Ready, check_surroundings
+from koi.errors import ConfigurationError
 from koi.evaluation import Evaluation, blocks, stacked
 from koi.inner.base import Metric, finite_rows
 from koi.inner.eager import EagerEngine
 from koi.inner.scaling import LossScale
-from koi.phi.arithmetic import Tensors, same_tensors
+from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
 from koi.phi.schedules import value_at
-from koi.phi.update import MetaUpdate
+from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
-from koi.records import Record, mean_ends
+from koi.records import STOP, Record, mean_ends
 from koi.sampling import check_tasks, draw
 from koi.settings import Settings, check_count
-from koi.training import checkpoint, start
+from koi.stored import Stored
+from koi.training import start
 from koi.training.autosave import Autosave
 from koi.training.folder import Folder
 from koi.training.interrupts import Interrupts
 from koi.training.logs import Log
 from koi.training.progress import ProgressBar
-from koi.training.state import TrainingState
+from koi.training.state import Best, TrainingState
+from koi.training.stepping import Stepping
+from koi.training.validation import Validation
 from koi.training.watch import Watch
 
-log = logging.getLogger("koi")
-Callback = Callable[["Koi", Record], None]
+Callback = Callable[["Koi", Record], Any]
 
 
 @documented(Settings)
-class Koi(Configured):
+class Koi(Stored):
     """Finds an initialisation φ of ``model`` from which a few steps learn a new task.
 
     Each meta-iteration samples meta_batch_size tasks, takes num_steps optimizer steps on each
@@ -77,6 +76,8 @@ class Koi(Configured):
     True
     """
 
+    STOP = STOP
+
     @takes(Settings)
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings
@@ -84,6 +85,7 @@ class Koi(Configured):
         self._state = TrainingState()
         self._interrupts = Interrupts()
         self._engines = Engines()
+        self._stepping = Stepping()
         self._find_engines()  # so that a mistake shows here, not after the first sampling
 
     @property
@@ -91,14 +93,15 @@ class Koi(Configured):
         """Meta-iterations done."""
         return self._state.iteration
 
-    @iteration.setter
-    def iteration(self, value: int) -> None:
-        self._state.iteration = value
-
     @property
     def history(self) -> list[Record]:
         """What is remembered of each of them."""
         return self._state.history
+
+    @property
+    def best(self) -> Best | None:
+        """What validation has found: ``best.iteration`` meta-iterations had ``best.value``."""
+        return self._state.best
 
     @property
     def engine(self) -> str:
@@ -114,6 +117,10 @@ class Koi(Configured):
         checkpoint_every: int | None = None,
         resume: bool = False,
         log_dir: str | os.PathLike[str] | None = None,
+        validate: Any = None,
+        validate_every: int = 500,
+        keep_best: bool = True,
+        patience: int | None = None,
     ) -> nn.Module:
         """Run the meta-iterations that are left and return the model, its weights at φ.
 
@@ -124,8 +131,10 @@ class Koi(Configured):
             tasks: a task distribution, anything with ``sample() -> task``; a task is anything
                 with ``loss(model) -> scalar tensor``.
             progress: whether to show a progress bar; None: where there is a terminal.
-            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. Those
-                with ``state_dict`` and ``load_state_dict`` go on from a checkpoint as they were.
+            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. One
+                that returns ``koi.STOP`` ends the training there (on several ranks one later), as
+                if no iterations were left. Those with ``state_dict`` and ``load_state_dict`` go on
+                from a checkpoint as they were.
             checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
                 is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
@@ -133,6 +142,13 @@ class Koi(Configured):
                 comes out is then, bit for bit, what a training that never stopped gives.
             log_dir: a folder for metrics.jsonl, which holds ``koi.history``, a line of JSON for
                 each meta-iteration, and for TensorBoard's curves where that is installed.
+            validate: a task distribution, of which the mean query loss after adaptation to 100
+                tasks, always the same, is put into the record; or a callable of the learner that
+                returns a number, the smaller the better.
+            validate_every: meta-iterations from one validation to the next; the last has one, too.
+            keep_best: whether φ is at the end that of the best validation (`best` says which), and
+                is kept as best.safetensors in checkpoint_dir. Checkpoints go on from the last φ.
+            patience: validations in a row without a new best, after which training ends.
 
         Raises:
             ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number, or
@@ -142,17 +158,14 @@ class Koi(Configured):
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
+        self._state.check_idle("koi.train")
         folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
         callbacks = tuple(callbacks)
-        state, settings, ready = self._state, self.settings, self._ready()
-        total, carry = settings.num_iterations, settings.inner_state == "carry"
-        device = self._phi(ready).params[0].device
-        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts)
-        start.begin(self, state, tasks, callbacks, folder, resume, ranks)
-        if state.pending is not None:
-            ready.engines.refused |= state.ruled_out
+        state, total = self._state, self.settings.num_iterations
+        kept = validate_every, keep_best, patience, folder
+        validation = Validation(self, state, validate, self._validation_loss, *kept)
+        ranks, ready, watch = self._begin(tasks, callbacks, folder, resume)
         update = self._meta_update(ready)
-        watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
@@ -160,16 +173,58 @@ class Koi(Configured):
             log = Log(logged, state.history, total, resume, saver.first_line)
         with bar, self._interrupts, ranks.training(update.phi), saver, log, state.training():
             start.let_go(state, saves=saver.saves)
-            while state.iteration < self.settings.num_iterations:
+            validation.catch_up(ranks)
+            while state.iteration < self.settings.num_iterations and not validation.exhausted:
                 saver.before_iteration()
                 ready = self._ready(ready)  # a callback may have changed anything
                 record = self._meta_iteration(tasks, ready, watch, ranks)
+                record = validation.after(record, ranks)
                 bar.advance(record)
                 for callback in callbacks:
-                    callback(self, record)
+                    ranks.wants_to_end |= callback(self, record) is STOP
                 log.after_iteration(saver.due)
                 saver.after_iteration()
+                if ranks.ending:
+                    break
+        validation.finish()
         return self.model
+
+    def step(self, tasks: Any) -> Record:
+        """Do the next meta-iteration, for a loop of one's own, and return its record.
+
+        The numbers are those of `train`, bit for bit; an error leaves φ as it was before.
+
+        Args:
+            tasks: a task distribution.
+
+        Raises:
+            ConfigurationError, TaskError, NonFiniteError: as in `train`, or all num_iterations are
+                done.
+            CheckpointError: a training runs, of which this would be a part.
+
+        >>> from koi.problems import Lines
+        >>> koi = Koi(torch.nn.Linear(1, 1), step_size=0.02, num_iterations=3)
+        >>> [koi.step(Lines()).iteration for _ in range(3)]
+        [0, 1, 2]
+        """
+        check_tasks(tasks)
+        state = self._state
+        state.check_idle("koi.step")
+        if state.iteration >= self.settings.num_iterations:
+            raise ConfigurationError(
+                [
+                    f"all num_iterations = {self.settings.num_iterations} are done, over which "
+                    "schedules run: make koi.num_iterations larger for more"
+                ]
+            )
+        kept = self._stepping
+        if kept.tasks is not tasks or state.pending is not None:
+            kept.ranks, kept.ready, kept.watch = self._begin(tasks, (), None, False)
+            start.let_go(state, saves=False)
+            kept.tasks = tasks
+        with self._interrupts, state.training():
+            kept.ready = self._ready(kept.ready)
+            return self._meta_iteration(tasks, kept.ready, kept.watch, kept.ranks)
 
     def adapt(self, task: Any, num_steps: int | None = None) -> nn.Module:
         """Return a new module adapted to ``task``; ``koi.model`` stays as it is.
@@ -181,7 +236,7 @@ class Koi(Configured):
         Raises:
             TaskError, NonFiniteError: as in `train`, also with ``on_nonfinite="skip"``.
         """
-        num_steps, seed, ready = self._steps(num_steps), self.settings.seed, self._ready()
+        num_steps, seed, ready = self.settings.steps(num_steps), self.settings.seed, self._ready()
         inner = replace(ready.inner, skip_nonfinite=False)
         engine = EagerEngine(self.model, inner, share=False)
         self._state.engine = "eager"
@@ -242,72 +297,6 @@ class Koi(Configured):
         """
         return self._over_tasks("measure", tasks, num_tasks, num_steps, metric)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that training needs to go on, in copies that stay as they are.
-
-        That is φ and the buffers, the optimizers' states, settings, history, the state of the task
-        distribution and callbacks of the last training (where they have ``state_dict``) and,
-        without a seed, of the global generators. Settings that are code are not in it, nor are
-        frozen parameters, of which it has a digest. ``torch.save`` can write it.
-        """
-        return deepcopy(checkpoint.contents(self, self._state))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, as if training had never stopped.
-
-        Tasks, callbacks and generators take theirs as the next training begins.
-
-        Raises:
-            CheckpointError: the model or any setting is another: all differences are named, and
-                nothing has changed.
-
-        >>> koi, other = (Koi(torch.nn.Linear(2, 1), step_size=0.1) for _ in range(2))
-        >>> other.load_state_dict(koi.state_dict())
-        >>> torch.equal(other.model.weight, koi.model.weight)
-        True
-        """
-        self._state.check_idle()
-        saved = checkpoint.saved_from(state, "given to load_state_dict")
-        checkpoint.go_on(self, self._state, saved)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `state_dict` into one file, of which nothing is executed when it is read.
-
-        Args:
-            path: the file; it appears under this name whole or not at all.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        checkpoint.save(self, self._state, Path(path))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module, **settings: Any) -> Koi:
-        """Return a learner that goes on from a file of `save` or of `train`.
-
-        Args:
-            path: the file. Nothing in it is executed.
-            model: a module with the parameters and buffers that were saved; it is set to φ.
-            settings: arguments of `Koi` that are code (a callable inner_optimizer,
-                meta_step_size or meta_optimizer) must be given again; others may be, and replace
-                those in the file.
-
-        Raises:
-            CheckpointError: the file cannot be read, does not fit the model, or needs settings.
-
-        >>> import tempfile, torch
-        >>> koi = Koi(torch.nn.Linear(2, 1), step_size=0.1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     koi.save(folder + "/koi.safetensors")
-        ...     same = Koi.load(folder + "/koi.safetensors", torch.nn.Linear(2, 1))
-        >>> same.step_size, torch.equal(same.model.weight, koi.model.weight)
-        (0.1, True)
-        """
-        saved, known = checkpoint.read_or_offer(Path(path)), inspect.signature(cls).parameters
-        koi = cls(model, **checkpoint.arguments(saved, settings, known))
-        checkpoint.begin_with(koi, koi._state, saved)
-        return koi
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model at φ."""
         return self.model(*args, **kwargs)
@@ -330,23 +319,35 @@ class Koi(Configured):
         state.engine, state.ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             outcome = ranks.mean(own)
-            norm = update.apply(outcome, epsilon) if outcome.losses else 0.0
-            if outcome.losses and carry:
-                state.keep(outcome.moments, update.phi.params, settings)
+            moved = Moved(0.0, 0.0)
+            if outcome.losses:
+                moved = update.apply(outcome, epsilon, settings.clip_meta)
+                state.keep_after(update.phi, outcome.moments if carry else None, settings)
             losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
-            record = Record(state.iteration, *losses, epsilon, norm, seconds, outcome.num_skipped)
+            record = Record(
+                *(state.iteration, *losses, epsilon, moved.update, seconds),
+                num_skipped=outcome.num_skipped,
+                meta_gradient_norm=moved.gradient,
+            )
             state.history.append(record)
             state.iteration += 1
-        watch.look(outcome, epsilon, norm, settings.num_steps)
+        watch.look(outcome, epsilon, moved.update, settings.num_steps)
         return record
 
     def _over_tasks(
-        self, what: str, tasks: Any, num_tasks: int, num_steps: int | None, *more: Any
+        self,
+        what: str,
+        tasks: Any,
+        num_tasks: int,
+        num_steps: int | None,
+        *more: Any,
+        seed: int | None = None,
     ) -> Tensor:
         """Draw tasks block by block; return what the engine makes of them, a row for each kept."""
         check_tasks(tasks)
         check_count("num_tasks", num_tasks)
-        num_steps, seed, ready = self._steps(num_steps), self.settings.seed, self._ready()
+        seed = self.settings.seed if seed is None else seed
+        num_steps, ready = self.settings.steps(num_steps), self._ready()
         inner, engine, phi = ready.inner, ready.engines, self._phi(ready)
         kept: Tensors = []
         with preserved_generators(seed):
@@ -355,6 +356,23 @@ class Koi(Configured):
                 kept += finite_rows(rows, place, inner) if what == "evaluate" else rows
         self._state.engine = engine.name
         return stacked(kept, num_tasks)
+
+    def _begin(
+        self, tasks: Any, callbacks: tuple[Callback, ...], folder: Folder | None, resume: bool
+    ) -> tuple[Ranks, Ready, Watch]:
+        """Put everything into the state that meta-iterations go on from, on all ranks."""
+        settings, ready = self.settings, self._ready()
+        device, carry = self._phi(ready).params[0].device, settings.inner_state == "carry"
+        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts)
+        start.begin(self, self._state, tasks, callbacks, folder, resume, ranks)
+        if self._state.pending is not None:
+            ready.engines.refused |= self._state.ruled_out
+        watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
+        return ranks, ready, watch
+
+    def _validation_loss(self, tasks: Any) -> float:
+        rows = self._over_tasks("evaluate", tasks, 100, None, seed=self.settings.seed or 0)
+        return Evaluation(rows).after
 
     def _ready(self, before: Ready | None = None) -> Ready:
         """Return the engines for the settings and the model as they are now."""
@@ -369,31 +387,7 @@ class Koi(Configured):
         return self._engines.ready(self.model, settings, state.scale, before)
 
     def _phi(self, ready: Ready) -> Phi:
-        state, settings, rule = self._state, self.settings, ready.inner.rule
-        params, buffers, constants = ready.tensors
-        state.moments = state.carried(settings)
-        if state.moments is not None and not same_tensors(params, state.moments_of[0]):
-            log.warning("what learns has changed: inner moments of what is new start afresh")
-            old, before = state.moments, state.moments_of[0]
-            state.keep(rule.carried(old, before, params) if rule else None, params, settings)
-        moments = state.moments if settings.inner_state == "carry" else None
-        return Phi(params, buffers, constants, moments, ready.inner.learned)
+        return self._state.phi(ready.tensors, ready.inner.learned, ready.inner.rule, self.settings)
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:
-        """Return the meta-update, the same as before where φ and meta_optimizer are the same."""
-        phi, settings, update = self._phi(ready), self.settings, self._state.update
-        if (
-            update is None
-            or update.make_optimizer is not settings.meta_optimizer
-            or not same_tensors(update.phi.params, phi.params)
-        ):
-            update = MetaUpdate(ready.inner.algorithm, phi, settings.meta_optimizer)
-            self._state.update = update
-        update.phi, update.algorithm = phi, ready.inner.algorithm
-        return update
-
-    def _steps(self, num_steps: int | None) -> int:
-        if num_steps is None:
-            return self.settings.num_steps
-        check_count("num_steps", num_steps, least=0)
-        return num_steps
+        return self._state.meta_update(self._phi(ready), ready.inner.algorithm, self.settings)

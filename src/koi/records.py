@@ -20,6 +20,9 @@ class Record:
         update_norm: Euclidean norm of the change of φ's parameters.
         seconds: wall time, sampling included.
         num_skipped: tasks left out by ``on_nonfinite="skip"``.
+        meta_gradient_norm: Euclidean norm of the meta-gradient, φ − mean(φ̃) or the mean gradient,
+            before ``clip_meta``.
+        validation: what ``train(validate=…)`` measured after it; None: nothing.
     """
 
     iteration: int
@@ -29,6 +32,8 @@ class Record:
     update_norm: float
     seconds: float
     num_skipped: int = 0
+    meta_gradient_norm: float = math.nan
+    validation: float | None = None
 
 
 def mean_ends(losses: list[list[float]]) -> tuple[float, float]:
@@ -37,3 +42,16 @@ def mean_ends(losses: list[list[float]]) -> tuple[float, float]:
         return math.nan, math.nan
     count = len(losses)
     return sum(row[0] for row in losses) / count, sum(row[-1] for row in losses) / count
+
+
+class _Stop:
+    """What a callback returns to end the training after its meta-iteration."""
+
+    def __repr__(self) -> str:
+        return "koi.STOP"
+
+    def __reduce__(self) -> str:
+        return "STOP"
+
+
+STOP = _Stop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from koi.algorithms import NAMED, Algorithm, schedule_of
 from koi.errors import ConfigurationError, did_you_mean, wrong
 from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, make_optimizer
-from koi.phi.schedules import Schedule, linear
+from koi.phi.schedules import KNOWN, Schedule
 from koi.phi.update import MetaOptimizerFactory
 
 # Returns a value as Koi keeps it, NumPy's numbers as Python's own, or raises `Refused`.
@@ -92,6 +92,13 @@ def _schedule(value: Any) -> Any:
         ) from None
 
 
+def _fraction(value: Any) -> Any:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if real and 0 <= value < 1:
+        return float(value)
+    raise Refused("a number of at least 0 and below 1")
+
+
 def _code(value: Any) -> Any:
     if callable(value):
         return value
@@ -163,8 +170,10 @@ class Settings:
     meta_step_size: float | Schedule | None = setting(
         None,
         _schedule,
-        "ε, a number or a schedule of the fraction done in [0, 1]; None: ``koi.linear(1.0, 0.0)`` "
-        "where an algorithm moves φ towards a point, step_size where against a gradient.",
+        "ε, a number or a schedule of the fraction done in [0, 1] (``koi.linear``, ``koi.cosine``, "
+        "``koi.warmup``, any callable); None: ``koi.linear(1.0, 0.0)`` where an algorithm moves φ "
+        "towards a point, step_size where against a gradient. It scales the rate of a "
+        "meta_optimizer, for which None is 1.",
     )
     meta_batch_size: int = setting(1, count(1), "tasks in each meta-iteration.")
     inner_optimizer: str | OptimizerFactory = setting(
@@ -184,7 +193,19 @@ class Settings:
         None,
         optional(_code),
         "None, or a callable (params) that returns a ``torch.optim.Optimizer``; it is fed the "
-        "gradient φ − mean(φ̃) and replaces ε (for the parameters; buffers follow ε).",
+        "meta-gradient, φ − mean(φ̃) or the mean gradient, and steps by its own rate times ε. "
+        "Buffers follow ε, at most 1.",
+    )
+    clip_meta: float | None = setting(
+        None,
+        optional(number(above=0)),
+        "the largest Euclidean norm of the meta-gradient; a longer one is scaled down to it.",
+    )
+    average: float | None = setting(
+        None,
+        optional(_fraction),
+        "None, or the decay β of an exponential mean of φ, such as 0.999, that "
+        "`Koi.averaged` gives.",
     )
     algorithm: str | Algorithm = setting(
         "reptile",
@@ -262,9 +283,18 @@ class Settings:
         names = [each.name for each in fields(self) if each.metadata["stored"]]
         return {name: as_data(getattr(self, name)) for name in names}
 
+    def steps(self, num_steps: int | None) -> int:
+        """Return the inner steps that a method was given, checked; None: those of training."""
+        if num_steps is None:
+            return self.num_steps
+        check_count("num_steps", num_steps, least=0)
+        return num_steps
+
     @property
     def schedule(self) -> float | Schedule:
-        """ε as it was given, or what is right for the algorithm."""
+        """ε as it was given, or what is right for the algorithm and the meta-optimizer."""
+        if self.meta_step_size is None and self.meta_optimizer is not None:
+            return 1.0
         return schedule_of(self.meta_step_size, self.algorithm, self.step_size)
 
     @property
@@ -293,11 +323,15 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 def as_data(value: Any) -> Any:
     """Return a setting as a file can hold it; of code, its name for messages.
 
+    >>> from koi import linear
     >>> as_data(linear(1.0, 0.0)), as_data(torch.optim.SGD)
     (('linear', 1.0, 0.0), ('code', 'SGD'))
     """
-    if isinstance(value, linear):
-        return "linear", float(value.start), float(value.end)
+    if isinstance(value, tuple(KNOWN.values())) and is_dataclass(value):
+        parts = [getattr(value, each.name) for each in fields(value)]
+        data = [as_data(part) if callable(part) else float(part) for part in parts]
+        if not any(map(is_code, data)):
+            return type(value).__name__, *data
     if callable(value) or isinstance(value, Algorithm):
         return "code", getattr(value, "__qualname__", type(value).__qualname__)
     return value
@@ -305,18 +339,21 @@ def as_data(value: Any) -> Any:
 
 def from_data(value: Any) -> Any:
     """Return the setting that `as_data` was given; code stays a name."""
-    return linear(*value[1:]) if is_kind(value, "linear") else value
+    if isinstance(value, tuple) and value[0] in KNOWN:
+        return KNOWN[value[0]](*map(from_data, value[1:]))
+    return value
 
 
-def is_kind(value: Any, kind: str) -> bool:
-    """Return whether a stored setting is "linear" or "code"."""
-    return isinstance(value, tuple) and value[0] == kind
+def is_code(value: Any) -> bool:
+    """Return whether a stored setting is the name of code."""
+    return isinstance(value, tuple) and value[0] == "code"
 
 
 def shown(value: Any) -> str:
     """Return a stored setting for a message.
 
+    >>> from koi import linear
     >>> shown(as_data(linear(1.0, 0.0))), shown(as_data(torch.optim.SGD))
     ('linear(start=1.0, end=0.0)', 'code (SGD)')
     """
-    return f"code ({value[1]})" if is_kind(value, "code") else repr(from_data(value))
+    return f"code ({value[1]})" if is_code(value) else repr(from_data(value))

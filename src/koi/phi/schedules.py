@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
-from koi.errors import ConfigurationError
+from koi.errors import ConfigurationError, wrong
 
 Schedule = Callable[[float], float]
 
@@ -27,6 +28,64 @@ class linear:  # noqa: N801 (reads as a function, compares and prints as data)
     def __call__(self, fraction: float) -> float:
         """Return the value at ``fraction`` in [0, 1]."""
         return (1 - fraction) * self.start + fraction * self.end
+
+
+@dataclass(frozen=True)
+class cosine:  # noqa: N801
+    """A schedule from ``start`` to ``end``: end + (start − end) · (1 + cos πf) / 2.
+
+    f is the fraction done. Equation 5 of Loshchilov and Hutter, arXiv 1608.03983, without restarts.
+
+    >>> round(cosine(1.0, 0.0)(0.25), 4)
+    0.8536
+    """
+
+    start: float
+    end: float
+
+    def __call__(self, fraction: float) -> float:
+        """Return the value at ``fraction`` in [0, 1]."""
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+@dataclass(frozen=True)
+class warmup:  # noqa: N801
+    """A schedule that rises from 0 over the first part of a training, and then follows another.
+
+    f / w · then(0) up to the fraction w, then((f − w) / (1 − w)) from there on (the gradual warmup
+    of Goyal et al., arXiv 1706.02677, section 2.2). The first meta-iteration has 0.
+
+    Args:
+        then: a number, or a schedule that is stretched over what is left.
+        part: w, above 0 and below 1.
+
+    Raises:
+        ConfigurationError: ``part`` is outside.
+
+    >>> schedule = warmup(linear(1.0, 0.0), 0.2)
+    >>> [schedule(fraction) for fraction in (0.1, 0.2, 0.6)]
+    [0.5, 1.0, 0.5]
+    """
+
+    then: float | Schedule
+    part: float
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.part, Real) and 0 < self.part < 1):
+            raise ConfigurationError(
+                [wrong("part", self.part, "a number above 0 and below 1, such as 0.1")]
+            )
+
+    def __call__(self, fraction: float) -> float:
+        """Return the value at ``fraction`` in [0, 1]."""
+        rising = fraction < self.part
+        along = 0.0 if rising else (fraction - self.part) / (1 - self.part)
+        value = self.then(along) if callable(self.then) else self.then
+        return value * fraction / self.part if rising else value
+
+
+# Those that a checkpoint can hold as data.
+KNOWN = {kind.__name__: kind for kind in (linear, cosine, warmup)}
 
 
 def value_at(schedule: float | Schedule, fraction: float) -> float:

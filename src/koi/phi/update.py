@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from koi.errors import ConfigurationError, NonFiniteError
 from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
+
+_CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 MetaOptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -28,13 +31,27 @@ class Moves(Protocol):
         """Move φ in place by ε; it goes as far as ε times the gradient is long."""
 
 
+class Moved(NamedTuple):
+    """How far a meta-update went: Euclidean norms.
+
+    Args:
+        update: of the change of φ's parameters.
+        gradient: of the meta-gradient, before it was clipped.
+    """
+
+    update: float
+    gradient: float
+
+
 class MetaUpdate:
     """Moves φ by what a meta-batch gave, wholly or not at all.
 
     How, the algorithm says: by ε, or, where there is a meta-optimizer, by what gradient that is
-    fed; then its own learning rate takes the place of ε. Buffers always follow ε: floating and
-    complex ones by φ_b ← φ_b + ε · mean(φ̃_b − φ_b), bit for bit as they were where no task changed
-    them; integers and flags, which have no mean, become what the last task left.
+    fed, with a rate of its own that ε scales. ``clip_meta`` scales a meta-gradient g down to
+    g · min(1, clip_meta / (|g| + 10⁻⁶)), as `torch.nn.utils.clip_grad_norm_` does. Buffers always
+    follow ε, beside a meta-optimizer at most 1: floating and complex ones by
+    φ_b ← φ_b + ε · mean(φ̃_b − φ_b), bit for bit as they were where no task changed them; integers
+    and flags, which have no mean, become what the last task left.
     """
 
     def __init__(
@@ -53,26 +70,37 @@ class MetaUpdate:
             )
 
     @torch.no_grad()
-    def apply(self, outcome: Outcome, epsilon: float) -> float:
-        """Move φ and its buffers; return the Euclidean norm of the parameters' change.
+    def apply(self, outcome: Outcome, epsilon: float, clip: float | None = None) -> Moved:
+        """Move φ and its buffers.
+
+        Args:
+            outcome: what the meta-batch gave.
+            epsilon: ε.
+            clip: the largest norm of the meta-gradient; None: any.
 
         Raises:
             NonFiniteError: the change is not finite.
         """
         params, algorithm = self.phi.params, self.algorithm
         self._check_buffers(outcome)
-        if self.optimizer is not None:
-            size = self._step(self.optimizer, algorithm.meta_gradient(params, outcome.given))
+        gradient, norm = None, outcome.distance
+        if self.optimizer is not None or norm is None:
+            gradient = algorithm.meta_gradient(params, outcome.given)
+            norm = arithmetic.norm(gradient).item() if norm is None else norm
+        share = 1.0 if clip is None else min(1.0, clip / (norm + _CLIP_EPS))
+        if self.optimizer is None:
+            size = self._finite(epsilon * share * norm)
+            algorithm.move_(params, outcome.given, epsilon * share)
         else:
-            distance = outcome.distance
-            if distance is None:
-                distance = arithmetic.norm(algorithm.meta_gradient(params, outcome.given)).item()
-            size = self._finite(epsilon * distance)
-            algorithm.move_(params, outcome.given, epsilon)
+            assert gradient is not None
+            if share < 1:
+                gradient = list(torch._foreach_mul(gradient, share))
+            size = self._step(self.optimizer, gradient, epsilon)
+            epsilon = min(epsilon, 1.0)
         arithmetic.move_(self.phi.buffers, outcome.buffers, epsilon)
         if epsilon > 0:
             arithmetic.copy_(self.phi.constants, outcome.constants)
-        return size
+        return Moved(size, norm)
 
     def _check_buffers(self, outcome: Outcome) -> None:
         for name, value, change in zip(
@@ -86,7 +114,7 @@ class MetaUpdate:
                     "for example by running one batch through the model"
                 )
 
-    def _step(self, optimizer: torch.optim.Optimizer, gradient: Tensors) -> float:
+    def _step(self, optimizer: torch.optim.Optimizer, gradient: Tensors, epsilon: float) -> float:
         params = self.phi.params
         before, users_grads = arithmetic.clone(params), [p.grad for p in params]
         state = {param: copy.deepcopy(kept) for param, kept in optimizer.state.items()}
@@ -97,7 +125,8 @@ class MetaUpdate:
         try:
             for param, grad in zip(params, gradient, strict=True):
                 param.grad = grad
-            optimizer.step()
+            with _scaled(optimizer, epsilon):
+                optimizer.step()
             return self._finite(arithmetic.norm(arithmetic.difference(params, before)).item())
         except BaseException:
             arithmetic.copy_(params, before)
@@ -118,3 +147,30 @@ class MetaUpdate:
                 "or meta_step_size"
             )
         return size
+
+
+@contextmanager
+def _scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """Scale the learning rates of an optimizer in the block, and let its own be as they were.
+
+    Raises:
+        ConfigurationError: a group has none.
+    """
+    if factor == 1:
+        yield
+        return
+    rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
+    if None in rates:
+        raise ConfigurationError(
+            [
+                f"meta_optimizer gave {type(optimizer).__name__}, which has no lr that ε could "
+                "scale: leave meta_step_size at None, or take an optimizer with lr"
+            ]
+        )
+    scaled = [rate * factor for rate in rates]
+    for group, rate in zip(optimizer.param_groups, scaled, strict=True):
+        group["lr"] = rate
+    yield
+    for group, rate, own in zip(optimizer.param_groups, scaled, rates, strict=True):
+        if group["lr"] is rate:  # else the optimizer has set another
+            group["lr"] = own

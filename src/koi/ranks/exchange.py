@@ -34,6 +34,7 @@ class Told(NamedTuple):
     failed: list[bool]
     digests: list[tuple[int, ...]]
     stop: bool
+    end: bool
     constants: bool
 
 
@@ -52,7 +53,7 @@ class Buffer:
         self._splits = len(phi.params), len(like)
         self._num_tasks, self._row = num_tasks, form.row
         # where the figures of each kind begin: losses, counts, failures, checksums, and flags
-        sizes = [num_tasks * form.row, num_ranks, num_ranks, 3 * num_ranks, 1, 1]
+        sizes = [num_tasks * form.row, num_ranks, num_ranks, 3 * num_ranks, 1, 1, 1]
         ends = itertools.accumulate(sizes)
         self._places = [0, *ends]
         self._figures: list[float] = []
@@ -87,20 +88,27 @@ class Buffer:
         self._set(1, rank, [count])
 
     def tell(
-        self, rank: int, failed: bool, stop: bool, digest: Sequence[int], constants: bool
+        self,
+        rank: int,
+        failed: bool,
+        stop: bool,
+        end: bool,
+        digest: Sequence[int],
+        constants: bool,
     ) -> None:
         """Put in what a rank has to say for itself."""
         self._set(2, rank, [failed])
         self._set(3, 3 * rank, digest)
         self._set(4, 0, [stop])
-        self._set(5, 0, [constants])
+        self._set(5, 0, [end])
+        self._set(6, 0, [constants])
 
     def reduce(self) -> Told:
         """Sum over the ranks and return the figures."""
         self._flat[self._size :] = torch.tensor(self._figures, dtype=self._flat.dtype)
         dist.all_reduce(self._flat)
         figures = self._flat[self._size :].tolist()
-        losses, counts, failed, digests, stop, constants = (
+        losses, counts, failed, digests, stop, end, constants = (
             figures[start:end] for start, end in itertools.pairwise(self._places)
         )
         return Told(
@@ -109,6 +117,7 @@ class Buffer:
             [flag > 0 for flag in failed],
             [tuple(map(int, digests[i : i + 3])) for i in range(0, len(digests), 3)],
             stop[0] > 0,
+            end[0] > 0,
             constants[0] > 0,
         )
 

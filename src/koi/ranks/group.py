@@ -127,9 +127,10 @@ class Ranks:
         self._check = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper() != "OFF"
         self._count = 0  # collectives so far
         self._over = False  # no rank will come to another collective
-        self._stopping = False
+        self._stopping = self._ending = False
         self._error: BaseException | None = None
         self.wants_to_stop: Callable[[], bool] = lambda: False
+        self.wants_to_end = False
 
     @property
     def first(self) -> bool:
@@ -140,6 +141,14 @@ class Ranks:
     def stopping(self) -> bool:
         """Whether training is to stop here; on several ranks, as all of them have agreed."""
         return self._stopping if self.size > 1 else self.wants_to_stop()
+
+    @property
+    def ending(self) -> bool:
+        """Whether training is to end as if all was done.
+
+        Several ranks do so one meta-iteration after one of them wanted it, when all know.
+        """
+        return self._ending if self.size > 1 else self.wants_to_end
 
     def training(self, phi: Phi) -> Ranks:
         """Return this, to be used in ``with`` around the meta-iterations."""
@@ -228,6 +237,10 @@ class Ranks:
             parts.append(self._from_first(content[start : start + memory.PIECE]))
         return content if self.first else b"".join(parts)
 
+    def value_of_first(self, value: Result) -> Result:
+        """Return what rank 0 gave here; all must come to it."""
+        return self._from_first(value) if self.size > 1 else value
+
     def _from_first(self, value: Result) -> Result:
         box = [value]
         self._together(lambda: dist.broadcast_object_list(box, src=0))
@@ -247,7 +260,8 @@ class Ranks:
         before = self._phi.constants
         own = outcome.constants if outcome is not None and outcome.losses else None
         changed = own is not None and not all(map(torch.equal, own, before))
-        buffer.tell(self.rank, self._error is not None, self.wants_to_stop(), digest, changed)
+        wishes = self.wants_to_stop(), self.wants_to_end
+        buffer.tell(self.rank, self._error is not None, *wishes, digest, changed)
         told = self._together(buffer.reduce)
         if any(told.failed):
             self._hear()
@@ -257,7 +271,7 @@ class Ranks:
                 "the ranks are not in step: φ or its moments differ between them (checksums "
                 f"{', '.join(map(str, told.digests))}): does a callback change them on one rank?"
             )
-        self._stopping = told.stop
+        self._stopping, self._ending = told.stop, told.end
         constants = before
         if told.constants:  # integers, which the buffer's type may not hold: rarely, and few
             constants = [each for each in self._all(own) if each is not None][-1]

@@ -10,7 +10,7 @@ from torch import nn
 
 from koi.algorithms import schedule_of
 from koi.phi.arithmetic import in_words
-from koi.settings import is_kind, shown
+from koi.settings import is_code, shown
 
 Data = dict[str, Any]
 
@@ -53,14 +53,14 @@ def different_tensors(there: dict[str, str], here: dict[str, str]) -> Iterator[s
 def different_settings(there: Data, here: Data) -> Iterator[str]:
     """Yield every setting that differs; of code only whether it is some."""
     algorithm, epsilon = there["algorithm"], there["meta_step_size"]
-    if not is_kind(algorithm, "code"):
+    if not is_code(algorithm):
         epsilon = schedule_of(epsilon, algorithm, there["step_size"])
     for name, stored in there.items():
         if name not in here:
             yield f"{name}: {shown(stored)} in the checkpoint, no setting of this Koi"
             continue
         given = here[name]
-        if stored == given or (is_kind(stored, "code") and is_kind(given, "code")):
+        if stored == given or (is_code(stored) and is_code(given)):
             continue
         # a constant ε does not depend on how many meta-iterations there will be
         if name == "num_iterations" and isinstance(epsilon, int | float):

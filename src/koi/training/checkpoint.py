@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from koi.configured import Configured
 from koi.errors import CheckpointError, annotate
 from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
+from koi.phi.average import ExponentialMean
 from koi.phi.learned import Learned
 from koi.phi.outcome import Phi
 from koi.phi.update import MetaUpdate
 from koi.randomness import States
 from koi.records import Record
-from koi.settings import Settings, from_data, is_kind
+from koi.settings import Settings, from_data, is_code
 from koi.training import frozen, stateful
 from koi.training.agreement import (
     arguments_of,
@@ -34,7 +36,7 @@ from koi.training.agreement import (
     tensors_of,
 )
 from koi.training.interrupts import uninterrupted
-from koi.training.state import Mark, Pending, TrainingState
+from koi.training.state import Best, Mark, Pending, TrainingState
 
 Data = dict[str, Any]
 
@@ -79,6 +81,8 @@ def contents(koi: Configured, state: TrainingState) -> Data:
         "inner_optimizer": arguments_of(settings.optimizer(params)),
         "meta_optimizer": None if meta is None else arguments_of(meta),
         "meta_state": None if meta is None else meta.state_dict(),
+        "mean": {"count": state.mean.count, "values": state.mean.values},
+        "best": None if state.best is None else vars(state.best),
         "tasks": at.tasks,
         "callbacks": callbacks,
         "generators": None if at.generators is None else _plain(at.generators),
@@ -118,10 +122,12 @@ class Saved:
     mark: Mark
     frozen: dict[str, str] = field(default_factory=dict)
     callbacks: list[Any] | None = None
+    mean: Data = field(default_factory=lambda: {"count": 0, "values": []})
+    best: Data | None = None
 
     def code(self) -> dict[str, str]:
         """Return the names of settings that were code, and what code it was."""
-        return {name: value[1] for name, value in self.settings.items() if is_kind(value, "code")}
+        return {name: value[1] for name, value in self.settings.items() if is_code(value)}
 
 
 def read(path: Path) -> Saved:
@@ -263,7 +269,8 @@ def _put(
         )
     settings, phi = koi.settings, _phi(koi)
     update = _meta_update(settings, phi, saved)
-    moments = _moments(saved, phi.params) if settings.inner_state == "carry" else None
+    carry = settings.inner_state == "carry"
+    moments = _moments(saved, saved.moments, phi.params) if carry else None
     sources = [saved.params[name] for name in phi.names.params]
     buffers = [koi.model.get_buffer(name) for name in saved.buffers]
     if callbacks is not None:
@@ -277,6 +284,7 @@ def _put(
         state.history, state.ruled_out = list(saved.history), set(saved.ruled_out)
         state.keep(moments, phi.params, settings)
         state.update, state.begun = update, None
+        state.mean, state.best = _mean(saved, phi), _best(saved, phi)
         if state.scale is not None and saved.scale is not None:
             state.scale.put(saved.scale)
         state.pending, state.drawn_seed = Pending(saved.mark, saved.callbacks), saved.mark.seed
@@ -323,12 +331,30 @@ def _meta_update(settings: Settings, phi: Phi, saved: Saved) -> MetaUpdate:
     return update
 
 
-def _moments(saved: Saved, params: Tensors) -> Tensors | None:
-    """Return copies of the moments where the parameters that they belong to are now."""
-    if saved.moments is None:
+def _mean(saved: Saved, phi: Phi) -> ExponentialMean:
+    """Return the exponential mean that was stored, where φ is now."""
+    of = [*phi.params, *phi.buffers]
+    count, values = saved.mean["count"], saved.mean["values"]
+    if not count:
+        return ExponentialMean()
+    moved = [v.to(t.device, copy=True) for v, t in zip(values, of, strict=True)]
+    return ExponentialMean(moved, count, of)
+
+
+def _best(saved: Saved, phi: Phi) -> Best | None:
+    """Return the best φ that was stored; its moments are where φ is now."""
+    if saved.best is None:
+        return None
+    best = Best(**saved.best)
+    return replace(best, moments=_moments(saved, best.moments, phi.params))
+
+
+def _moments(saved: Saved, moments: Tensors | None, params: Tensors) -> Tensors | None:
+    """Return copies of moments where the parameters that they belong to are now."""
+    if moments is None:
         return None
     now = {there: p.device for there, p in zip(saved.devices, params, strict=True)}
-    pairs = zip(saved.moments, saved.moment_devices, strict=True)
+    pairs = zip(moments, saved.moment_devices, strict=True)
     return [moment.to(now.get(device, "cpu"), copy=True) for moment, device in pairs]
 
 
@@ -347,10 +373,18 @@ def _plain(states: States) -> tuple[Any, ...]:
 
 
 def _column(values: list[Any]) -> Tensor:
-    kind = torch.int64 if all(isinstance(value, int) for value in values) else torch.float64
-    return torch.tensor(values, dtype=kind)
+    if all(isinstance(value, int) for value in values):
+        return torch.tensor(values, dtype=torch.int64)
+    numbers = [math.nan if value is None else value for value in values]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _records(columns: Mapping[str, Tensor]) -> list[Record]:
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [Record(**dict(zip(columns, row, strict=True))) for row in rows]
+    records = (Record(**dict(zip(columns, row, strict=True))) for row in rows)
+    return [
+        record
+        if record.validation is None or not math.isnan(record.validation)
+        else replace(record, validation=None)
+        for record in records
+    ]

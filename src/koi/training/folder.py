@@ -57,6 +57,11 @@ class Folder:
         """Return the file of a learner with so many meta-iterations behind it."""
         return self._path / f"iteration-{number:09d}.safetensors"
 
+    @property
+    def best(self) -> Path:
+        """Return the file of the best φ that validation has found."""
+        return self._path / "best.safetensors"
+
     def prepare(self) -> None:
         """Make the folder and try to write there.
 

@@ -215,15 +215,17 @@ class Log:
         self._written = len(self._history)
 
     def _draw(self) -> None:
-        """Give TensorBoard the mean of each block of meta-iterations that is complete."""
+        """Give TensorBoard the mean of each complete block of meta-iterations; None is no value."""
         if self._board is None:
             return
         for block in range(self._drawn, len(self._history) // self._stride):
             step = (block + 1) * self._stride - 1
             records = self._history[step + 1 - self._stride : step + 1]
             for name in _CURVES:
-                mean = sum(getattr(record, name) for record in records) / len(records)
-                self._board.add_scalar(name, mean, step)
+                values = [getattr(record, name) for record in records]
+                values = [value for value in values if value is not None]
+                if values:
+                    self._board.add_scalar(name, sum(values) / len(values), step)
             self._drawn = block + 1
         self._board.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,13 +11,18 @@ from typing import Any, NamedTuple
 
 from koi import randomness
 from koi.errors import CheckpointError
-from koi.inner.optimizers.rules import OptimizerFactory
+from koi.inner.optimizers.rules import OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
-from koi.phi.arithmetic import Tensors
-from koi.phi.update import MetaUpdate
+from koi.phi.arithmetic import Tensors, same_tensors
+from koi.phi.average import ExponentialMean
+from koi.phi.learned import Learned
+from koi.phi.outcome import Phi
+from koi.phi.update import MetaUpdate, Moves
 from koi.randomness import States
 from koi.records import Record
 from koi.settings import Settings
+
+log = logging.getLogger("koi")
 
 
 class Mark(NamedTuple):
@@ -31,6 +37,25 @@ class Mark(NamedTuple):
     tasks: Any
     generators: States | None
     seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best that validation has measured in a training.
+
+    Args:
+        iteration: meta-iterations done by then.
+        value: what was measured; the smaller, the better.
+        misses: measurements since then.
+        phi: φ, buffers and constants then; None: they are not kept.
+        moments: the inner optimizer's then.
+    """
+
+    iteration: int
+    value: float
+    misses: int = 0
+    phi: Tensors | None = field(default=None, repr=False, compare=False)
+    moments: Tensors | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,8 @@ class TrainingState:
         moments_of: the parameters that they belong to, and the setting that made the optimizer.
         scale: the loss scale of float16.
         update: the meta-update, which has the meta-optimizer.
+        mean: the exponential mean of φ; empty without ``average``.
+        best: what validation has found; None: it has not measured yet.
         drawn_seed: of several ranks that were given none.
         tasks: of the last training, for their state.
         callbacks: likewise, those that have a state.
@@ -70,6 +97,8 @@ class TrainingState:
     moments_of: tuple[Tensors, str | OptimizerFactory | None] = ([], None)
     scale: LossScale | None = None
     update: MetaUpdate | None = None
+    mean: ExponentialMean = field(default_factory=ExponentialMean)
+    best: Best | None = None
     drawn_seed: int | None = None
     tasks: Any = None
     callbacks: tuple[Any, ...] = ()
@@ -88,6 +117,49 @@ class TrainingState:
     def keep(self, moments: Tensors | None, params: Tensors, settings: Settings) -> None:
         """Let moments of these parameters live on."""
         self.moments, self.moments_of = moments, (params, settings.inner_optimizer)
+
+    def keep_after(self, phi: Phi, moments: Tensors | None, settings: Settings) -> None:
+        """Keep what a meta-iteration that has moved φ leaves for the next ones."""
+        if moments is not None:
+            self.keep(moments, phi.params, settings)
+        if settings.average is not None:
+            self.mean.add([*phi.params, *phi.buffers], settings.average)
+
+    def phi(
+        self,
+        tensors: tuple[Tensors, Tensors, Tensors],
+        names: Learned,
+        rule: UpdateRule | None,
+        settings: Settings,
+    ) -> Phi:
+        """Return φ as the next meta-iteration starts from it.
+
+        Args:
+            tensors: parameters, buffers and constants.
+            names: theirs.
+            rule: the inner optimizer's.
+            settings: the learner's.
+        """
+        params, buffers, constants = tensors
+        self.moments = self.carried(settings)
+        if self.moments is not None and not same_tensors(params, self.moments_of[0]):
+            log.warning("what learns has changed: inner moments of what is new start afresh")
+            old, before = self.moments, self.moments_of[0]
+            self.keep(rule.carried(old, before, params) if rule else None, params, settings)
+        moments = self.moments if settings.inner_state == "carry" else None
+        return Phi(params, buffers, constants, moments, names)
+
+    def meta_update(self, phi: Phi, algorithm: Moves, settings: Settings) -> MetaUpdate:
+        """Return the meta-update, the same as before where φ and meta_optimizer are the same."""
+        update = self.update
+        if (
+            update is None
+            or update.make_optimizer is not settings.meta_optimizer
+            or not same_tensors(update.phi.params, phi.params)
+        ):
+            update = self.update = MetaUpdate(algorithm, phi, settings.meta_optimizer)
+        update.phi, update.algorithm = phi, algorithm
+        return update
 
     def mark(self, settings: Settings) -> Mark:
         """Return where the next meta-iteration, or the one that has begun, draws from."""
@@ -113,14 +185,14 @@ class TrainingState:
         finally:
             self.is_training = before
 
-    def check_idle(self) -> None:
-        """Check that no training runs, of which loading would replace a half.
+    def check_idle(self, method: str) -> None:
+        """Check that no training runs, which another method would change in its midst.
 
         Raises:
             CheckpointError: one does.
         """
         if self.is_training:
             raise CheckpointError(
-                "load_state_dict was called while koi.train runs, by a callback or a task: let the "
-                "training end first (a callback may raise an exception), then load and train on"
+                f"{method} was called while koi.train runs, by a callback or a task: let the "
+                "training end first (a callback may return koi.STOP)"
             )

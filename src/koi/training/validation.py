@@ -1,0 +1,138 @@
+"""Validation over a training: on what, how often, the best φ, and when there is no more to gain."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from koi.configured import Configured
+from koi.errors import ConfigurationError, wrong
+from koi.phi.arithmetic import clone
+from koi.phi.learned import Learned
+from koi.ranks.group import Ranks
+from koi.records import Record
+from koi.settings import check_count
+from koi.training import checkpoint
+from koi.training.folder import Folder
+from koi.training.interrupts import uninterrupted
+from koi.training.state import Best, TrainingState
+
+log = logging.getLogger("koi")
+
+
+class Validation:
+    """Measures φ every so often, keeps the best, and knows when patience has run out.
+
+    Args:
+        koi: the learner.
+        state: what it has come to.
+        validate: tasks, or a callable of the learner that returns a number, the smaller the better;
+            None: nothing is measured.
+        loss: returns the mean query loss after adaptation to tasks, always the same.
+        every: meta-iterations from one measurement to the next; the last is measured, too.
+        keep_best: whether φ is the best that was measured when the training ends.
+        patience: measurements in a row without a new best, after which the training ends; None:
+            any number.
+        folder: where the best is kept as a checkpoint; None: in memory alone.
+
+    Raises:
+        ConfigurationError: numbers that cannot work.
+    """
+
+    def __init__(
+        self,
+        koi: Configured,
+        state: TrainingState,
+        validate: Any,
+        loss: Callable[[Any], float],
+        every: int,
+        keep_best: bool,
+        patience: int | None,
+        folder: Folder | None,
+    ) -> None:
+        check_count("validate_every", every)
+        if patience is not None:
+            check_count("patience", patience)
+            if validate is None:
+                raise ConfigurationError(["patience was given without validate: give both"])
+        if not isinstance(keep_best, bool):
+            raise ConfigurationError([wrong("keep_best", keep_best, "True or False")])
+        if not (validate is None or hasattr(validate, "sample") or callable(validate)):
+            allowed = "tasks, or a callable (koi) that returns a number, the smaller the better"
+            raise ConfigurationError([wrong("validate", validate, allowed)])
+        self._koi, self._state, self._validate, self._loss = koi, state, validate, loss
+        self._every, self._keep_best, self._patience = every, keep_best, patience
+        self._folder = folder
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        best = self._state.best
+        return self._patience is not None and best is not None and best.misses >= self._patience
+
+    def after(self, record: Record, ranks: Ranks) -> Record:
+        """Measure φ if that is due, and return the record with what came of it."""
+        state = self._state
+        last = state.iteration == self._koi.settings.num_iterations
+        due = last or state.iteration % self._every == 0
+        if self._validate is None or not due or record.validation is not None:
+            return record
+        with ranks.agreed():
+            # by rank 0 alone, since others may round otherwise and would not stop where it does
+            value = self._measure() if ranks.first else math.nan
+        value = ranks.value_of_first(value)
+        record = replace(record, validation=value)
+        with uninterrupted():
+            self._take(value, ranks.first)
+            state.history[-1] = record
+        return record
+
+    def catch_up(self, ranks: Ranks) -> None:
+        """Measure what was due where an earlier training was stopped."""
+        if self._state.history:
+            self.after(self._state.history[-1], ranks)
+
+    def finish(self) -> None:
+        """Let φ be the best that was measured."""
+        koi, state, best = self._koi, self._state, self._state.best
+        if self._validate is None or not self._keep_best or best is None:
+            return
+        if best.phi is None or best.iteration == state.iteration:
+            return
+        learned = Learned.of(koi.model)
+        with uninterrupted():
+            learned.put(koi.model, best.phi)
+            state.keep(best.moments, learned.params_of(koi.model), koi.settings)
+        log.info(
+            "φ is that after %d of %d meta-iterations, where validation gave %.4g",
+            *(best.iteration, state.iteration, best.value),
+        )
+
+    def _take(self, value: float, saves: bool) -> None:
+        """Count a measurement, and keep φ where it is the best so far; NaN is never."""
+        koi, state = self._koi, self._state
+        if not value < (math.inf if state.best is None else state.best.value):
+            if state.best is not None:
+                state.best = replace(state.best, misses=state.best.misses + 1)
+            return
+        state.best = Best(state.iteration, value)
+        if not self._keep_best:
+            return
+        phi = clone(Learned.of(koi.model).tensors_of(koi.model))
+        moments = state.carried(koi.settings)
+        state.best = replace(state.best, phi=phi, moments=moments and clone(moments))
+        if saves and self._folder is not None:
+            checkpoint.save(koi, state, self._folder.best)
+
+    def _measure(self) -> float:
+        if hasattr(self._validate, "sample"):
+            return self._loss(self._validate)
+        value = self._validate(self._koi)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            wanted = "it must return a number, the smaller the better"
+            raise ConfigurationError([f"validate returned {value!r}: {wanted}"]) from None
