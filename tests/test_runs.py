@@ -69,19 +69,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     class StoppedError(Exception):
         pass
 
-    original = koi.lab.runs.training.Watcher.__call__
+    original = koi.lab.runs.training.Validation.__call__
 
-    def stop(watcher, learner, record):
-        original(watcher, learner, record)
-        if learner.iteration == 3:
+    def stop(validation, learner):
+        value = original(validation, learner)
+        if learner.iteration == 2:
             raise StoppedError
+        return value
 
-    monkeypatch.setattr(koi.lab.runs.training.Watcher, "__call__", stop)
+    monkeypatch.setattr(koi.lab.runs.training.Validation, "__call__", stop)
     stopped = Run.begun(tmp_path / "stopped", Config(SMALL))
     with pytest.raises(StoppedError):
         train(stopped)
     assert not stopped.weights.exists()
-    monkeypatch.setattr(koi.lab.runs.training.Watcher, "__call__", original)
+    monkeypatch.setattr(koi.lab.runs.training.Validation, "__call__", original)
     train(Run.begun(tmp_path / "stopped", Config(SMALL)))
     assert stopped.validations() == whole.validations()
     there, here = load_file(stopped.weights), load_file(whole.weights)

@@ -7,7 +7,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from koi import Koi, Record
+from koi import Koi
 from koi.fewshot import Accuracy, LabelledData
 from koi.lab.runs.folder import Config, Run
 from koi.lab.runs.measuring import measured, measuring_copy
@@ -44,21 +44,26 @@ def train(run: Run, progress: bool | None = None) -> Koi:
     )
     every = max(1, recipe.num_iterations // _NUM_CHECKPOINTS)
     with ProgressBar(progress, recipe.num_iterations, 0) as bar:
+        watches = len(splits.validation) >= recipe.num_ways
         learner.train(
             recipe.training_episodes(splits.train, config.device),
             progress=False,
-            callbacks=[Watcher(run, config, splits.validation, bar)],
+            callbacks=[lambda _, record: bar.advance(record)],
             checkpoint_dir=run.checkpoints,
             checkpoint_every=every,
             resume=True,
             log_dir=run.folder,
+            validate=Validation(run, config, splits.validation, bar) if watches else None,
+            validate_every=max(_LEAST_DISTANCE, recipe.num_iterations // _NUM_VALIDATIONS),
+            # the paper's numbers are those of the last φ
+            keep_best=recipe.problem == "folder",
         )
     safetensors.torch.save_model(learner.model, str(run.weights))
     return learner
 
 
-class Watcher:
-    """A callback that shows progress and measures accuracy on validation classes now and then.
+class Validation:
+    """Measures accuracy on validation classes, as one minus which a training is judged.
 
     The measured learner is a copy: it adapts in its own way and many tasks at once, and cannot
     touch the training.
@@ -69,22 +74,18 @@ class Watcher:
         self._config = config
         self._data = data
         self._bar = bar
-        self._every = max(_LEAST_DISTANCE, config.recipe.num_iterations // _NUM_VALIDATIONS)
 
-    def __call__(self, koi: Koi, record: Record) -> None:
-        """Show the record; at every tenth of the training, measure and keep the accuracies."""
-        self._bar.advance(record)
-        due = koi.iteration % self._every == 0 or koi.iteration == koi.num_iterations
-        if not due or len(self._data) < self._config.recipe.num_ways:
-            return
+    def __call__(self, koi: Koi) -> float:
+        """Measure and keep the accuracies; return the error rate of the fewest shots."""
         line: dict[str, Any] = {"iteration": koi.iteration}
         for num_shots, found in self._accuracies(koi).items():
             line[f"{num_shots}-shot transductive"] = found.transductive.mean
             line[f"{num_shots}-shot inductive"] = found.inductive.mean
             line[f"{num_shots}-shot num_skipped"] = found.num_skipped
         append(self._run.validation, line)
-        shots = min(self._config.recipe.adaptations)
-        self._bar.note = f"validation {100 * line[f'{shots}-shot inductive']:.1f} %"
+        right: float = line[f"{min(self._config.recipe.adaptations)}-shot inductive"]
+        self._bar.note = f"validation {100 * right:.1f} %"
+        return 1 - right
 
     def _accuracies(self, koi: Koi) -> dict[int, Accuracy]:
         config = self._config
