@@ -24,6 +24,8 @@ def meta_train(
     algorithm="reptile",
     clip_meta=None,
     average=None,
+    adapts=None,
+    learns=None,
     state=None,
 ):
     """Meta-train ``model`` in place; the arguments mean what they mean in `koi.Koi`.
@@ -31,8 +33,8 @@ def meta_train(
     Returns the inner optimizer's moments, shared by all tasks, for a training that goes on as
     ``state``; None where every task starts afresh. With ``average``, the mean of φ, too.
     """
-    means, weights = [0.0 for _ in learned(model)], 0.0
-    outer = meta_optimizer(learned(model)) if meta_optimizer else None
+    means, weights = [0.0 for _ in learned(model, learns)], 0.0
+    outer = meta_optimizer(learned(model, learns)) if meta_optimizer else None
     for iteration in range(num_iterations):
         epsilon = meta_step_size
         if callable(meta_step_size):
@@ -43,26 +45,29 @@ def meta_train(
             steps = views(task, num_steps)
             query = task.query if hasattr(task, "query") else steps[-1]
             if algorithm == "maml":  # first, since a loss may change what is the task's own
-                gradient = maml_gradient(model, steps, query, inner_optimizer, step_size, state)
+                inner = inner_optimizer, step_size, state
+                gradient = maml_gradient(model, steps, query, *inner, adapts, learns)
             path = []
             adapted, final_state = adapt(
-                model, steps, inner_optimizer, step_size, state, lambda m, path=path: note(path, m)
+                *(model, steps, inner_optimizer, step_size, state),
+                lambda m, path=path: note(path, m, learns),
+                adapts,
             )
             if algorithm == "reptile":
-                pairs = zip(learned(model), learned(adapted), strict=True)
+                pairs = zip(learned(model, learns), learned(adapted, learns), strict=True)
                 gradient = [(p - q).detach() for p, q in pairs]
             elif algorithm == "eigen-reptile":
                 gradient = against_main_direction(path)
             elif algorithm == "fomaml":
-                gradient = gradient_of(query, adapted)
+                gradient = gradient_of(query, adapted, learns)
             gradients.append(gradient)
             adapted_models.append(adapted)
             states.append(final_state)
 
-        for param, *grads in zip(learned(model), *gradients, strict=True):
+        for param, *grads in zip(learned(model, learns), *gradients, strict=True):
             param.grad = sum(grads) / meta_batch_size
         if clip_meta is not None:
-            torch.nn.utils.clip_grad_norm_(learned(model), clip_meta)
+            torch.nn.utils.clip_grad_norm_(learned(model, learns), clip_meta)
         if outer is not None:
             for group in outer.param_groups:
                 group["lr"] *= epsilon
@@ -71,7 +76,7 @@ def meta_train(
                 group["lr"] /= epsilon
         else:
             with torch.no_grad():
-                for param in learned(model):
+                for param in learned(model, learns):
                     param -= epsilon * param.grad
         model.zero_grad()
         move_buffers(model, adapted_models, epsilon)
@@ -79,13 +84,21 @@ def meta_train(
             state = mean_state(states)
         if average is not None:
             weights = average * weights + 1
-            pairs = zip(means, learned(model), strict=True)
+            pairs = zip(means, learned(model, learns), strict=True)
             means = [average * mean + p.detach() for mean, p in pairs]
     return state if average is None else [mean / weights for mean in means]
 
 
 def evaluate(
-    model, tasks, num_tasks, num_steps, *, step_size, inner_optimizer=torch.optim.SGD, state=None
+    model,
+    tasks,
+    num_tasks,
+    num_steps,
+    *,
+    step_size,
+    inner_optimizer=torch.optim.SGD,
+    state=None,
+    adapts=None,
 ):
     """Return each task's query loss before and after each step, shape (num_tasks, steps + 1)."""
     rows = []
@@ -96,7 +109,7 @@ def evaluate(
         def measure(adapted, row=row, query=query):
             row.append(query.loss(deepcopy(adapted)).item())
 
-        adapt(model, steps, inner_optimizer, step_size, state, after_each=measure)
+        adapt(model, steps, inner_optimizer, step_size, state, measure, adapts)
         rows.append(row)
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -108,10 +121,18 @@ def views(task, num_steps):
     return [task] * num_steps
 
 
-def adapt(model, steps, inner_optimizer, step_size, state=None, after_each=lambda model: None):
+def adapt(
+    model,
+    steps,
+    inner_optimizer,
+    step_size,
+    state=None,
+    after_each=lambda model: None,
+    adapts=None,
+):
     """Return a copy of ``model`` after one optimizer step on each of ``steps``, and the moments."""
     model = deepcopy(model)
-    optimizer = inner_optimizer(learned(model), step_size)
+    optimizer = inner_optimizer(learned(model, adapts), step_size)
     fresh = optimizer.state_dict()["param_groups"]
     if state is not None:
         groups = [group | numbers for group, numbers in zip(fresh, state["groups"], strict=True)]
@@ -128,16 +149,16 @@ def adapt(model, steps, inner_optimizer, step_size, state=None, after_each=lambd
     return model, {"state": after["state"], "groups": moved}
 
 
-def gradient_of(task, model):
+def gradient_of(task, model, learns=None):
     """Return the gradient of the task's loss, leaving ``model`` and its buffers alone."""
     model = deepcopy(model)
     task.loss(model).backward()
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in learned(model)]
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in learned(model, learns)]
 
 
-def note(path, model):
+def note(path, model, learns=None):
     """Append a copy of the parameters of ``model`` to ``path``."""
-    path.append([p.detach().clone() for p in learned(model)])
+    path.append([p.detach().clone() for p in learned(model, learns)])
 
 
 def against_main_direction(path):
@@ -158,15 +179,18 @@ def against_main_direction(path):
     return gradient
 
 
-def maml_gradient(model, steps, query, inner_optimizer, step_size, state, h=1e-5):
+def maml_gradient(
+    model, steps, query, inner_optimizer, step_size, state, adapts=None, learns=None, h=1e-5
+):
     """Return d query loss(φ̃(φ)) / dφ, one coordinate of φ after the other."""
 
     def loss_after_adapting():
         mine, held_out = deepcopy((steps, query))
-        return held_out.loss(adapt(model, mine, inner_optimizer, step_size, state)[0]).item()
+        end, _ = adapt(model, mine, inner_optimizer, step_size, state, adapts=adapts)
+        return held_out.loss(end).item()
 
     gradient = []
-    for param in learned(model):
+    for param in learned(model, learns):
         gradient.append(torch.zeros_like(param))
         values, slopes = coordinates(param.data), coordinates(gradient[-1])
         for i in range(len(values)):
@@ -236,6 +260,7 @@ def mean_number(values):
     return values[0] if same else sum(values) / len(values)
 
 
-def learned(model):
-    """Return the parameters that learn, those that the inner optimizer is made of."""
-    return [p for p in model.parameters() if p.requires_grad]
+def learned(model, names=None):
+    """Return the parameters that can learn, of these names where some are given."""
+    named = model.named_parameters()
+    return [p for n, p in named if p.requires_grad and (names is None or n in names)]

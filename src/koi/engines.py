@@ -15,7 +15,7 @@ from koi.inner.base import InnerLoop
 from koi.inner.checks.granted import ClassLook, Look, Same, environment, frozen
 from koi.inner.dispatch import Dispatch
 from koi.inner.optimizers.recognition import update_rule, why_no_rule
-from koi.inner.optimizers.rules import layout_of
+from koi.inner.optimizers.rules import layout_of, of_part
 from koi.inner.scaling import LossScale
 from koi.phi.arithmetic import Tensors
 from koi.phi.learned import Learned
@@ -110,7 +110,7 @@ class Engines:
 
     def _key(self, model: nn.Module, settings: Settings, scale: LossScale | None) -> Any:
         if self._look is None or self._look.module is not model or not self._look.unchanged():
-            Learned.of(model)  # says what cannot be looked at, such as a scripted module
+            settings.learned(model)  # says what cannot be looked at, such as a scripted module
             self._look = Look(model)
             self._kinds = frozenset(map(type, model.modules()))
         if self._settings[0] is not settings:
@@ -136,7 +136,8 @@ def _optimizer_now(model: nn.Module, settings: Settings) -> Any:
         isinstance(factory, functools.partial) and isinstance(factory.func, type)
     ):
         return ()
-    params = Learned.of(model).params_of(model)
+    learned = settings.learned(model)
+    params = learned.those_adapted(learned.params_of(model))
     optimizer = settings.optimizer(params)
     numbers = [
         value.tolist()
@@ -158,17 +159,18 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
     Raises:
         ConfigurationError: the algorithm and the optimizer, or the model, do not go together.
     """
-    learned = Learned.of(model)
+    learned = settings.learned(model)
     params = learned.params_of(model)
-    optimizer = settings.optimizer(params)
+    optimizer = settings.optimizer(learned.those_adapted(params))
     algorithm = algorithm_of(settings.algorithm)
+    _check_roles(learned, algorithm)
     if algorithm.second_order:
         _check_differentiable(algorithm, optimizer)
     _check_sparse(model, algorithm, optimizer)
     return InnerLoop(
         learned,
         algorithm,
-        settings.optimizer_factory,
+        of_part(settings.optimizer_factory, learned.adapted),
         settings.step_size,
         update_rule(optimizer, params, differentiable=algorithm.second_order),
         autocast=settings.autocast,
@@ -176,6 +178,25 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
         skip_nonfinite=settings.on_nonfinite == "skip",
         layout=layout_of(optimizer, params),
     )
+
+
+def _check_roles(learned: Learned, algorithm: Algorithm) -> None:
+    """Check that what is learned and not adapted has an outer gradient.
+
+    Raises:
+        ConfigurationError: the algorithm has none.
+    """
+    adapted = set(learned.those_adapted(learned.params))
+    constant = [name for name in learned.params if name not in adapted]
+    if constant and not algorithm.query_gradient:
+        shown = ", ".join(constant[:3]) + (", …" if len(constant) > 3 else "")
+        raise ConfigurationError(
+            [
+                f"algorithm={named(algorithm)} learns from where the inner loop ends, and adapts= "
+                f"leaves {shown} where it is: give learns= without it, or choose 'fomaml' or "
+                "'maml', which have a gradient for it"
+            ]
+        )
 
 
 def _check_sparse(model: nn.Module, algorithm: Algorithm, optimizer: torch.optim.Optimizer) -> None:

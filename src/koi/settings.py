@@ -13,11 +13,13 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from koi.algorithms import NAMED, Algorithm, schedule_of
 from koi.errors import ConfigurationError, did_you_mean, wrong
 from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, make_optimizer
+from koi.phi.learned import Learned
+from koi.phi.roles import Names
 from koi.phi.schedules import KNOWN, Schedule
 from koi.phi.update import MetaOptimizerFactory
 
@@ -103,6 +105,16 @@ def _code(value: Any) -> Any:
     if callable(value):
         return value
     raise Refused("a callable (params)")
+
+
+def _names(value: Any) -> Any:
+    patterns = (value,) if isinstance(value, str) else value
+    if value is None or callable(value):
+        return value
+    listed = isinstance(patterns, list | tuple) and len(patterns) > 0
+    if listed and all(isinstance(pattern, str) for pattern in patterns):
+        return tuple(patterns)
+    raise Refused('a name pattern such as "head.*", a list of them, a predicate, or None')
 
 
 def _mode(value: Any) -> Any:
@@ -234,6 +246,21 @@ class Settings:
         "makes runs repeatable, bit for bit on one machine, and independent of the global random "
         "state. None: tasks draw from the global generators as they are.",
     )
+    adapts: Names = setting(
+        None,
+        _names,
+        'which parameters the inner loop moves: a name pattern such as ``"head.*"``, or a list of '
+        "them; or a predicate (name, parameter); None: all that require a gradient.",
+        engines=True,
+    )
+    learns: Names = setting(
+        None,
+        _names,
+        "which parameters the meta-update moves, likewise. What is learned and not adapted needs "
+        "an outer gradient (FOMAML, MAML); what is adapted and not learned starts every task as it "
+        "is.",
+        engines=True,
+    )
     on_nonfinite: str = setting(
         "raise",
         one_of(("raise", "skip")),
@@ -282,6 +309,14 @@ class Settings:
         """Return the settings that φ depends on, as a file can hold them."""
         names = [each.name for each in fields(self) if each.metadata["stored"]]
         return {name: as_data(getattr(self, name)) for name in names}
+
+    def learned(self, model: nn.Module) -> Learned:
+        """Return the names of what moves in a model, by ``adapts`` and ``learns``.
+
+        Raises:
+            ConfigurationError, ModelError: as `koi.phi.learned.Learned.of`.
+        """
+        return Learned.of(model, self.adapts, self.learns)
 
     def steps(self, num_steps: int | None) -> int:
         """Return the inner steps that a method was given, checked; None: those of training."""
@@ -332,6 +367,8 @@ def as_data(value: Any) -> Any:
         data = [as_data(part) if callable(part) else float(part) for part in parts]
         if not any(map(is_code, data)):
             return type(value).__name__, *data
+    if isinstance(value, tuple):
+        return list(value)
     if callable(value) or isinstance(value, Algorithm):
         return "code", getattr(value, "__qualname__", type(value).__qualname__)
     return value
@@ -341,7 +378,7 @@ def from_data(value: Any) -> Any:
     """Return the setting that `as_data` was given; code stays a name."""
     if isinstance(value, tuple) and value[0] in KNOWN:
         return KNOWN[value[0]](*map(from_data, value[1:]))
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def is_code(value: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from koi.configured import Configured
 from koi.errors import ConfigurationError
 from koi.phi.arithmetic import copy_
-from koi.phi.learned import Learned, copy_module
+from koi.phi.learned import copy_module
 from koi.training import checkpoint
 from koi.training.state import TrainingState
 
@@ -53,11 +53,14 @@ class Stored(Configured):
             raise ConfigurationError(
                 ["averaged() needs Koi(…, average=0.999) or the like, and a meta-iteration since"]
             )
-        frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        frozen = {
+            id(p): p for p in self.settings.learned(self.model).others_of(self.model).values()
+        }
         other = type(self)(copy_module(self.model, frozen), **vars(self.settings))
         other.load_state_dict(self.state_dict())
-        learned = Learned.of(other.model)
-        copy_([*learned.params_of(other.model), *learned.buffers_of(other.model)], mean.values)
+        names = self.settings.learned(other.model)
+        params = names.those_learned(names.params_of(other.model))
+        copy_([*params, *names.buffers_of(other.model)], mean.values)
         return other
 
     def state_dict(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class EagerEngine(StepwiseEngine):
                 if adapted is None:
                     continue
                 with torch.no_grad():
-                    way = self.inner.algorithm.meta_gradient(phi.params, adapted.given)
+                    way = self.inner.algorithm.meta_gradient(phi.learned, adapted.given)
                 losses, distance = self._finite(way, adapted.losses, number, place)
                 buffers, constants = self.copy.end()
                 moved = arithmetic.movements(buffers, phi.buffers)

@@ -86,6 +86,10 @@ class StepwiseEngine(ABC):
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return the loss at ``params`` (None: the tensors that are stepped), moving buffers."""
 
+    def outer_loss(self, view: Any, step: int) -> Tensor:
+        """Return the query loss at the tensors that were stepped, with a gradient for `params`."""
+        return self.loss(view, step)
+
     @abstractmethod
     def buffers_kept(self) -> AbstractContextManager[None]:
         """Undo what a loss that is no inner step does to the module."""
@@ -110,7 +114,10 @@ class StepwiseEngine(ABC):
             return None
         with torch.no_grad():
             give = self.each(partial(given, algorithm))
-            tensors = give(phi.params, adapted.params, adapted.path, adapted.gradient)
+            of_learned = self.inner.learned.those_learned
+            path = [of_learned(params) for params in adapted.path]
+            gradient = of_learned(adapted.gradient) if adapted.gradient else []
+            tensors = give(phi.learned, of_learned(adapted.params), path, gradient)
         return Given(tensors, adapted.moments, adapted.losses)
 
     def adapt_to(
@@ -127,7 +134,7 @@ class StepwiseEngine(ABC):
         for step, view in enumerate(steps):
             loss = self.loss(view, step)
             # unnamed, so that the gradients are gone before the next step's
-            self._step(self.gradients(loss, self.params))
+            self._step(self.inner_gradients(loss, self.params))
             losses.append(loss.detach())
             after_each()
         return Adapted(self.params, self.optimizer.moments(), self.stacked(losses), view)
@@ -149,7 +156,7 @@ class StepwiseEngine(ABC):
         adapted = self._along(phi, steps)
         number = len(adapted.losses)
         with self.buffers_kept():  # until the gradient, which may need them as they were
-            loss = self.loss(outer_view(task, adapted.last), number)
+            loss = self.outer_loss(outer_view(task, adapted.last), number)
             grads = self.gradients(loss, self.params)
         if grads is None:
             return None
@@ -161,7 +168,10 @@ class StepwiseEngine(ABC):
         assert isinstance(self.optimizer, RuleOptimizer), "checked when the learner is made"
         rule = self.optimizer.rule
         self.begin(phi)
-        leaves = [p.detach().clone().requires_grad_() for p in self.params]
+        adapted = set(self.inner.learned.those_adapted(range(len(self.params))))
+        values = [p.detach() for p in self.params]
+        leaves = [v.clone() if i in adapted else v.view_as(v) for i, v in enumerate(values)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
         params: Tensors = list(leaves)
         moments = self.optimizer.spread(phi.moments)
         losses: Tensors = []
@@ -172,7 +182,7 @@ class StepwiseEngine(ABC):
         with sdpa_kernel(SDPBackend.MATH), without_saved_tensors_hooks():
             for step, view in enumerate(steps):
                 loss = self.loss(view, step, params)
-                grads = self.gradients(loss, params, create_graph=True)
+                grads = self.inner_gradients(loss, params, create_graph=True)
                 if grads is not None:
                     params, moments = rule.step(grads, params, moments)
                 losses.append(loss.detach())
@@ -191,6 +201,19 @@ class StepwiseEngine(ABC):
             path=path,
             gradient=filled(grads, leaves),
         )
+
+    def inner_gradients(
+        self, loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
+    ) -> tuple[Tensor | None, ...] | None:
+        """Return `gradients` of what is adapted; None in the place of every other parameter."""
+        places = self.inner.learned.adapted
+        if places is None:
+            return self.gradients(loss, params, create_graph)
+        grads = self.gradients(loss, [params[i] for i in places], create_graph)
+        if grads is None:
+            return None
+        of_adapted = dict(zip(places, grads, strict=True))
+        return tuple(of_adapted.get(i) for i in range(len(params)))
 
     def gradients(
         self, loss: Tensor, params: Sequence[Tensor], create_graph: bool = False

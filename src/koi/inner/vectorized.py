@@ -73,6 +73,9 @@ class VectorizedEngine(StepwiseEngine):
         )
         self._pure = PureLoss(self.copy.module, inner.learned)
         self._stacks: dict[int, tuple[Tensors, BoundOptimizer]] = {}
+        self._places = set(range(len(inner.learned.params)))
+        self._adapted = inner.learned.those_adapted(sorted(self._places))
+        self._constant: dict[int, Tensor] = {}
         self._minibatches_draw = False
         self._looked_at: set[Any] = set()
 
@@ -132,15 +135,18 @@ class VectorizedEngine(StepwiseEngine):
     def begin(self, phi: Phi) -> None:
         """Set every row to φ."""
         with torch.no_grad():
-            for rows, value in zip(self.params, phi.params, strict=True):
-                rows.copy_(value)
+            for i in self._adapted:
+                self.params[i].copy_(phi.params[i])
         size = self.params[0].shape[0]
+        self._constant = {i: phi.params[i].detach() for i in self._places - set(self._adapted)}
+        for i, value in self._constant.items():  # a row for each task, all in the same memory
+            self.params[i] = value.expand(size, *value.shape).requires_grad_()
         self.buffers = [b.expand(size, *b.shape).clone() for b in phi.buffers]
         self.constants = [b.expand(size, *b.shape).clone() for b in phi.constants]
 
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return each task's loss, shape (tasks,)."""
-        params = self.params if params is None else params
+        params = self._inner_params() if params is None else params
         with self._unshared(type(view), step), self.inner.precision(params[0].device):
             losses, moved = self._mapped(view, step, params)
         before = [*self.buffers, *self.constants]
@@ -159,12 +165,20 @@ class VectorizedEngine(StepwiseEngine):
         )
         return mapped
 
+    def outer_loss(self, view: Any, step: int) -> Tensor:
+        """Return each task's loss with a gradient of its own for all that learns."""
+        return self.loss(view, step, self.params)
+
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:
         """Undo what a loss that is no inner step does to the buffers."""
         before = self.buffers, self.constants
         yield
         self.buffers, self.constants = before
+
+    def _inner_params(self) -> Tensors:
+        """Return the parameters; what no inner step moves is one tensor for all tasks."""
+        return [self._constant.get(i, rows) for i, rows in enumerate(self.params)]
 
     def _mapped(self, view: Any, step: int, params: Tensors) -> tuple[Tensor, Tensors]:
         def one(params: Tensors, buffers: Tensors, tensors: dict[str, Tensor]) -> Any:
@@ -183,7 +197,8 @@ class VectorizedEngine(StepwiseEngine):
             return scalar(loss, task, step), buffers
 
         fields = everything_of(view)
-        mapped: tuple[Tensor, Tensors] = vmap(one, randomness="different")(
+        own = [None if p is self._constant.get(i) else 0 for i, p in enumerate(params)]
+        mapped: tuple[Tensor, Tensors] = vmap(one, (own, 0, 0), randomness="different")(
             params, [*self.buffers, *self.constants], tensors_of(view)
         )
         return mapped
@@ -196,7 +211,7 @@ class VectorizedEngine(StepwiseEngine):
             self._unshared(type(view), "query", step),
             self.inner.precision(self.params[0].device),
         ):
-            curve.append(self._mapped(view, step, self.params)[0].detach())
+            curve.append(self._mapped(view, step, self._inner_params())[0].detach())
 
     def _views(self, chunk: TaskBatch, num_steps: int, place: Place, first: int) -> list[Any]:
         """Return the stacked tasks as each inner step sees them."""
@@ -218,8 +233,10 @@ class VectorizedEngine(StepwiseEngine):
         for first, chunk in batch.chunks(self.chunk_size or len(batch)):
             size = len(chunk)
             if size not in self._stacks:
-                params = [p.detach().expand(size, *p.shape).clone() for p in phi.params]
-                leaves = [p.requires_grad_() for p in params]
+                rows = [p.detach().expand(size, *p.shape) for p in phi.params]
+                for i in self._adapted:
+                    rows[i] = rows[i].clone()
+                leaves = [leaf.requires_grad_() for leaf in rows]
                 self._stacks[size] = leaves, bound_optimizer(self.inner, leaves, num_tasks=size)
             self.params, self.optimizer = self._stacks[size]
             yield first, chunk

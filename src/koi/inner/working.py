@@ -29,15 +29,16 @@ class Slot(NamedTuple):
 class WorkingCopy:
     """A copy of the user's module that every task finds as the module itself is.
 
-    Learned parameters and buffers are tensors of its own, the same from task to task, which `begin`
-    sets to φ. Frozen parameters are the user's own: they are never copied and never out of date,
-    and a loss that changes one is refused. Whatever else a task leaves behind (a hidden state in an
+    Adapted parameters and buffers are tensors of its own, the same from task to task, which `begin`
+    sets to φ. Other parameters are the user's own: they are never copied and never out of date, and
+    a loss that changes one is refused. Whatever else a task leaves behind (a hidden state in an
     attribute, a mode) makes the next one begin with a fresh copy.
 
     Args:
         model: the user's module.
         learned: what of it a task adapts.
-        share: whether frozen parameters are shared; a copy that is given away has its own.
+        share: whether parameters that are learned and not adapted are shared, too; a copy that is
+            given away has its own.
         prepare: what is done to every fresh copy, such as writing a layer in another form.
     """
 
@@ -50,12 +51,17 @@ class WorkingCopy:
         prepare: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self._model, self.learned, self._prepare = model, learned, prepare
-        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-        self._frozen = frozen if share else {}
+        self._frozen = learned.others_of(model)
+        if share:
+            adapted = set(learned.those_adapted(learned.params))
+            constant = [name for name in learned.params if name not in adapted]
+            self._frozen |= {name: model.get_parameter(name) for name in constant}
         self._versions: list[int] = []
         self.module = self._copy({id(p): p for p in self._frozen.values()})
         self.params = learned.params_of(self.module)
-        self.values = [p.detach() for p in self.params]  # the same memory, without autograd
+        pairs = zip(learned.params, self.params, strict=True)
+        self._own_places = [i for i, (name, _) in enumerate(pairs) if name not in self._frozen]
+        self.values = [self.params[i].detach() for i in self._own_places]  # without autograd
         self._own = learned.tensors_of(self.module)
         self._made()
 
@@ -68,7 +74,7 @@ class WorkingCopy:
             shared |= {id(t): own for t, own in zip(theirs, self._own, strict=True)}
             self.module = self._copy(shared)
             self._made()
-        arithmetic.copy_(self.values, phi.params)
+        arithmetic.copy_(self.values, [phi.params[i] for i in self._own_places])
         count = len(self.params)
         arithmetic.copy_(self._own[count:], [*phi.buffers, *phi.constants])
         self.watch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +13,45 @@ from torch.nn.parameter import is_lazy
 
 from koi.errors import ModelError
 from koi.phi.arithmetic import Tensors, copy_
+from koi.phi.roles import Names, chosen
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The names of what a task adapts: parameters by gradient, buffers by use.
+    """The names of what moves: parameters by gradient, buffers by use.
 
-    Parameters count once however many names they are tied to; frozen ones are left out. Floating
-    and complex buffers move by ε as the parameters do; `constants` are the others, such as a
-    counter or a flag, which become what the last task of a meta-batch leaves.
+    Parameters count once however many names they are tied to; those that are neither adapted nor
+    learned are left out. Floating and complex buffers move by ε as the parameters do; `constants`
+    are the others, such as a counter or a flag, which become what the last task of a meta-batch
+    leaves.
+
+    Args:
+        params: of the parameters that the inner loop or the meta-update moves.
+        buffers: of the floating and complex buffers.
+        constants: of the other buffers.
+        adapted: the places in ``params`` of those that the inner loop moves; None: all.
+        learned: the places of those that the meta-update moves; None: all.
     """
 
     params: tuple[str, ...]
     buffers: tuple[str, ...]
     constants: tuple[str, ...]
+    adapted: tuple[int, ...] | None = None
+    learned: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, module: nn.Module) -> Learned:
+    def of(cls, module: nn.Module, adapts: Names = None, learns: Names = None) -> Learned:
         """Read the names off ``module``.
 
+        Args:
+            module: the user's module.
+            adapts: which parameters the inner loop moves, as `koi.phi.roles.chosen` takes them.
+            learns: which the meta-update moves.
+
         Raises:
+            ConfigurationError: ``adapts`` or ``learns`` chooses nothing.
             ModelError: no parameter can learn, lazy ones have no shape yet, they are sharded, or
                 a copy would not do what the module does (`check_plain`).
         """
@@ -52,8 +71,7 @@ class Learned:
                 "it the plain module, on one device of each, and start the script by torchrun"
             )
         check_plain(module)
-        params = tuple(name for name, p in named.items() if p.requires_grad)
-        if not params:
+        if not any(p.requires_grad for p in named.values()):
             raise ModelError(
                 f"the model has no parameter that can learn ({len(named)} parameters, none with "
                 "requires_grad): give it at least one, or unfreeze some"
@@ -62,8 +80,27 @@ class Learned:
             name: buffer.is_floating_point() or buffer.is_complex()
             for name, buffer in module.named_buffers()
         }
-        buffers = tuple(name for name in moves if moves[name])
-        return cls(params, buffers, tuple(name for name in moves if not moves[name]))
+        inner, outer = chosen(module, adapts, "adapts"), chosen(module, learns, "learns")
+        params = tuple(name for name in named if name in {*inner, *outer})
+        return cls(
+            params,
+            tuple(name for name in moves if moves[name]),
+            tuple(name for name in moves if not moves[name]),
+            None if inner == params else tuple(map(params.index, inner)),
+            None if outer == params else tuple(map(params.index, outer)),
+        )
+
+    def those_adapted(self, each: Sequence[Item]) -> list[Item]:
+        """Return, of one item for each of ``params``, those of what the inner loop moves."""
+        return list(each) if self.adapted is None else [each[i] for i in self.adapted]
+
+    def those_learned(self, each: Sequence[Item]) -> list[Item]:
+        """Return, of one item for each of ``params``, those of what the meta-update moves."""
+        return list(each) if self.learned is None else [each[i] for i in self.learned]
+
+    def others_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters that nothing moves, by name."""
+        return {n: p for n, p in module.named_parameters() if n not in self.params}
 
     def params_of(self, module: nn.Module) -> Tensors:
         """Return the learned parameters of ``module``, not copies, in this order."""

@@ -21,6 +21,11 @@ class Phi:
     moments: Tensors | None
     names: Learned
 
+    @property
+    def learned(self) -> Tensors:
+        """The parameters that the meta-update moves."""
+        return self.names.those_learned(self.params)
+
 
 @dataclass
 class Outcome:

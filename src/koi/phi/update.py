@@ -60,7 +60,7 @@ class MetaUpdate:
         self.phi = phi
         self.algorithm = algorithm
         self.make_optimizer = make_optimizer
-        self.optimizer = None if make_optimizer is None else make_optimizer(phi.params)
+        self.optimizer = None if make_optimizer is None else make_optimizer(phi.learned)
         if not isinstance(self.optimizer, torch.optim.Optimizer | None):
             raise ConfigurationError(
                 [
@@ -81,7 +81,7 @@ class MetaUpdate:
         Raises:
             NonFiniteError: the change is not finite.
         """
-        params, algorithm = self.phi.params, self.algorithm
+        params, algorithm = self.phi.learned, self.algorithm
         self._check_buffers(outcome)
         gradient, norm = None, outcome.distance
         if self.optimizer is not None or norm is None:
@@ -115,7 +115,7 @@ class MetaUpdate:
                 )
 
     def _step(self, optimizer: torch.optim.Optimizer, gradient: Tensors, epsilon: float) -> float:
-        params = self.phi.params
+        params = self.phi.learned
         before, users_grads = arithmetic.clone(params), [p.grad for p in params]
         state = {param: copy.deepcopy(kept) for param, kept in optimizer.state.items()}
         groups = [

@@ -47,10 +47,10 @@ class Buffer:
     """
 
     def __init__(self, phi: Phi, form: Form, num_tasks: int, num_ranks: int) -> None:
-        like = [*phi.params, *phi.buffers]
+        like = [*phi.learned, *phi.buffers]
         forms = [*((t.shape, t.dtype) for t in like), *form.moments]
         self._types = [kind for _, kind in forms]
-        self._splits = len(phi.params), len(like)
+        self._splits = len(like) - len(phi.buffers), len(like)
         self._num_tasks, self._row = num_tasks, form.row
         # where the figures of each kind begin: losses, counts, failures, checksums, and flags
         sizes = [num_tasks * form.row, num_ranks, num_ranks, 3 * num_ranks, 1, 1, 1]

@@ -189,7 +189,7 @@ class Ranks:
         if (num_tasks, carry) != (self._num_tasks, self._carry):
             self._set(num_tasks, carry)
             self._buffer = None
-        elif before is not None and not same_tensors(before.params, phi.params):
+        elif before is not None and not same_tensors(before.learned, phi.learned):
             self._buffer = None
         self._phi = phi
 

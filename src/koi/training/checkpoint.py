@@ -21,7 +21,6 @@ from koi.errors import CheckpointError, annotate
 from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
 from koi.phi.average import ExponentialMean
-from koi.phi.learned import Learned
 from koi.phi.outcome import Phi
 from koi.phi.update import MetaUpdate
 from koi.randomness import States
@@ -50,7 +49,8 @@ def contents(koi: Configured, state: TrainingState) -> Data:
         koi: the learner, between two meta-iterations.
         state: what it has come to.
     """
-    learned, settings, at = Learned.of(koi.model), koi.settings, state.mark(koi.settings)
+    settings, at = koi.settings, state.mark(koi.settings)
+    learned = settings.learned(koi.model)
     params, moments = learned.params_of(koi.model), state.carried(settings)
     names = (*learned.buffers, *learned.constants)
     meta = None if state.update is None else state.update.optimizer
@@ -73,12 +73,12 @@ def contents(koi: Configured, state: TrainingState) -> Data:
         "params": {name: p.detach() for name, p in zip(learned.params, params, strict=True)},
         "buffers": {name: koi.model.get_buffer(name) for name in names},
         "tensors": tensors_of(koi.model),
-        "frozen": frozen.digests(koi.model),
+        "frozen": frozen.digests(learned.others_of(koi.model)),
         "devices": [str(p.device) for p in params],
         "moments": moments,
         "moment_devices": [str(m.device) for m in moments or []],
         "scale": None if state.scale is None else state.scale.state(),
-        "inner_optimizer": arguments_of(settings.optimizer(params)),
+        "inner_optimizer": arguments_of(settings.optimizer(learned.those_adapted(params))),
         "meta_optimizer": None if meta is None else arguments_of(meta),
         "meta_state": None if meta is None else meta.state_dict(),
         "mean": {"count": state.mean.count, "values": state.mean.values},
@@ -293,14 +293,16 @@ def _put(
 def _model_problems(koi: Configured, saved: Saved) -> list[str]:
     """Return what differs in form, or, where nothing does, which frozen parameters do in value."""
     problems = [*different_tensors(saved.tensors, tensors_of(koi.model))]
-    return problems or [*frozen.different_frozen(saved.frozen, koi.model)]
+    return problems or [
+        *frozen.different_frozen(saved.frozen, _phi(koi).names.others_of(koi.model))
+    ]
 
 
 def _optimizer_problems(koi: Configured, saved: Saved, free: tuple[str, ...]) -> Iterator[str]:
     """Yield what differs in the optimizers whose state is carried on, but for ``free``."""
     settings, phi = koi.settings, _phi(koi)
     if saved.moments and settings.inner_state == "carry":
-        here = arguments_of(settings.optimizer(phi.params))
+        here = arguments_of(settings.optimizer(phi.names.those_adapted(phi.params)))
         yield from different_optimizer("inner_optimizer", saved.inner_optimizer, here, free)
     meta = MetaUpdate(algorithm_of(settings.algorithm), phi, settings.meta_optimizer).optimizer
     if saved.meta_optimizer is not None and meta is not None:
@@ -333,7 +335,7 @@ def _meta_update(settings: Settings, phi: Phi, saved: Saved) -> MetaUpdate:
 
 def _mean(saved: Saved, phi: Phi) -> ExponentialMean:
     """Return the exponential mean that was stored, where φ is now."""
-    of = [*phi.params, *phi.buffers]
+    of = [*phi.learned, *phi.buffers]
     count, values = saved.mean["count"], saved.mean["values"]
     if not count:
         return ExponentialMean()
@@ -359,7 +361,7 @@ def _moments(saved: Saved, moments: Tensors | None, params: Tensors) -> Tensors 
 
 
 def _phi(koi: Configured) -> Phi:
-    learned, model = Learned.of(koi.model), koi.model
+    learned, model = koi.settings.learned(koi.model), koi.model
     buffers, constants = learned.buffers_of(model), learned.constants_of(model)
     return Phi(learned.params_of(model), buffers, constants, None, learned)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from koi import memory
@@ -21,26 +21,21 @@ _NAMED = 4  # parameters that a message names
 _known: Any = WeakTensorKeyDictionary()  # a parameter -> what tells of a change, and its digest
 
 
-def digests(model: nn.Module) -> dict[str, str]:
-    """Return a digest of the bytes of each frozen parameter.
+def digests(params: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return a digest of the bytes of each parameter.
 
     Those without memory of their own, such as wrappers around quantised weights, are left out.
 
-    >>> model = nn.Linear(2, 1)
-    >>> _ = model.weight.requires_grad_(False)
-    >>> list(digests(model))
+    >>> import torch
+    >>> list(digests({"weight": torch.zeros(2)}))
     ['weight']
     """
-    return {
-        name: _digest_of(p)
-        for name, p in model.named_parameters()
-        if not p.requires_grad and memory.is_plain(p)
-    }
+    return {name: _digest_of(p) for name, p in params.items() if memory.is_plain(p)}
 
 
-def different_frozen(there: Mapping[str, str], model: nn.Module) -> Iterator[str]:
-    """Yield which frozen parameters of ``model`` are not those of a checkpoint, if some are not."""
-    here = digests(model) if there else {}
+def different_frozen(there: Mapping[str, str], params: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield which frozen parameters are not those of a checkpoint, if some are not."""
+    here = digests(params) if there else {}
     names = [name for name, digest in there.items() if here.get(name, digest) != digest]
     if not names:
         return

@@ -98,7 +98,7 @@ def _become_the_first(
 ) -> None:
     """Let every rank be in the state of rank 0, and draw from the same seed."""
     content = b""
-    frozen = {n: p for n, p in koi.model.named_parameters() if not p.requires_grad}
+    frozen = koi.settings.learned(koi.model).others_of(koi.model)
     with ranks.agreed():
         if ranks.first:
             if state.seed(koi.settings) is None:

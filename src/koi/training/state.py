@@ -123,7 +123,7 @@ class TrainingState:
         if moments is not None:
             self.keep(moments, phi.params, settings)
         if settings.average is not None:
-            self.mean.add([*phi.params, *phi.buffers], settings.average)
+            self.mean.add([*phi.learned, *phi.buffers], settings.average)
 
     def phi(
         self,
@@ -155,7 +155,7 @@ class TrainingState:
         if (
             update is None
             or update.make_optimizer is not settings.meta_optimizer
-            or not same_tensors(update.phi.params, phi.params)
+            or not same_tensors(update.phi.learned, phi.learned)
         ):
             update = self.update = MetaUpdate(algorithm, phi, settings.meta_optimizer)
         update.phi, update.algorithm = phi, algorithm

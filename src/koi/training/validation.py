@@ -11,7 +11,6 @@ from typing import Any
 from koi.configured import Configured
 from koi.errors import ConfigurationError, wrong
 from koi.phi.arithmetic import clone
-from koi.phi.learned import Learned
 from koi.ranks.group import Ranks
 from koi.records import Record
 from koi.settings import check_count
@@ -102,7 +101,7 @@ class Validation:
             return
         if best.phi is None or best.iteration == state.iteration:
             return
-        learned = Learned.of(koi.model)
+        learned = koi.settings.learned(koi.model)
         with uninterrupted():
             learned.put(koi.model, best.phi)
             state.keep(best.moments, learned.params_of(koi.model), koi.settings)
@@ -121,7 +120,7 @@ class Validation:
         state.best = Best(state.iteration, value)
         if not self._keep_best:
             return
-        phi = clone(Learned.of(koi.model).tensors_of(koi.model))
+        phi = clone(koi.settings.learned(koi.model).tensors_of(koi.model))
         moments = state.carried(koi.settings)
         state.best = replace(state.best, phi=phi, moments=moments and clone(moments))
         if saves and self._folder is not None:

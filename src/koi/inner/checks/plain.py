@@ -97,12 +97,15 @@ class Plain:
                 return [], loss.item()
             pairs = zip(params, _gradients(loss, params), strict=True)
             gradient = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in pairs]
+        of_learned = self.inner.learned.those_learned
+        path, gradient = [of_learned(p) for p in path], of_learned(gradient) if gradient else []
         with torch.no_grad():
-            return given(algorithm, list(start), clone(params), path, gradient), loss.item()
+            ends = of_learned(start), of_learned(clone(params))
+            return given(algorithm, *ends, path, gradient), loss.item()
 
     def _copied(self, model: nn.Module) -> nn.Module:
-        """Return a deep copy; what is frozen is not copied."""
-        return copy_module(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+        """Return a deep copy; what nothing moves is not copied."""
+        return copy_module(model, {id(p): p for p in self.inner.learned.others_of(model).values()})
 
     def _measured(self, task: Any, model: nn.Module, step: int) -> Tensor:
         """Return the query loss, where that is asked for, of a copy."""

@@ -157,17 +157,28 @@ class SelfCheck:
         wrong = self._beyond_rounding(given, expected, tasks, states) if expected else []
         # another algorithm need not give the gradient as it is
         if self._second_order and type(self._inner.algorithm).gives is MAML.gives and not wrong:
-            loss_of = Losses(self._plainly, self._plain, start, tasks, states)
+            learned = self._request.phi.learned
+            loss_of = Losses(self._plainly_from, self._plain, learned, tasks, states)
             wrong = loss_of.contradict(given)
         if wrong:
-            losses = ("the query losses",)
-            every = losses if self._request.purpose == "evaluate" else self._inner.learned.params
-            names = [every[i] for i in wrong]
+            names = [self._names()[i] for i in wrong]
             shown = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
             raise DisagreementError(
                 f"the engine {self._request.form!r} does not give for {type(tasks[0]).__name__} "
                 f"what the plainest loop gives: {shown} differ"
             )
+
+    def _names(self) -> Sequence[str]:
+        """Return what each tensor that is compared is called."""
+        names = self._inner.learned
+        every = {"evaluate": ["the query losses"], "measure": names.params}
+        return every.get(self._request.purpose) or names.those_learned(names.params)
+
+    def _plainly_from(self, learned: Tensors, *others: Any) -> tuple[Tensors, float]:
+        """Return `_plainly` from other values of what is learned."""
+        phi = self._request.phi
+        new = dict(zip(map(id, phi.learned), learned, strict=True))
+        return self._plainly([new.get(id(p), p) for p in phi.params], *others)
 
     def _given(self, tasks: list[Any]) -> Tensors:
         """Return what the engine gives, the first task filling it up."""
@@ -249,7 +260,8 @@ class SelfCheck:
         if self._request.purpose == "measure":
             return difference(expected, start)
         with torch.no_grad():
-            return self._inner.algorithm.meta_gradient(start, expected)
+            learned = self._inner.learned.those_learned(start)
+            return self._inner.algorithm.meta_gradient(learned, expected)
 
     def _copies(self, tasks: list[Any]) -> list[Any]:
         """Return copies that share the user's module; none where a task cannot be copied."""

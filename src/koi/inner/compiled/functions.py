@@ -65,9 +65,10 @@ class InnerFunctions:
         pure: the loss as a function of parameters and buffers.
         inner: the settings of the inner loop.
         rule: the inner optimizer.
-        used: which of the learned parameters the loss uses; the others stay as they are.
+        used: which of the adapted parameters the loss uses; the others stay as they are.
         task: a task whose class and settings all tasks share.
         view: likewise for what an inner step sees of a task; None: the task itself, always.
+        num_dims: the dimensions of each parameter, not stacked.
         num_tasks: rows of the stacked tensors; None: one task, not stacked.
         device_type: where the tensors are, "cpu" or "cuda".
     """
@@ -78,6 +79,7 @@ class InnerFunctions:
     used: tuple[int, ...]
     task: Any
     view: Any
+    num_dims: tuple[int, ...]
     num_tasks: int | None
     device_type: str
 
@@ -109,7 +111,14 @@ class InnerFunctions:
 
     def begin(self, phi: State) -> State:
         """Return φ as every task starts from it, in memory of its own, for `step_`."""
-        return State(*[[self._laid_out(t) for t in part] for part in self._spread(phi)])
+        state, count = self._spread(phi), len(phi.params)
+        still = set(range(count)).difference(self.adapted)
+        params = [t if i in still else self._laid_out(t) for i, t in enumerate(state.params)]
+        moments = [
+            t if i % count in still and i < self.rule.num_slots * count else self._laid_out(t)
+            for i, t in enumerate(state.moments)
+        ]
+        return State(params, [self._laid_out(t) for t in state.buffers], moments)
 
     def step_(self, state: State, task: TensorDict, tensors: TensorDict) -> Tensor:
         """Do an inner step in place, so that there is never a second state; return the losses."""
@@ -130,7 +139,7 @@ class InnerFunctions:
         """Return ∇L(φ̃) of the query loss, and the losses; ``last`` is the last step's view."""
         every = tuple(range(len(state.params)))
         grads, losses, _ = self._gradients(state, *self._outer_target(task, last), every)
-        return filled(grads, state.params), losses
+        return filled(grads, self._rows(state.params)), losses
 
     def outcome(self, phi: State, adapted: Adapted) -> TrainOutput:
         """Return the means over the tasks of what the algorithm gives, and of what goes with it."""
@@ -138,7 +147,11 @@ class InnerFunctions:
         give: Callable[..., Tensors] = partial(given, algorithm)
         if self.num_tasks is not None:
             give = vmap(give, in_dims=(None, 0, 0, 0), randomness="different")
-        each = give(phi.params, after.params, adapted.path, adapted.gradient)
+        of_learned = self.inner.learned.those_learned
+        path = [of_learned(self._rows(params)) for params in adapted.path]
+        gradient = of_learned(adapted.gradient) if adapted.gradient else []
+        start = of_learned(phi.params)
+        each = give(start, of_learned(self._rows(after.params)), path, gradient)
         curves = torch.stack(adapted.losses)
         norms = self._norms(each)
         kept = curves.isfinite().all(0) & norms.isfinite()
@@ -148,7 +161,7 @@ class InnerFunctions:
         mean = self._means(each, kept)
         count = len(self.inner.learned.buffers)
         moved = movements(after.buffers[:count], phi.buffers[:count])
-        way = algorithm.meta_gradient(phi.params, mean)
+        way = algorithm.meta_gradient(start, mean)
         distance = torch.stack([_squares(w).sum() for w in way]).sum().sqrt()
         figures = [curves.flatten(), norms.flatten(), distance.flatten()]
         return TrainOutput(
@@ -179,7 +192,7 @@ class InnerFunctions:
             loss = self._loss(adapted.state, *self._outer_target(task, steps[-1]))
             return loss.sum(), adapted._replace(losses=[*adapted.losses, loss])
 
-        gradient, adapted = grad(after_all, has_aux=True)(start.params)
+        gradient, adapted = grad(after_all, has_aux=True)(self._rows(start.params))
         return cast(Adapted, adapted)._replace(gradient=gradient)
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
@@ -213,17 +226,21 @@ class InnerFunctions:
                 params[index] = param
             return self._one_loss(params, buffers, target, tensors)
 
+        rows = self._rows(state.params)
+
         def total(learning: Tensors, *others: Any) -> tuple[Tensor, tuple[Tensor, Tensors]]:
-            losses, moved = self._mapped(loss_of)(learning, *others)
+            losses, moved = self._mapped(loss_of, dims)(learning, *others)
             return losses.sum(), (losses, moved)
 
-        given = [state.params[index] for index in used], state.params, state.buffers, tensors
+        given = [rows[index] for index in used], state.params, state.buffers, tensors
+        dims = 0, self._rows_of(state.params), 0, 0
         if self.inner.algorithm.second_order:
             # vmap inside of both derivatives: torch 2.13 gets second derivatives of affine
             # normalisations wrong in grad(vmap(grad(…)))
             found, (loss, moved) = grad(total, has_aux=True)(*given)
         else:
-            found, (loss, moved) = self._mapped(grad_and_value(loss_of, has_aux=True))(*given)
+            function = grad_and_value(loss_of, has_aux=True)
+            found, (loss, moved) = self._mapped(function, dims)(*given)
         grads: list[Tensor | None] = [None] * len(state.params)
         for index, gradient in zip(used, found, strict=True):
             grads[index] = gradient
@@ -233,7 +250,8 @@ class InnerFunctions:
         def loss_of(params: Tensors, buffers: Tensors, tensors: TensorDict) -> Tensor:
             return self._one_loss(params, buffers, target, tensors)[0]
 
-        losses: Tensor = self._mapped(loss_of)(state.params, state.buffers, tensors)
+        dims = self._rows_of(state.params), 0, 0
+        losses: Tensor = self._mapped(loss_of, dims)(state.params, state.buffers, tensors)
         return losses
 
     def _one_loss(
@@ -258,8 +276,28 @@ class InnerFunctions:
             return self._seen, task
         return self._seen, last
 
-    def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return function if self.num_tasks is None else vmap(function, randomness="different")
+    def _mapped(self, function: Callable[..., Any], dims: Any) -> Callable[..., Any]:
+        if self.num_tasks is None:
+            return function
+        return vmap(function, in_dims=dims, randomness="different")
+
+    @property
+    def adapted(self) -> list[int]:
+        """The places of the parameters that the inner loop moves."""
+        names = self.inner.learned
+        return names.those_adapted(range(len(names.params)))
+
+    def _rows(self, params: Tensors) -> Tensors:
+        """Return the parameters with a row for each task, also where all tasks share one tensor."""
+        if self.num_tasks is None or self.inner.learned.adapted is None:
+            return params
+        pairs = zip(params, self._rows_of(params), strict=True)
+        return [p.expand(self.num_tasks, *p.shape) if dim is None else p for p, dim in pairs]
+
+    def _rows_of(self, params: Tensors) -> list[int | None]:
+        """Return the dimension of the tasks of each parameter; None where all share one tensor."""
+        pairs = zip(params, self.num_dims, strict=True)
+        return [None if p.dim() == num_dims else 0 for p, num_dims in pairs]
 
     def _spread(self, phi: State) -> State:
         """Return φ as every task starts from it."""
@@ -270,6 +308,8 @@ class InnerFunctions:
             [t.expand(self.num_tasks, *t.shape) for t in group]
             for group in (phi.params, phi.buffers, phi.moments[:split])
         ]
+        for i in set(range(len(phi.params))).difference(self.adapted):
+            rows[0][i] = phi.params[i]
         return State(rows[0], rows[1], rows[2] + phi.moments[split:])
 
     def _norms(self, tensors: Tensors) -> Tensor:

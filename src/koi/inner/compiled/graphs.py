@@ -210,6 +210,7 @@ class Graphs:
             used=used,
             task=without_data(task),
             view=None if constant else without_data(steps[0]),
+            num_dims=tuple(p.dim() for p in self._params),
             num_tasks=size,
             device_type=self._params[0].device.type,
         )
@@ -219,12 +220,15 @@ class Graphs:
         return Traced(form, functions, draws, not same_states(middle, after), light)
 
     def _used(self, task: Any, view: Any, num_steps: int) -> tuple[int, ...]:
-        """Return which parameters the loss depends on, by computing it once as it stands.
+        """Return which adapted parameters the loss depends on, by computing it once as it stands.
 
         Raises:
             EngineError: the loss changes what a graph would leave as it is.
         """
-        copies = [p.detach().clone().requires_grad_() for p in self._params]
+        adapted = self._inner.learned.those_adapted(range(len(self._params)))
+        values = [p.detach() for p in self._params]
+        copies = [v.clone() if i in adapted else v.view_as(v) for i, v in enumerate(values)]
+        copies = [copy.requires_grad_() for copy in copies]
         fields = everything_of(view)
         self._copy.watch()
         versions = [t._version for t in tensors_of(view).values()]
@@ -243,7 +247,7 @@ class Graphs:
         except RuntimeError as error:
             explain(error, self._inner.algorithm.second_order)
             raise
-        return tuple(i for i, grad in enumerate(grads) if grad is not None)
+        return tuple(i for i in adapted if grads[i] is not None)
 
     def _graph(
         self, traced: Traced, function: Callable[..., Any], what: str, *, lean: bool

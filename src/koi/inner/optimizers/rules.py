@@ -316,6 +316,13 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+def of_part(factory: OptimizerFactory, places: tuple[int, ...] | None) -> OptimizerFactory:
+    """Return a factory of all parameters that gives ``factory`` those at some places."""
+    if places is None:
+        return factory
+    return lambda params, lr: factory([params[i] for i in places], lr)
+
+
 def make_optimizer(
     factory: OptimizerFactory, params: Sequence[Tensor], lr: float
 ) -> torch.optim.Optimizer:
