@@ -16,7 +16,7 @@ def sine_mlp() -> nn.Sequential:
     )
 
 
-def omniglot_net(num_classes: int) -> nn.Sequential:
+def omniglot_net(num_classes: int, torch_defaults: bool = False) -> nn.Sequential:
     """Return the net of the Omniglot episodes: 1 × 28 × 28 images to ``num_classes`` scores.
 
     Four blocks of a 3 × 3 convolution with 64 filters and stride 2, BatchNorm and ReLU; then one
@@ -25,6 +25,10 @@ def omniglot_net(num_classes: int) -> nn.Sequential:
     uniform with zero biases, BatchNorm's ε is 1e-3, and BatchNorm always normalises by the batch
     at hand, for which reason it keeps no running statistics.
 
+    Args:
+        num_classes: how many scores.
+        torch_defaults: whether initial values and BatchNorm's ε are PyTorch's instead.
+
     >>> sum(p.numel() for p in omniglot_net(num_classes=5).parameters())
     113221
     """
@@ -32,10 +36,11 @@ def omniglot_net(num_classes: int) -> nn.Sequential:
     for num_channels in (1, 64, 64, 64):
         layers += [
             nn.Conv2d(num_channels, 64, kernel_size=3, stride=2, padding=1),
-            _batch_norm(64),
+            nn.BatchNorm2d(64, track_running_stats=False) if torch_defaults else _batch_norm(64),
             nn.ReLU(),
         ]
-    return _initialised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 2 * 2, num_classes)))
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 2 * 2, num_classes))
+    return net if torch_defaults else _initialised(net)
 
 
 def mini_imagenet_net(num_classes: int) -> nn.Sequential:

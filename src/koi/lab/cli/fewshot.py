@@ -94,6 +94,15 @@ def train(
     ] = None,
     test_tasks: TestTasks = 1000,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of weights and tasks.")] = 0,
+    validation: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Training characters of Omniglot that are set apart to watch the training by; the "
+            "paper: 0.",
+        ),
+    ] = 100,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the inner loop: pays on long runs.")
     ] = False,
@@ -116,6 +125,7 @@ def train(
         chosen,
         data=None if data is None else str(data.resolve()),
         seed=seed,
+        num_validation=validation,
         compile=compile,
         device=device,
         classes=classes,
