@@ -63,7 +63,7 @@ class FewShotRecipe:
         num_queries: query examples of each class in training, which Reptile does not use.
         meta_batch_size: tasks in each meta-iteration.
         meta_step_size: the first ε; it falls linearly to 0.
-        meta_rate: the learning rate, which ε scales, of Adam as meta-optimizer; None: there is none.
+        meta_rate: the learning rate of Adam as meta-optimizer, which ε scales; None: there is none.
         inner_state: as in `koi.Koi`.
         inner_optimizer: "adam", with β1 = 0, or "sgd".
         torch_defaults: whether the network's initial values are PyTorch's, not the paper's.
