@@ -5,6 +5,7 @@ MAML's derivative through the inner loop by central differences.
 """
 
 from copy import deepcopy
+from fnmatch import fnmatch
 
 import torch
 
@@ -26,6 +27,8 @@ def meta_train(
     average=None,
     adapts=None,
     learns=None,
+    inner_schedule=None,
+    clip_inner=None,
     state=None,
 ):
     """Meta-train ``model`` in place; the arguments mean what they mean in `koi.Koi`.
@@ -36,6 +39,7 @@ def meta_train(
     means, weights = [0.0 for _ in learned(model, learns)], 0.0
     outer = meta_optimizer(learned(model, learns)) if meta_optimizer else None
     for iteration in range(num_iterations):
+        rates = Rates(step_size, iteration / num_iterations, inner_schedule, clip_inner)
         epsilon = meta_step_size
         if callable(meta_step_size):
             epsilon = meta_step_size(iteration / num_iterations)
@@ -45,11 +49,11 @@ def meta_train(
             steps = views(task, num_steps)
             query = task.query if hasattr(task, "query") else steps[-1]
             if algorithm == "maml":  # first, since a loss may change what is the task's own
-                inner = inner_optimizer, step_size, state
+                inner = inner_optimizer, rates, state
                 gradient = maml_gradient(model, steps, query, *inner, adapts, learns)
             path = []
             adapted, final_state = adapt(
-                *(model, steps, inner_optimizer, step_size, state),
+                *(model, steps, inner_optimizer, rates, state),
                 lambda m, path=path: note(path, m, learns),
                 adapts,
             )
@@ -114,6 +118,38 @@ def evaluate(
     return torch.tensor(rows, dtype=torch.float64)
 
 
+class Rates:
+    """The rate of each parameter at each inner step, at a fraction of the training."""
+
+    def __init__(self, step_size, fraction=0.0, schedule=None, clip=None):
+        self.step_size, self.fraction, self.schedule, self.clip = (
+            step_size,
+            fraction,
+            schedule,
+            clip,
+        )
+        self.vary = schedule is not None or not isinstance(step_size, int | float)
+
+    def step(self, optimizer, model, fraction):
+        """Step with one group for each parameter, each with its rate."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = optimizer.param_groups
+        optimizer.param_groups = [
+            {**group, "params": [p], "lr": group["lr"] * self.of(names[id(p)], fraction)}
+            for group in groups
+            for p in group["params"]
+        ]
+        optimizer.step()
+        optimizer.param_groups = groups
+
+    def of(self, name, fraction):
+        rate = self.step_size
+        if isinstance(rate, dict):
+            rate = next(rate for pattern, rate in rate.items() if fnmatch(name, pattern))
+        rate = rate(self.fraction) if callable(rate) else rate
+        return rate * (self.schedule(fraction) if self.schedule else 1)
+
+
 def views(task, num_steps):
     """Return the task as each inner step sees it."""
     if hasattr(task, "minibatches"):
@@ -132,16 +168,22 @@ def adapt(
 ):
     """Return a copy of ``model`` after one optimizer step on each of ``steps``, and the moments."""
     model = deepcopy(model)
-    optimizer = inner_optimizer(learned(model, adapts), step_size)
+    rates = step_size if isinstance(step_size, Rates) else Rates(step_size)
+    optimizer = inner_optimizer(learned(model, adapts), 1.0 if rates.vary else rates.step_size)
     fresh = optimizer.state_dict()["param_groups"]
     if state is not None:
         groups = [group | numbers for group, numbers in zip(fresh, state["groups"], strict=True)]
         optimizer.load_state_dict({"state": deepcopy(state["state"]), "param_groups": groups})
     after_each(model)
-    for step in steps:
+    for j, step in enumerate(steps):
         optimizer.zero_grad()
         step.loss(model).backward()
-        optimizer.step()
+        if rates.clip is not None:
+            torch.nn.utils.clip_grad_norm_(learned(model, adapts), rates.clip)
+        if rates.vary:
+            rates.step(optimizer, model, j / len(steps))
+        else:
+            optimizer.step()
         after_each(model)
     model.zero_grad()
     after = optimizer.state_dict()

@@ -28,15 +28,17 @@ _TABLE = {
     "problems": "fewshot storage supervised tasks errors",
     "models": "",
     "fewshot": "evaluation supervised tasks randomness errors",
-    "learner": "stored engines training ranks configured settings "
-    "evaluation sampling inner phi records randomness errors",
+    "learner": "adapting engines training ranks configured settings "
+    "sampling phi records randomness errors",
+    "adapting": "stored engines settings evaluation sampling inner phi randomness",
     "stored": "training configured phi errors",
     "engines": "settings inner algorithms phi errors",
     "training": "ranks configured settings inner algorithms phi records "
     "storage files memory randomness errors",
     "ranks": "phi memory errors",
     "configured": "settings errors",
-    "settings": "inner algorithms phi errors",
+    "settings": "allowed inner algorithms phi errors",
+    "allowed": "algorithms errors",
     "evaluation": "sampling tasks randomness errors",
     "sampling": "tasks randomness errors",
     "inner": "algorithms phi tasks randomness errors",

@@ -99,7 +99,7 @@ def test_optimizer_without_a_rate():
     koi.train(InTurn(Quadratic(0.0)))
     assert koi.model.weight.item() == 8 - 0.5 * 6
     scaled = Koi(Point(8.0), 0.5, 2, 1, meta_optimizer=Rateless, meta_step_size=0.5)
-    with pytest.raises(ConfigurationError, match="Rateless, which has no lr"):
+    with pytest.raises(ConfigurationError, match="Rateless has no lr"):
         scaled.train(InTurn(Quadratic(0.0)))
     assert scaled.model.weight.item() == 8
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from koi import CheckpointError, ConfigurationError, Koi, linear
+from koi.allowed import number
 from koi.configured import documented, takes
-from koi.settings import Settings, number, setting
+from koi.settings import Settings, setting
 from toys import InTurn, Point, Quadratic, Regressions, small_net
 
 

@@ -121,7 +121,7 @@ def test_only_the_learner_knows_its_private_attributes():
     found = [
         f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node)}"
         for path in sorted(root.rglob("*.py"))
-        if path.name not in ("learner.py", "stored.py")
+        if path.name not in ("learner.py", "adapting.py", "stored.py")
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -164,19 +165,30 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
     optimizer = settings.optimizer(learned.those_adapted(params))
     algorithm = algorithm_of(settings.algorithm)
     _check_roles(learned, algorithm)
+    settings.rates(learned, 0, settings.num_steps)  # says which name is unknown
     if algorithm.second_order:
         _check_differentiable(algorithm, optimizer)
     _check_sparse(model, algorithm, optimizer)
+    rule = update_rule(optimizer, params, differentiable=algorithm.second_order)
+    if rule is None and isinstance(settings.step_size, Mapping):
+        raise ConfigurationError(
+            [
+                "step_size by names works with torch.optim's SGD, Adam and AdamW as they come, and "
+                f"here {why_no_rule(optimizer)}: let inner_optimizer make groups of its params, "
+                "each with its rate"
+            ]
+        )
     return InnerLoop(
         learned,
         algorithm,
         of_part(settings.optimizer_factory, learned.adapted),
-        settings.step_size,
-        update_rule(optimizer, params, differentiable=algorithm.second_order),
+        settings.nominal_rate,
+        rule,
         autocast=settings.autocast,
         scale=scale,
         skip_nonfinite=settings.on_nonfinite == "skip",
         layout=layout_of(optimizer, params),
+        clip=settings.clip_inner,
     )
 
 

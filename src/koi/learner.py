@@ -5,29 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from koi.adapting import Adapting
 from koi.configured import documented, takes
-from koi.engines import Engines, Ready, check_surroundings
+from koi.engines import Engines, Ready
 from koi.errors import ConfigurationError
-from koi.evaluation import Evaluation, blocks, stacked
-from koi.inner.base import Metric, finite_rows
-from koi.inner.eager import EagerEngine
-from koi.inner.scaling import LossScale
-from koi.phi.arithmetic import Tensors
-from koi.phi.outcome import Outcome, Phi
+from koi.phi.outcome import Outcome
 from koi.phi.schedules import value_at
 from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
 from koi.sampling import check_tasks, draw
-from koi.settings import Settings, check_count
-from koi.stored import Stored
+from koi.settings import Settings
 from koi.training import start
 from koi.training.autosave import Autosave
 from koi.training.folder import Folder
@@ -43,7 +36,7 @@ Callback = Callable[["Koi", Record], Any]
 
 
 @documented(Settings)
-class Koi(Stored):
+class Koi(Adapting):
     """Finds an initialisation φ of ``model`` from which a few steps learn a new task.
 
     Each meta-iteration samples meta_batch_size tasks, takes num_steps optimizer steps on each
@@ -86,7 +79,9 @@ class Koi(Stored):
         self._interrupts = Interrupts()
         self._engines = Engines()
         self._stepping = Stepping()
-        self._find_engines()  # so that a mistake shows here, not after the first sampling
+        self._find_engines(
+            None, settings
+        )  # so that a mistake shows here, not after the first sampling
 
     @property
     def iteration(self) -> int:
@@ -226,77 +221,6 @@ class Koi(Stored):
             kept.ready = self._ready(kept.ready)
             return self._meta_iteration(tasks, kept.ready, kept.watch, kept.ranks)
 
-    def adapt(self, task: Any, num_steps: int | None = None) -> nn.Module:
-        """Return a new module adapted to ``task``; ``koi.model`` stays as it is.
-
-        Args:
-            task: anything with ``loss(model)``.
-            num_steps: inner steps; None: as in training.
-
-        Raises:
-            TaskError, NonFiniteError: as in `train`, also with ``on_nonfinite="skip"``.
-        """
-        num_steps, seed, ready = self.settings.steps(num_steps), self.settings.seed, self._ready()
-        inner = replace(ready.inner, skip_nonfinite=False)
-        engine = EagerEngine(self.model, inner, share=False)
-        self._state.engine = "eager"
-        place = Place(seed, "adaptation", 0)
-        with preserved_generators(seed):
-            return engine.adapt(self._phi(ready), task, num_steps, place)
-
-    def evaluate(
-        self, tasks: Any, num_tasks: int = 100, num_steps: int | None = None
-    ) -> Evaluation:
-        """Adapt to ``num_tasks`` tasks and measure each on its query set, step by step.
-
-        A task without ``query`` is measured by its ``loss``. With a seed every call sees the same
-        tasks. ``koi.model`` stays as it is.
-
-        Args:
-            tasks: a task distribution.
-            num_tasks: how many tasks to sample.
-            num_steps: inner steps on each; None: as in training.
-
-        Raises:
-            TaskError: as in `train`.
-            NonFiniteError: a query loss is NaN or infinite; with ``on_nonfinite="skip"`` the task
-                is left out and counted, and it is an error only if all are.
-        """
-        rows = self._over_tasks("evaluate", tasks, num_tasks, num_steps)
-        return Evaluation(rows, num_tasks - len(rows))
-
-    def measure(
-        self, tasks: Any, metric: Metric, num_tasks: int = 100, num_steps: int | None = None
-    ) -> Tensor:
-        """Adapt to ``num_tasks`` tasks and return ``metric(model, task)`` of each.
-
-        The tasks are those that `evaluate` sees, and are adapted to by the same engine, many at
-        once where they can be; the metric is called for one task after the other, without
-        gradients, and may do what it likes. ``koi.model`` stays as it is.
-
-        Args:
-            tasks: a task distribution.
-            metric: a callable of the module adapted to a task and the task; returns a tensor, of
-                the same shape for every task.
-            num_tasks: how many tasks to sample.
-            num_steps: inner steps on each; None: as in training.
-
-        Returns:
-            The metrics, shape (kept, …), one for each task that is kept: all, but for those that
-            ``on_nonfinite="skip"`` leaves out, an adapted parameter being NaN or infinite.
-
-        Raises:
-            TaskError, NonFiniteError: as in `evaluate`, or the metric returned no tensor.
-
-        >>> from koi.problems import Lines
-        >>> koi = Koi(torch.nn.Linear(1, 1), step_size=0.02)
-        >>> def worst(model, task):
-        ...     return (model(task.query_inputs) - task.query_targets).abs().max()
-        >>> koi.measure(Lines(), worst, num_tasks=3).shape
-        torch.Size([3])
-        """
-        return self._over_tasks("measure", tasks, num_tasks, num_steps, metric)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model at φ."""
         return self.model(*args, **kwargs)
@@ -334,35 +258,12 @@ class Koi(Stored):
         watch.look(outcome, epsilon, moved.update, settings.num_steps)
         return record
 
-    def _over_tasks(
-        self,
-        what: str,
-        tasks: Any,
-        num_tasks: int,
-        num_steps: int | None,
-        *more: Any,
-        seed: int | None = None,
-    ) -> Tensor:
-        """Draw tasks block by block; return what the engine makes of them, a row for each kept."""
-        check_tasks(tasks)
-        check_count("num_tasks", num_tasks)
-        seed = self.settings.seed if seed is None else seed
-        num_steps, ready = self.settings.steps(num_steps), self._ready()
-        inner, engine, phi = ready.inner, ready.engines, self._phi(ready)
-        kept: Tensors = []
-        with preserved_generators(seed):
-            for place, batch in blocks(tasks, num_tasks, seed):
-                rows = getattr(engine, what)(phi, batch, num_steps, place, *more)
-                kept += finite_rows(rows, place, inner) if what == "evaluate" else rows
-        self._state.engine = engine.name
-        return stacked(kept, num_tasks)
-
     def _begin(
         self, tasks: Any, callbacks: tuple[Callback, ...], folder: Folder | None, resume: bool
     ) -> tuple[Ranks, Ready, Watch]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
-        device, carry = self._phi(ready).params[0].device, settings.inner_state == "carry"
+        device, carry = self._phi(ready, settings).params[0].device, settings.inner_state == "carry"
         ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts)
         start.begin(self, self._state, tasks, callbacks, folder, resume, ranks)
         if self._state.pending is not None:
@@ -370,24 +271,7 @@ class Koi(Stored):
         watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
         return ranks, ready, watch
 
-    def _validation_loss(self, tasks: Any) -> float:
-        rows = self._over_tasks("evaluate", tasks, 100, None, seed=self.settings.seed or 0)
-        return Evaluation(rows).after
-
-    def _ready(self, before: Ready | None = None) -> Ready:
-        """Return the engines for the settings and the model as they are now."""
-        ready = self._find_engines(before)
-        check_surroundings(ready.tensors[0][0].device.type)
-        return ready
-
-    def _find_engines(self, before: Ready | None = None) -> Ready:
-        state, settings = self._state, self.settings
-        half = settings.autocast is torch.float16
-        state.scale = (state.scale or LossScale()) if half else None
-        return self._engines.ready(self.model, settings, state.scale, before)
-
-    def _phi(self, ready: Ready) -> Phi:
-        return self._state.phi(ready.tensors, ready.inner.learned, ready.inner.rule, self.settings)
-
     def _meta_update(self, ready: Ready) -> MetaUpdate:
-        return self._state.meta_update(self._phi(ready), ready.inner.algorithm, self.settings)
+        return self._state.meta_update(
+            self._phi(ready, self.settings), ready.inner.algorithm, self.settings
+        )

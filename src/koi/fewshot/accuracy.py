@@ -72,13 +72,22 @@ class Learner(Protocol):
     """What can be measured: a `koi.Koi`."""
 
     def measure(
-        self, tasks: Any, metric: Any, num_tasks: int = ..., num_steps: int | None = ...
+        self,
+        tasks: Any,
+        metric: Any,
+        num_tasks: int = ...,
+        num_steps: int | None = ...,
+        step_size: Any = ...,
     ) -> Tensor:
         """Adapt to tasks and return the metric of each that is kept."""
 
 
 def accuracy(
-    koi: Learner, episodes: Any, num_tasks: int = 1000, num_steps: int | None = None
+    koi: Learner,
+    episodes: Any,
+    num_tasks: int = 1000,
+    num_steps: int | None = None,
+    step_size: Any = None,
 ) -> Accuracy:
     """Adapt to episodes and return how many of their queries are then classified rightly.
 
@@ -93,6 +102,7 @@ def accuracy(
         episodes: a distribution of tasks with support and query sets, such as `Episodes`.
         num_tasks: how many to sample; the paper takes 10,000.
         num_steps: inner steps on each; None: as in training.
+        step_size: the inner rate, as the setting of `koi.Koi`; None: as in training.
 
     Raises:
         NonFiniteError: an adapted parameter is NaN or infinite; with ``on_nonfinite="skip"`` the
@@ -106,7 +116,7 @@ def accuracy(
     >>> accuracy(koi, episodes, num_tasks=10).inductive.mean
     1.0
     """
-    fractions = koi.measure(episodes, both_ways, num_tasks, num_steps)
+    fractions = koi.measure(episodes, both_ways, num_tasks, num_steps, step_size)
     return Accuracy(fractions, num_tasks - len(fractions))
 
 

@@ -54,12 +54,13 @@ class InnerLoop:
         learned: the parameters and buffers that a task adapts.
         algorithm: what it asks of the inner loop, and gives back of each task.
         factory: makes the inner optimizer, a callable (params, lr).
-        step_size: its learning rate.
+        step_size: the learning rate that it is made with, which `koi.phi.outcome.Phi` multiplies.
         rule: the same optimizer as a pure rule; None where it has none.
         autocast: the lower precision of the forward pass; None: the parameters' own.
         skip_nonfinite: leave out a task whose loss or result is not finite, instead of an error.
         scale: the loss scale of float16; None: losses are differentiated as they are.
         layout: how the optimizer groups the parameters; None: as it likes.
+        clip: the largest norm of a task's gradient; None: any.
     """
 
     learned: Learned
@@ -71,6 +72,7 @@ class InnerLoop:
     skip_nonfinite: bool = False
     scale: LossScale | None = None
     layout: Layout | None = None
+    clip: float | None = None
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which losses are computed."""

@@ -22,6 +22,7 @@ from koi.algorithms import given
 from koi.errors import ModelError
 from koi.inner.base import InnerLoop
 from koi.inner.optimizers.bound import BoundOptimizer, RuleOptimizer
+from koi.inner.optimizers.clipping import clipped
 from koi.phi.arithmetic import Tensors, clone
 from koi.phi.outcome import Phi
 from koi.tasks import outer_view
@@ -64,6 +65,11 @@ class Given(NamedTuple):
     given: Tensors
     moments: Tensors
     losses: Tensor
+
+
+def rates_at(phi: Phi, step: int) -> Tensor | None:
+    """Return what multiplies each parameter's rate at an inner step; None: 1."""
+    return None if phi.rates is None else phi.rates[step]
 
 
 def nothing() -> None:
@@ -134,14 +140,14 @@ class StepwiseEngine(ABC):
         for step, view in enumerate(steps):
             loss = self.loss(view, step)
             # unnamed, so that the gradients are gone before the next step's
-            self._step(self.inner_gradients(loss, self.params))
+            self._step(self.inner_gradients(loss, self.params), rates_at(phi, step))
             losses.append(loss.detach())
             after_each()
         return Adapted(self.params, self.optimizer.moments(), self.stacked(losses), view)
 
-    def _step(self, grads: tuple[Tensor | None, ...] | None) -> None:
+    def _step(self, grads: tuple[Tensor | None, ...] | None, rates: Tensor | None) -> None:
         if grads is not None:
-            self.optimizer.step(grads)
+            self.optimizer.step(grads, rates)
 
     def _along(self, phi: Phi, steps: Iterable[Any]) -> Adapted:
         """Return φ̃, and the way there for an algorithm that looks at it."""
@@ -184,7 +190,8 @@ class StepwiseEngine(ABC):
                 loss = self.loss(view, step, params)
                 grads = self.inner_gradients(loss, params, create_graph=True)
                 if grads is not None:
-                    params, moments = rule.step(grads, params, moments)
+                    rates = rates_at(phi, step)
+                    params, moments = rule.step(grads, params, moments, rates)
                 losses.append(loss.detach())
                 if trajectory:
                     path.append(detached(params))
@@ -205,13 +212,16 @@ class StepwiseEngine(ABC):
     def inner_gradients(
         self, loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
     ) -> tuple[Tensor | None, ...] | None:
-        """Return `gradients` of what is adapted; None in the place of every other parameter."""
-        places = self.inner.learned.adapted
-        if places is None:
-            return self.gradients(loss, params, create_graph)
-        grads = self.gradients(loss, [params[i] for i in places], create_graph)
+        """Return `gradients`, clipped, of what is adapted; None in the place of all others."""
+        places, clip = self.inner.learned.adapted, self.inner.clip
+        own = params if places is None else [params[i] for i in places]
+        grads = self.gradients(loss, own, create_graph)
         if grads is None:
             return None
+        if clip is not None:
+            grads = clipped(grads, clip, stacked=loss.dim() > 0)
+        if places is None:
+            return grads
         of_adapted = dict(zip(places, grads, strict=True))
         return tuple(of_adapted.get(i) for i in range(len(params)))
 

@@ -13,13 +13,18 @@ from koi.phi.learned import Learned
 
 @dataclass
 class Phi:
-    """Where every task of a meta-batch starts: φ, its buffers, and the optimizer's moments."""
+    """Where every task of a meta-batch starts: φ, its buffers, and the optimizer's moments.
+
+    With it go the rates of each inner step and of each parameter, shape (num_steps, parameters);
+    None where all are the optimizer's own.
+    """
 
     params: Tensors
     buffers: Tensors
     constants: Tensors
     moments: Tensors | None
     names: Learned
+    rates: Tensor | None = None
 
     @property
     def learned(self) -> Tensors:

@@ -88,8 +88,15 @@ class warmup:  # noqa: N801
 KNOWN = {kind.__name__: kind for kind in (linear, cosine, warmup)}
 
 
-def value_at(schedule: float | Schedule, fraction: float) -> float:
-    """Return ε at the fraction done, checking what the user's schedule gives.
+def value_at(
+    schedule: float | Schedule, fraction: float, argument: str = "meta_step_size"
+) -> float:
+    """Return the value at the fraction done, checking what the user's schedule gives.
+
+    Args:
+        schedule: a number, or a callable of the fraction.
+        fraction: in [0, 1].
+        argument: what it is called, for the error.
 
     Raises:
         ConfigurationError: it is no finite number of at least 0.
@@ -104,7 +111,7 @@ def value_at(schedule: float | Schedule, fraction: float) -> float:
     if not (math.isfinite(number) and number >= 0):
         raise ConfigurationError(
             [
-                f"the schedule meta_step_size gave {value!r} at the fraction {fraction:.4g}: "
+                f"the schedule {argument} gave {value!r} at the fraction {fraction:.4g}: "
                 "it must give a finite number of at least 0"
             ]
         )

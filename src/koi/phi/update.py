@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from koi.errors import ConfigurationError, NonFiniteError
 from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
+from koi.phi.rates import scaled_rates
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
@@ -125,7 +125,7 @@ class MetaUpdate:
         try:
             for param, grad in zip(params, gradient, strict=True):
                 param.grad = grad
-            with _scaled(optimizer, epsilon):
+            with scaled_rates(optimizer, epsilon):
                 optimizer.step()
             return self._finite(arithmetic.norm(arithmetic.difference(params, before)).item())
         except BaseException:
@@ -147,30 +147,3 @@ class MetaUpdate:
                 "or meta_step_size"
             )
         return size
-
-
-@contextmanager
-def _scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
-    """Scale the learning rates of an optimizer in the block, and let its own be as they were.
-
-    Raises:
-        ConfigurationError: a group has none.
-    """
-    if factor == 1:
-        yield
-        return
-    rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
-    if None in rates:
-        raise ConfigurationError(
-            [
-                f"meta_optimizer gave {type(optimizer).__name__}, which has no lr that ε could "
-                "scale: leave meta_step_size at None, or take an optimizer with lr"
-            ]
-        )
-    scaled = [rate * factor for rate in rates]
-    for group, rate in zip(optimizer.param_groups, scaled, strict=True):
-        group["lr"] = rate
-    yield
-    for group, rate, own in zip(optimizer.param_groups, scaled, rates, strict=True):
-        if group["lr"] is rate:  # else the optimizer has set another
-            group["lr"] = own

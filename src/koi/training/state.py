@@ -131,14 +131,16 @@ class TrainingState:
         names: Learned,
         rule: UpdateRule | None,
         settings: Settings,
+        num_steps: int | None = None,
     ) -> Phi:
-        """Return φ as the next meta-iteration starts from it.
+        """Return φ as the next meta-iteration starts from it, or as the last one ended.
 
         Args:
             tensors: parameters, buffers and constants.
             names: theirs.
             rule: the inner optimizer's.
             settings: the learner's.
+            num_steps: inner steps of what comes after training; None: a meta-iteration comes.
         """
         params, buffers, constants = tensors
         self.moments = self.carried(settings)
@@ -147,7 +149,10 @@ class TrainingState:
             old, before = self.moments, self.moments_of[0]
             self.keep(rule.carried(old, before, params) if rule else None, params, settings)
         moments = self.moments if settings.inner_state == "carry" else None
-        return Phi(params, buffers, constants, moments, names)
+        at = self.iteration if num_steps is None else max(0, self.iteration - 1)
+        steps = settings.num_steps if num_steps is None else num_steps
+        rates = settings.rates(names, at, steps)
+        return Phi(params, buffers, constants, moments, names, rates)
 
     def meta_update(self, phi: Phi, algorithm: Moves, settings: Settings) -> MetaUpdate:
         """Return the meta-update, the same as before where φ and meta_optimizer are the same."""

@@ -35,6 +35,7 @@ class Plain:
             after each step ("evaluate").
         num_steps: inner steps.
         place: where this is, for the draws.
+        rates: what multiplies each parameter's rate at each step; None: 1.
         together: whether losses draw as those of tasks that run at once do.
         steps: whether the optimizer steps at all.
         noisy: whether a loss has drawn at random.
@@ -46,6 +47,7 @@ class Plain:
     purpose: str
     num_steps: int
     place: Place
+    rates: Tensor | None
     together: bool
     steps: bool = True
     noisy: bool = False
@@ -81,8 +83,11 @@ class Plain:
             optimizer.zero_grad()
             for param, grad in zip(params, _gradients(loss, params), strict=True):
                 param.grad = grad
+            if self.inner.clip is not None:
+                adapted = self.inner.learned.those_adapted(params)
+                nn.utils.clip_grad_norm_(adapted, self.inner.clip)
             if self.steps:
-                optimizer.step()
+                self._step(optimizer, params, step)
             curve.append(self._measured(task, model, step + 1))
             if trajectory:
                 path.append(clone(params))
@@ -102,6 +107,16 @@ class Plain:
         with torch.no_grad():
             ends = of_learned(start), of_learned(clone(params))
             return given(algorithm, *ends, path, gradient), loss.item()
+
+    def _step(self, optimizer: torch.optim.Optimizer, params: Tensors, step: int) -> None:
+        if self.rates is None:
+            optimizer.step()
+            return
+        before = clone(params)
+        optimizer.step()
+        with torch.no_grad():
+            for param, old, rate in zip(params, before, self.rates[step], strict=True):
+                param.copy_(old + rate * (param - old))
 
     def _copied(self, model: nn.Module) -> nn.Module:
         """Return a deep copy; what nothing moves is not copied."""

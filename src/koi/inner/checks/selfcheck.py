@@ -69,7 +69,7 @@ class Eagerly:
     def __call__(self, start: Sequence[Tensor], task: Any, number: int) -> tuple[Tensors, float]:
         """Return what the algorithm gives of the task, and the query loss."""
         phi = self._request.phi
-        at = Phi(list(start), phi.buffers, phi.constants, None, phi.names)
+        at = Phi(list(start), phi.buffers, phi.constants, None, phi.names, phi.rates)
         batch = TaskBatch(tasks=[task], first=number)
         outcome = self._engine.meta_batch(at, batch, self._request.num_steps, self._request.place)
         return outcome.given, outcome.losses[0][-1] if outcome.losses else math.nan
@@ -107,7 +107,8 @@ class SelfCheck:
         self._second_order = request.purpose == "train" and inner.algorithm.second_order
         self._together = request.form.startswith("vectorized")
         self._plain = Plain(
-            *(model, inner, request.purpose, request.num_steps, request.place, self._together)
+            *(model, inner, request.purpose, request.num_steps, request.place),
+            *(request.phi.rates, self._together),
         )
         self._reference: Way = self._plain
 
@@ -185,7 +186,7 @@ class SelfCheck:
         request, phi = self._request, self._request.phi
         # copies, since a loss that changes a weight in place does so here where nothing is compiled
         params, buffers, constants = map(clone, (phi.params, phi.buffers, phi.constants))
-        fresh = Phi(params, buffers, constants, None, phi.names)
+        fresh = Phi(params, buffers, constants, None, phi.names, phi.rates)
         where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
         if request.purpose == "train":
             return self._engine.meta_batch(fresh, *where).given

@@ -138,7 +138,7 @@ class CompiledEngine:
         else:
             moments = phi.moments
             check_moments(moments, self._shapes)
-        start = State(phi.params, [*phi.buffers, *phi.constants], moments)
+        start = State(phi.params, [*phi.buffers, *phi.constants], moments, phi.rates)
         workers = self._workers_for(purpose, len(batch))
         calls = (
             self._graphs.call(

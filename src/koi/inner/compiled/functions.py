@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.func import grad, grad_and_value, vmap
 from koi.algorithms import given
 from koi.inner.base import InnerLoop, attention_kernel
 from koi.inner.functional import PureLoss
+from koi.inner.optimizers.clipping import clipped
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.stepwise import filled
 from koi.phi.arithmetic import Tensors, movements
@@ -31,11 +32,20 @@ Target = Callable[[TensorDict], Any]
 
 
 class State(NamedTuple):
-    """What an inner step changes: parameters, buffers, the optimizer's moments."""
+    """What an inner step changes: parameters, buffers, the optimizer's moments.
+
+    With it go what multiplies each parameter's rate: at each inner step, shape (steps, parameters),
+    or, for a graph of one step, at this one; None: 1.
+    """
 
     params: Tensors
     buffers: Tensors
     moments: Tensors
+    rates: Tensor | None = None
+
+    def at(self, step: int) -> State:
+        """Return the state with the rates of one step."""
+        return self if self.rates is None else self._replace(rates=self.rates[step])
 
 
 class Adapted(NamedTuple):
@@ -118,12 +128,13 @@ class InnerFunctions:
             t if i % count in still and i < self.rule.num_slots * count else self._laid_out(t)
             for i, t in enumerate(state.moments)
         ]
-        return State(params, [self._laid_out(t) for t in state.buffers], moments)
+        buffers = [self._laid_out(t) for t in state.buffers]
+        return State(params, buffers, moments, state.rates)
 
     def step_(self, state: State, task: TensorDict, tensors: TensorDict) -> Tensor:
         """Do an inner step in place, so that there is never a second state; return the losses."""
         after, losses = self._step(task, state, tensors)
-        for part, following in zip(state, after, strict=True):
+        for part, following in zip(state[:3], after[:3], strict=True):
             for tensor, value in zip(part, following, strict=True):
                 if value is not tensor:
                     tensor.copy_(value)
@@ -176,8 +187,9 @@ class InnerFunctions:
         """Return the state after all steps, the losses before each, and the way there."""
         losses, trajectory = [], self.inner.algorithm.trajectory
         path = [state.params] if trajectory else []
-        for tensors in steps:
-            state, loss = self._step(task, state, tensors)
+        for step, tensors in enumerate(steps):
+            after, loss = self._step(task, state.at(step), tensors)
+            state = after._replace(rates=state.rates)
             losses.append(loss)
             if trajectory:
                 path.append(state.params)
@@ -186,14 +198,15 @@ class InnerFunctions:
     def _second_order(self, start: State, task: TensorDict, steps: Sequence[TensorDict]) -> Adapted:
         """Return the gradient at φ of the query loss after all steps, and what led to it."""
 
-        def after_all(params: Tensors) -> tuple[Tensor, Adapted]:
-            first = State(params, start.buffers, start.moments)
+        def after_all(params: Tensors) -> tuple[Tensor, Any]:
+            first = start._replace(params=params)
             adapted = self._after(first, task, steps)
             loss = self._loss(adapted.state, *self._outer_target(task, steps[-1]))
-            return loss.sum(), adapted._replace(losses=[*adapted.losses, loss])
+            # tensors alone: what `grad` passes through beside a result must not be None
+            return loss.sum(), (adapted.state[:3], [*adapted.losses, loss], adapted.path)
 
-        gradient, adapted = grad(after_all, has_aux=True)(self._rows(start.params))
-        return cast(Adapted, adapted)._replace(gradient=gradient)
+        gradient, (end, losses, path) = grad(after_all, has_aux=True)(self._rows(start.params))
+        return Adapted(State(*end), losses, path, gradient)
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         """Return a copy: of convolutions' weights on the CPU with the channels last.
@@ -210,7 +223,9 @@ class InnerFunctions:
         """Return the state after one inner step, and the loss before it."""
         seen = task if self.view is None else tensors
         grads, loss, buffers = self._gradients(state, self._seen, seen, self.used)
-        params, moments = self.rule.step(grads, state.params, state.moments)
+        if self.inner.clip is not None:
+            grads = list(clipped(grads, self.inner.clip, stacked=self.num_tasks is not None))
+        params, moments = self.rule.step(grads, state.params, state.moments, state.rates)
         return State(params, buffers, moments), loss
 
     def _gradients(
@@ -310,7 +325,7 @@ class InnerFunctions:
         ]
         for i in set(range(len(phi.params))).difference(self.adapted):
             rows[0][i] = phi.params[i]
-        return State(rows[0], rows[1], rows[2] + phi.moments[split:])
+        return State(rows[0], rows[1], rows[2] + phi.moments[split:], phi.rates)
 
     def _norms(self, tensors: Tensors) -> Tensor:
         """Return the Euclidean norm of each task's tensors, shape ([tasks])."""

@@ -63,9 +63,9 @@ class StepGraphs:
         state, algorithm = self._begin(phi), self._pure.inner.algorithm
         path = [clone(state.params)] if algorithm.trajectory else []
         losses = []
-        for tensors in steps:
+        for step, tensors in enumerate(steps):
             # a CUDA graph writes its next results over the last ones
-            losses.append(self._step(state, task, tensors).clone())
+            losses.append(self._step(state.at(step), task, tensors).clone())
             if algorithm.trajectory:
                 path.append(clone(state.params))
         gradient: Tensors = []
@@ -79,8 +79,8 @@ class StepGraphs:
         """Return the query losses before and after each step, shape (steps + 1[, tasks])."""
         state = self._begin(phi)
         losses = [self._query(state, task).clone()]
-        for tensors in steps:
-            self._step(state, task, tensors)
+        for step, tensors in enumerate(steps):
+            self._step(state.at(step), task, tensors)
             losses.append(self._query(state, task).clone())
         return torch.stack(losses)
 
@@ -88,8 +88,8 @@ class StepGraphs:
     def adapt(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> Tensors:
         """Return each task's parameters and buffers after the steps, in one list."""
         state = self._begin(phi)
-        for tensors in steps:
-            self._step(state, task, tensors)
+        for step, tensors in enumerate(steps):
+            self._step(state.at(step), task, tensors)
         return [*state.params, *state.buffers]
 
     def _begin(self, phi: State) -> State:
@@ -100,9 +100,9 @@ class StepGraphs:
         # a CUDA graph changes its inputs in place only where they always have the same addresses
         if self._fixed is None:
             self._fixed = start
-            for tensor in chain(*start):
+            for tensor in chain(*start[:3]):
                 at_fixed_address(tensor)
         else:
-            for fixed, value in zip(chain(*self._fixed), chain(*start), strict=True):
+            for fixed, value in zip(chain(*self._fixed[:3]), chain(*start[:3]), strict=True):
                 fixed.copy_(value)
-        return self._fixed
+        return self._fixed._replace(rates=start.rates)

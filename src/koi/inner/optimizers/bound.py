@@ -24,8 +24,11 @@ class BoundOptimizer(Protocol):
             ConfigurationError: they are another optimizer's, or of other parameters.
         """
 
-    def step(self, grads: Sequence[Tensor | None]) -> None:
-        """Step by the gradients; None where the loss did not use a parameter."""
+    def step(self, grads: Sequence[Tensor | None], rates: Tensor | None = None) -> None:
+        """Step by the gradients; None where the loss did not use a parameter.
+
+        ``rates`` has for each parameter what multiplies its learning rate; None: 1.
+        """
 
     def moments(self) -> Tensors:
         """Return the moments, stacked as the parameters are; later steps do not change them."""
@@ -71,9 +74,9 @@ class RuleOptimizer:
         """Start from φ's moments, or from the rule's initial ones."""
         self._moments = self.spread(moments)
 
-    def step(self, grads: Sequence[Tensor | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], rates: Tensor | None = None) -> None:
         """Step by the gradients."""
-        self._moments = self.rule.step_(grads, self._values, self._moments)
+        self._moments = self.rule.step_(grads, self._values, self._moments, rates)
 
     def moments(self) -> Tensors:
         """Return the moments; the rule never changes them in place."""

@@ -83,26 +83,45 @@ class UpdateRule(ABC):
         return [g.to_dense() if g.is_sparse else g for g in grads]
 
     def step_(
-        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], moments: Tensors
+        self,
+        grads: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        moments: Tensors,
+        rates: Tensor | None = None,
     ) -> Tensors:
-        """Step the parameters in place and return the next moments."""
-        used, changes, moments = self._partial_changes(grads, params, moments)
+        """Step the parameters in place, with `step`'s arguments, and return the next moments."""
+        used, changes, moments = self._partial_changes(grads, params, moments, rates)
         if used:
             torch._foreach_add_([params[i] for i in used], changes)
         return moments
 
     def step(
-        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], moments: Tensors
+        self,
+        grads: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        moments: Tensors,
+        rates: Tensor | None = None,
     ) -> tuple[Tensors, Tensors]:
-        """Return the parameters after the step, new tensors, and the next moments."""
-        used, changes, moments = self._partial_changes(grads, params, moments)
+        """Return the parameters after the step, new tensors, and the next moments.
+
+        Args:
+            grads: the gradients; None where the loss did not use a parameter.
+            params: the parameters.
+            moments: theirs.
+            rates: for each parameter what its change is multiplied by; None: 1.
+        """
+        used, changes, moments = self._partial_changes(grads, params, moments, rates)
         following = list(params)
         for i, change in zip(used, changes, strict=True):
             following[i] = params[i] + change
         return following, moments
 
     def _partial_changes(
-        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], moments: Tensors
+        self,
+        grads: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        moments: Tensors,
+        rates: Tensor | None,
     ) -> tuple[list[int], Tensors, Tensors]:
         """Return which parameters have a gradient, their changes, and all next moments.
 
@@ -118,6 +137,10 @@ class UpdateRule(ABC):
         used, given = [i for i, _ in pairs], self.dense([grad for _, grad in pairs])
         if not used:
             return used, [], moments
+        if rates is not None:
+            used_rates = [rates[i] for i in used]
+            plain = self._partial_changes(grads, params, moments, None)
+            return used, list(torch._foreach_mul(plain[1], used_rates)), plain[2]
         if len(used) == size:
             return used, *self.changes(given, params, moments)
         places = [slot * size + i for slot in range(self.num_slots) for i in used]
@@ -173,13 +196,17 @@ class SGD(UpdateRule):
         return list(torch._foreach_mul(steps, -self.lr)), list(velocities)
 
     def step_(
-        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], moments: Tensors
+        self,
+        grads: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        moments: Tensors,
+        rates: Tensor | None = None,
     ) -> Tensors:
         """Step in place; plain SGD, the common case, by a single operation."""
         given = [grad for grad in grads if grad is not None]
         plain = not self.momentum and not self.weight_decay and self.only is None
-        if not plain or len(given) < len(grads):
-            return super().step_(grads, params, moments)
+        if not plain or len(given) < len(grads) or rates is not None:
+            return super().step_(grads, params, moments, rates)
         torch._foreach_add_(list(params), given, alpha=-self.lr)
         return moments
 

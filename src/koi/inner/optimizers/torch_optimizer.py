@@ -21,6 +21,7 @@ from koi.inner.optimizers.hooks import hooks_set_aside
 from koi.inner.optimizers.moments import check_moments, spread
 from koi.inner.optimizers.rules import layout_of, make_optimizer
 from koi.phi.arithmetic import Tensors
+from koi.phi.rates import scaled_rates
 from koi.randomness import capture, restore
 
 # Set by schedulers as a task goes on: each task begins with what the factory gives.
@@ -87,11 +88,12 @@ class TorchOptimizer:
             if flag > 0:
                 self._put(slot, value)
 
-    def step(self, grads: Sequence[Tensor | None]) -> None:
-        """Step by the gradients."""
+    def step(self, grads: Sequence[Tensor | None], rates: Tensor | None = None) -> None:
+        """Step by the gradients; the rates of all that adapt are the same, of others 0."""
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = grad
-        self._optimizer.step()
+        with scaled_rates(self._optimizer, 1.0 if rates is None else rates.max().item()):
+            self._optimizer.step()
         for param in self.params:
             param.grad = None
 
