@@ -7,8 +7,8 @@ of the state and no new optimizer. That copy is set back before each task; φ is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from koi.inner.base import (
 from koi.inner.functional import PureLoss
 from koi.inner.layers.normalisation import map_weight_norm
 from koi.inner.optimizers.bound import bound_optimizer
-from koi.inner.stepwise import StepwiseEngine
+from koi.inner.second_order import SecondOrderEngine
 from koi.inner.working import WorkingCopy
 from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
@@ -43,7 +43,7 @@ class Kept(NamedTuple):
     distance: float
 
 
-class EagerEngine(StepwiseEngine):
+class EagerEngine(SecondOrderEngine):
     """Runs the tasks of a meta-batch one after the other.
 
     Args:
@@ -67,7 +67,7 @@ class EagerEngine(StepwiseEngine):
         for number, task in enumerate(batch.tasks, start=batch.first):
             with explained(place, number, 1):
                 place.set("inner", number)
-                adapted = self.run(phi, task, views(task, num_steps))
+                adapted = self.run(phi, task, views(task, num_steps), num_steps)
                 if adapted is None:
                     continue
                 with torch.no_grad():
@@ -136,6 +136,25 @@ class EagerEngine(StepwiseEngine):
     def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         """Return the function: a single task runs."""
         return function
+
+    def buffers_now(self) -> Tensors:
+        """Return copies of the buffers and constants."""
+        return arithmetic.clone(self._moving())
+
+    @contextmanager
+    def buffers_at(self, values: Tensors) -> Iterator[None]:
+        """Let the buffers and constants have other values in the block."""
+        with self.buffers_kept():
+            arithmetic.copy_(self._moving(), values)
+            yield
+
+    def can_repeat(self) -> bool:
+        """Return whether the working copy holds nothing else than it began with."""
+        return self.copy.as_it_began
+
+    def _moving(self) -> Tensors:
+        names, module = self.inner.learned, self.copy.module
+        return [*names.buffers_of(module), *names.constants_of(module)]
 
     def buffers_kept(self) -> AbstractContextManager[None]:
         """Undo what a loss that is no inner step does to the module."""

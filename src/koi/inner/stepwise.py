@@ -8,31 +8,23 @@ along a first dimension, the loss is a vector, and its sum has each task's gradi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import disable_saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from koi.algorithms import given
 from koi.errors import ModelError
 from koi.inner.base import InnerLoop
-from koi.inner.optimizers.bound import BoundOptimizer, RuleOptimizer
+from koi.inner.optimizers.bound import BoundOptimizer
 from koi.inner.optimizers.clipping import clipped
 from koi.phi.arithmetic import Tensors, clone
 from koi.phi.outcome import Phi
 from koi.tasks import outer_view
 
-_RECOMPUTED = (
-    "the model recomputes or moves what it saves for the gradient (torch.utils.checkpoint, "
-    "saved_tensors_hooks), which would see other weights than those of its inner step under a "
-    "derivative of second order: switch that off (gradient_checkpointing_disable()), or use "
-    "algorithm='fomaml'"
-)
 _REENTRANT = (
     "the model uses torch.utils.checkpoint with use_reentrant=True, which gives no gradients to "
     "an inner loop: use use_reentrant=False"
@@ -104,14 +96,14 @@ class StepwiseEngine(ABC):
     def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         """Return ``function`` of φ and of tensors of one task, for all that run at once."""
 
-    def run(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Given | None:
+    def run(self, phi: Phi, task: Any, steps: Iterable[Any], num_steps: int) -> Given | None:
         """Do what the algorithm does with one task, or with many stacked into one.
 
         None where the gradient of the query loss overflowed in float16, so that there is none.
         """
         algorithm = self.inner.algorithm
         if algorithm.second_order:
-            adapted = self._second_order(phi, task, steps)
+            adapted = self._second_order(phi, task, steps, num_steps)
         elif algorithm.query_gradient:
             adapted = self._first_order(phi, task, steps)
         else:
@@ -169,45 +161,11 @@ class StepwiseEngine(ABC):
         losses = torch.cat([adapted.losses, loss.detach().unsqueeze(0)])
         return adapted._replace(losses=losses, gradient=filled(grads, self.params))
 
-    def _second_order(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
+    @abstractmethod
+    def _second_order(
+        self, phi: Phi, task: Any, steps: Iterable[Any], num_steps: int
+    ) -> Adapted | None:
         """Return φ̃ and dL(φ̃(φ))/dφ of the query loss, through every inner step."""
-        assert isinstance(self.optimizer, RuleOptimizer), "checked when the learner is made"
-        rule = self.optimizer.rule
-        self.begin(phi)
-        adapted = set(self.inner.learned.those_adapted(range(len(self.params))))
-        values = [p.detach() for p in self.params]
-        leaves = [v.clone() if i in adapted else v.view_as(v) for i, v in enumerate(values)]
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        params: Tensors = list(leaves)
-        moments = self.optimizer.spread(phi.moments)
-        losses: Tensors = []
-        trajectory = self.inner.algorithm.trajectory
-        path = [detached(params)] if trajectory else []
-        view = None
-        # of attention's kernels only the plain one can be differentiated twice
-        with sdpa_kernel(SDPBackend.MATH), without_saved_tensors_hooks():
-            for step, view in enumerate(steps):
-                loss = self.loss(view, step, params)
-                grads = self.inner_gradients(loss, params, create_graph=True)
-                if grads is not None:
-                    rates = rates_at(phi, step)
-                    params, moments = rule.step(grads, params, moments, rates)
-                losses.append(loss.detach())
-                if trajectory:
-                    path.append(detached(params))
-            with self.buffers_kept():
-                loss = self.loss(outer_view(task, view), len(losses), params)
-                grads = self.gradients(loss, leaves)
-        losses.append(loss.detach())
-        if grads is None:
-            return None
-        return Adapted(
-            detached(params),
-            detached(moments),
-            torch.stack(losses),
-            path=path,
-            gradient=filled(grads, leaves),
-        )
 
     def inner_gradients(
         self, loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
@@ -254,18 +212,6 @@ class StepwiseEngine(ABC):
     def stacked(self, losses: Tensors) -> Tensor:
         """Return the losses of the steps along a first dimension, which may be empty."""
         return torch.stack(losses) if losses else self.params[0].new_zeros(0)
-
-
-@contextmanager
-def without_saved_tensors_hooks() -> Iterator[None]:
-    """Refuse what recomputes activations: by then another inner step's weights are in place."""
-    try:
-        with disable_saved_tensors_hooks(_RECOMPUTED):
-            yield
-    except RuntimeError as error:
-        if str(error) == _RECOMPUTED:
-            raise ModelError(_RECOMPUTED) from error
-        raise
 
 
 def explain(error: RuntimeError, second_order: bool) -> None:

@@ -35,7 +35,8 @@ from koi.inner.layers.normalisation import map_normalisation, map_weight_norm
 from koi.inner.layers.recurrence import map_recurrence
 from koi.inner.optimizers.bound import BoundOptimizer, bound_optimizer
 from koi.inner.optimizers.elementwise import check_elementwise
-from koi.inner.stepwise import Given, StepwiseEngine
+from koi.inner.second_order import SecondOrderEngine
+from koi.inner.stepwise import Given
 from koi.inner.working import WorkingCopy
 from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
@@ -53,7 +54,7 @@ from koi.tasks import (
 )
 
 
-class VectorizedEngine(StepwiseEngine):
+class VectorizedEngine(SecondOrderEngine):
     """Runs the tasks of a meta-batch as one computation, at most chunk_size of them at a time."""
 
     def __init__(self, model: nn.Module, inner: InnerLoop, chunk_size: int | None = None) -> None:
@@ -87,7 +88,7 @@ class VectorizedEngine(StepwiseEngine):
             with explained(place, first, len(chunk)), self._running():
                 place.set("inner", first or None)
                 steps = self._views(chunk, num_steps, place, first)
-                adapted = self.run(phi, chunk.stacked, steps)
+                adapted = self.run(phi, chunk.stacked, steps, num_steps)
                 assert adapted is not None, "only float16 overflows"
                 kept, losses = self._finite(adapted, first, place)
             last = -1 if kept is None else max(kept, default=-1)
@@ -168,6 +169,18 @@ class VectorizedEngine(StepwiseEngine):
     def outer_loss(self, view: Any, step: int) -> Tensor:
         """Return each task's loss with a gradient of its own for all that learns."""
         return self.loss(view, step, self.params)
+
+    def buffers_now(self) -> Tensors:
+        """Return the buffers and constants, which no loss changes in place."""
+        return [*self.buffers, *self.constants]
+
+    @contextmanager
+    def buffers_at(self, values: Tensors) -> Iterator[None]:
+        """Let the buffers and constants have other values in the block."""
+        with self.buffers_kept():
+            split = len(self.buffers)
+            self.buffers, self.constants = values[:split], values[split:]
+            yield
 
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:

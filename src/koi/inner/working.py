@@ -143,6 +143,11 @@ class WorkingCopy:
                 "keep to itself: register it as a buffer, or use vectorize=False, compile=False"
             )
 
+    @property
+    def as_it_began(self) -> bool:
+        """Whether all but the values of parameters and buffers is as when the copy was made."""
+        return self._look.unchanged()
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Undo what a loss that is no inner step does: to buffers, modes and other attributes.

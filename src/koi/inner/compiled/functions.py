@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, vmap
+from torch.func import grad, grad_and_value, vjp, vmap
 
 from koi.algorithms import given
 from koi.inner.base import InnerLoop, attention_kernel
@@ -151,6 +151,28 @@ class InnerFunctions:
         every = tuple(range(len(state.params)))
         grads, losses, _ = self._gradients(state, *self._outer_target(task, last), every)
         return filled(grads, self._rows(state.params)), losses
+
+    def pull_back(
+        self, before: State, task: TensorDict, tensors: TensorDict, adjoint: State
+    ) -> tuple[Tensors, Tensors]:
+        """Return the adjoint of what an inner step began with, from that of what came of it.
+
+        Args:
+            before: what it began with.
+            task: the task's tensors.
+            tensors: its view's.
+            adjoint: of parameters and moments, without the counts.
+        """
+        split = self.rule.num_slots * len(before.params)
+
+        def step(params: Tensors, moments: Tensors) -> tuple[Tensors, Tensors]:
+            start = before._replace(params=params, moments=[*moments, *before.moments[split:]])
+            after, _ = self._step(task, start, tensors)
+            return after.params, after.moments[:split]
+
+        pull: Callable[..., Any] = vjp(step, self._rows(before.params), before.moments[:split])[1]
+        found: tuple[Tensors, Tensors] = pull((adjoint.params, adjoint.moments))
+        return found
 
     def outcome(self, phi: State, adapted: Adapted) -> TrainOutput:
         """Return the means over the tasks of what the algorithm gives, and of what goes with it."""

@@ -19,6 +19,7 @@ from koi.inner.compiled.steps import Program, StepGraphs
 from koi.inner.compiled.workers import Call, Workers
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers.rules import UpdateRule
+from koi.inner.second_order import goes_step_by_step
 from koi.inner.stepwise import explain
 from koi.inner.working import WorkingCopy
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
@@ -105,19 +106,24 @@ class Graphs:
             shared = workers is not None and not traced.noisy
             threads = 1 if traced.light else torch.get_num_threads()
             threads = workers.num_threads if workers and shared else threads
-            if self._in_one_graph(job):
+            if self._in_one_graph(job, traced):
                 program, steps = self._written_out(job, traced, threads)
             else:
                 program, steps = self._step_by_step(job, task, forms, traced, threads)
         return Call(place, first, count, program, (start, task, steps), shared, threads)
 
-    def _in_one_graph(self, job: Job) -> bool:
-        """Return whether one graph is of all steps: of a small network, or of second order."""
+    def _in_one_graph(self, job: Job, traced: Traced) -> bool:
+        """Return whether one graph is of all steps.
+
+        It is of a small network; of second order also where a step computed once more would draw
+        otherwise.
+        """
         if job.purpose != "train":
             return False
         size = job.num_steps * len(self._params)
-        small = size <= _MOST_WRITTEN_OUT and not self._recurrent
-        return small or self._inner.algorithm.second_order
+        if self._inner.algorithm.second_order:
+            return traced.noisy or not goes_step_by_step(self._inner, job.num_steps)
+        return size <= _MOST_WRITTEN_OUT and not self._recurrent
 
     def _written_out(
         self, job: Job, traced: Traced, threads: int

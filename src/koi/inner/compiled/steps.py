@@ -47,12 +47,15 @@ class StepGraphs:
         self._step = make(pure.step_, "an inner step")
         self._query = make(pure.query_loss, "the query loss")
         self._outer = make(pure.outer_gradient, "the query gradient")
+        self._pull = make(pure.pull_back, "an inner step backwards")
         self._fixed: State | None = None
 
     def program(self, purpose: str) -> Program:
         """Return what to call to "train", "evaluate" or "adapt"."""
         if purpose == "evaluate":
             return Program(self.evaluate, (self._step, self._query))
+        if purpose == "train" and self._pure.inner.algorithm.second_order:
+            return Program(self.train, (self._step, self._outer, self._pull))
         if purpose == "train" and self._pure.inner.algorithm.query_gradient:
             return Program(self.train, (self._step, self._outer))
         return Program(getattr(self, purpose), (self._step,))
@@ -62,8 +65,11 @@ class StepGraphs:
         """Return what a meta-batch gives."""
         state, algorithm = self._begin(phi), self._pure.inner.algorithm
         path = [clone(state.params)] if algorithm.trajectory else []
-        losses = []
+        losses, kept = [], []
         for step, tensors in enumerate(steps):
+            if algorithm.second_order:
+                params, buffers, moments = map(clone, state[:3])
+                kept.append(State(params, buffers, moments, state.rates))
             # a CUDA graph writes its next results over the last ones
             losses.append(self._step(state.at(step), task, tensors).clone())
             if algorithm.trajectory:
@@ -72,6 +78,8 @@ class StepGraphs:
         if algorithm.query_gradient:
             gradient, loss = self._outer(state, task, steps[-1])
             losses.append(loss)
+        if algorithm.second_order:
+            gradient = self._back(kept, task, steps, gradient)
         return self._pure.outcome(phi, Adapted(state, losses, path, gradient))
 
     @torch.no_grad()
@@ -91,6 +99,18 @@ class StepGraphs:
         for step, tensors in enumerate(steps):
             self._step(state.at(step), task, tensors)
         return [*state.params, *state.buffers]
+
+    def _back(
+        self, kept: list[State], task: TensorDict, steps: Sequence[TensorDict], adjoint: Tensors
+    ) -> Tensors:
+        """Return dL/dφ from dL/dφ̃, each step computed once more (`koi.inner.second_order`)."""
+        count = self._pure.rule.num_slots * len(adjoint)
+        of_moments = [torch.zeros_like(m) for m in kept[0].moments[:count]]
+        for step in reversed(range(len(steps))):
+            before, at = kept.pop().at(step), State(adjoint, [], of_moments)
+            pulled = self._pull(before, task, steps[step], at)
+            adjoint, of_moments = (clone(part) for part in pulled)
+        return adjoint
 
     def _begin(self, phi: State) -> State:
         """Return the state before the first step."""

@@ -1,0 +1,210 @@
+"""The gradient of the query loss through all inner steps, in one of two ways.
+
+With φ_0 = φ and φ_{j+1} = F_j(φ_j), optimizer's moments included, the gradient of L(φ_k) is λ_0 of
+λ_k = ∇L(φ_k), λ_j = (dF_j/dφ_j)ᵀ λ_{j+1}. For a few steps torch keeps the graph of all of them and
+goes back through it. For many, only φ_0 … φ_k are kept: each F_j is computed once more as λ goes
+back, so that there is never more than the graph of one step (checkpoints at every step, as in Chen
+et al., arXiv 1604.06174). Both give the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from koi.errors import ModelError
+from koi.inner.base import InnerLoop
+from koi.inner.optimizers.bound import RuleOptimizer
+from koi.inner.optimizers.rules import UpdateRule
+from koi.inner.stepwise import Adapted, StepwiseEngine, detached, explain, filled, rates_at
+from koi.phi.arithmetic import Tensors
+from koi.phi.outcome import Phi
+from koi.randomness import States, capture, restore
+from koi.tasks import outer_view
+
+log = logging.getLogger("koi")
+
+# Inner steps times parameter tensors: with more, each step is computed once more on the way back.
+MOST_IN_ONE_GRAPH = 64
+
+_RECOMPUTED = (
+    "the model recomputes or moves what it saves for the gradient (torch.utils.checkpoint, "
+    "saved_tensors_hooks), which would see other weights than those of its inner step under a "
+    "derivative of second order: switch that off (gradient_checkpointing_disable()), or use "
+    "algorithm='fomaml'"
+)
+
+
+def goes_step_by_step(inner: InnerLoop, num_steps: int) -> bool:
+    """Return whether the gradient goes back step by step; the scale of float16 cannot."""
+    size = num_steps * len(inner.learned.params)
+    return inner.algorithm.second_order and inner.scale is None and size > MOST_IN_ONE_GRAPH
+
+
+class Before(NamedTuple):
+    """What an inner step began with."""
+
+    params: Tensors
+    moments: Tensors
+    buffers: Tensors
+    view: Any
+    draws: States
+
+
+class SecondOrderEngine(StepwiseEngine):
+    """Differentiates through the inner steps."""
+
+    @abstractmethod
+    def buffers_now(self) -> Tensors:
+        """Return the buffers and constants as they are, not to be changed in place."""
+
+    @abstractmethod
+    def buffers_at(self, values: Tensors) -> AbstractContextManager[None]:
+        """Let the buffers and constants have other values in the block."""
+
+    def can_repeat(self) -> bool:
+        """Return whether steps can be computed once more: nothing but buffers was changed."""
+        return True
+
+    def _second_order(
+        self, phi: Phi, task: Any, steps: Iterable[Any], num_steps: int
+    ) -> Adapted | None:
+        """Return φ̃ and dL(φ̃(φ))/dφ of the query loss, through every inner step."""
+        # of attention's kernels only the plain one can be differentiated twice
+        with sdpa_kernel(SDPBackend.MATH), without_saved_tensors_hooks():
+            if goes_step_by_step(self.inner, num_steps):
+                return self._step_by_step(phi, task, steps)
+            return self._in_one_graph(phi, task, steps)
+
+    def _in_one_graph(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
+        values, moments = self._start(phi)
+        leaves = _leaves(values)
+        params: Tensors = list(leaves)
+        losses: Tensors = []
+        trajectory = self.inner.algorithm.trajectory
+        path = [detached(params)] if trajectory else []
+        view = None
+        for step, view in enumerate(steps):
+            loss = self.loss(view, step, params)
+            grads = self.inner_gradients(loss, params, create_graph=True)
+            if grads is not None:
+                params, moments = self._rule.step(grads, params, moments, rates_at(phi, step))
+            losses.append(loss.detach())
+            if trajectory:
+                path.append(detached(params))
+        with self.buffers_kept():
+            loss = self.loss(outer_view(task, view), len(losses), params)
+            grads = self.gradients(loss, leaves)
+        losses.append(loss.detach())
+        if grads is None:
+            return None
+        return Adapted(
+            detached(params),
+            detached(moments),
+            torch.stack(losses),
+            path=path,
+            gradient=filled(grads, leaves),
+        )
+
+    def _step_by_step(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
+        params, moments = self._start(phi)
+        kept: list[Before] = []
+        losses: Tensors = []
+        path = [detached(params)] if self.inner.algorithm.trajectory else []
+        view = None
+        for step, view in enumerate(steps):
+            kept.append(Before(params, moments, self.buffers_now(), view, capture()))
+            leaves = _leaves(params)
+            loss = self.loss(view, step, leaves)
+            grads = self.inner_gradients(loss, leaves)
+            assert grads is not None, "only float16 overflows"
+            with torch.no_grad():
+                params, moments = self._rule.step(grads, params, moments, rates_at(phi, step))
+            losses.append(loss.detach())
+            if self.inner.algorithm.trajectory:
+                path.append(params)
+        if not self.can_repeat():
+            log.info("the model keeps more than buffers from step to step: MAML in one graph")
+            restore(kept[0].draws)
+            return self._in_one_graph(phi, task, [before.view for before in kept])
+        with self.buffers_kept():
+            leaves = _leaves(params)
+            loss = self.loss(outer_view(task, view), len(losses), leaves)
+            grads = self.gradients(loss, leaves)
+        losses.append(loss.detach())
+        assert grads is not None, "only float16 overflows"
+        end = capture()
+        gradient = self._back(phi, kept, filled(grads, leaves))
+        restore(end)
+        return Adapted(params, moments, torch.stack(losses), path=path, gradient=gradient)
+
+    def _back(self, phi: Phi, kept: list[Before], adjoint: Tensors) -> Tensors:
+        """Return λ_0 from λ_k, letting go of what each step began with."""
+        count = self._rule.num_slots * len(adjoint)
+        of_moments = [torch.zeros_like(m) for m in kept[0].moments[:count]] if kept else []
+        for step in reversed(range(len(kept))):
+            before = kept.pop()
+            restore(before.draws)
+            params = _leaves(before.params)
+            own, counts = _leaves(before.moments[:count]), before.moments[count:]
+            with self.buffers_at(before.buffers):  # until the gradient, which may need them
+                loss = self.loss(before.view, step, params)
+                grads = self.inner_gradients(loss, params, create_graph=True)
+                assert grads is not None, "only float16 overflows"
+                now = [*own, *counts]
+                after, moments = self._rule.step(grads, params, now, rates_at(phi, step))
+                outputs, given = [*after, *moments[:count]], [*adjoint, *of_moments]
+                adjoint, of_moments = _pulled_back(outputs, [*params, *own], given, len(params))
+        return adjoint
+
+    @property
+    def _rule(self) -> UpdateRule:
+        assert isinstance(self.optimizer, RuleOptimizer), "checked when the learner is made"
+        return self.optimizer.rule
+
+    def _start(self, phi: Phi) -> tuple[Tensors, Tensors]:
+        """Return φ, what adapts in memory of its own, and the moments."""
+        self.begin(phi)
+        adapted = set(self.inner.learned.those_adapted(range(len(self.params))))
+        values = [p.detach() for p in self.params]
+        params = [v.clone() if i in adapted else v.view_as(v) for i, v in enumerate(values)]
+        assert isinstance(self.optimizer, RuleOptimizer), "checked when the learner is made"
+        return params, self.optimizer.spread(phi.moments)
+
+
+@contextmanager
+def without_saved_tensors_hooks() -> Iterator[None]:
+    """Refuse what recomputes activations: by then another inner step's weights are in place."""
+    try:
+        with disable_saved_tensors_hooks(_RECOMPUTED):
+            yield
+    except RuntimeError as error:
+        if str(error) == _RECOMPUTED:
+            raise ModelError(_RECOMPUTED) from error
+        raise
+
+
+def _leaves(tensors: Tensors) -> Tensors:
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def _pulled_back(
+    after: Tensors, before: Tensors, adjoint: Tensors, num_params: int
+) -> tuple[Tensors, Tensors]:
+    """Return the adjoint of what a step began with, from that of what came of it."""
+    pairs = [(t, a) for t, a in zip(after, adjoint, strict=True) if t.requires_grad]
+    outputs, given = [t for t, _ in pairs], [a for _, a in pairs]
+    try:
+        grads = torch.autograd.grad(outputs, before, given, allow_unused=True)
+    except RuntimeError as error:
+        explain(error, second_order=True)
+        raise
+    found = filled(grads, before)
+    return found[:num_params], found[num_params:]
