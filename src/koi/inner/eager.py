@@ -7,8 +7,8 @@ of the state and no new optimizer. That copy is set back before each task; φ is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class EagerEngine(SecondOrderEngine):
         self.params = self.copy.params
         self.precision = inner.precision(self.params[0].device)
         self.optimizer = bound_optimizer(inner, self.params)
+        self.has_buffers = bool(inner.learned.buffers or inner.learned.constants)
 
     @torch.enable_grad()
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
@@ -139,14 +140,12 @@ class EagerEngine(SecondOrderEngine):
 
     def buffers_now(self) -> Tensors:
         """Return copies of the buffers and constants."""
-        return arithmetic.clone(self._moving())
+        return arithmetic.clone(self._moving()) if self.has_buffers else []
 
-    @contextmanager
-    def buffers_at(self, values: Tensors) -> Iterator[None]:
-        """Let the buffers and constants have other values in the block."""
-        with self.buffers_kept():
+    def put_buffers(self, values: Tensors) -> None:
+        """Let the buffers and constants have these values."""
+        if values:
             arithmetic.copy_(self._moving(), values)
-            yield
 
     def can_repeat(self) -> bool:
         """Return whether the working copy holds nothing else than it began with."""

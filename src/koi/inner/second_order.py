@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.stepwise import Adapted, StepwiseEngine, detached, explain, filled, rates_at
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Phi
-from koi.randomness import States, capture, restore
+from koi.randomness import States, capture, restore, same_states
 from koi.tasks import outer_view
 
 log = logging.getLogger("koi")
@@ -66,8 +66,8 @@ class SecondOrderEngine(StepwiseEngine):
         """Return the buffers and constants as they are, not to be changed in place."""
 
     @abstractmethod
-    def buffers_at(self, values: Tensors) -> AbstractContextManager[None]:
-        """Let the buffers and constants have other values in the block."""
+    def put_buffers(self, values: Tensors) -> None:
+        """Let the buffers and constants have these values."""
 
     def can_repeat(self) -> bool:
         """Return whether steps can be computed once more: nothing but buffers was changed."""
@@ -120,7 +120,10 @@ class SecondOrderEngine(StepwiseEngine):
         path = [detached(params)] if self.inner.algorithm.trajectory else []
         view = None
         for step, view in enumerate(steps):
-            kept.append(Before(params, moments, self.buffers_now(), view, capture()))
+            draws = capture()
+            if kept and same_states(draws, kept[-1].draws):
+                draws = kept[-1].draws  # which are larger than a small φ
+            kept.append(Before(params, moments, self.buffers_now(), view, draws))
             leaves = _leaves(params)
             loss = self.loss(view, step, leaves)
             grads = self.inner_gradients(loss, leaves)
@@ -140,28 +143,31 @@ class SecondOrderEngine(StepwiseEngine):
             grads = self.gradients(loss, leaves)
         losses.append(loss.detach())
         assert grads is not None, "only float16 overflows"
-        end = capture()
+        draws, buffers = capture(), self.buffers_now()
         gradient = self._back(phi, kept, filled(grads, leaves))
-        restore(end)
+        restore(draws)
+        self.put_buffers(buffers)
         return Adapted(params, moments, torch.stack(losses), path=path, gradient=gradient)
 
     def _back(self, phi: Phi, kept: list[Before], adjoint: Tensors) -> Tensors:
         """Return λ_0 from λ_k, letting go of what each step began with."""
         count = self._rule.num_slots * len(adjoint)
         of_moments = [torch.zeros_like(m) for m in kept[0].moments[:count]] if kept else []
+        draws = None
         for step in reversed(range(len(kept))):
             before = kept.pop()
-            restore(before.draws)
+            if before.draws is not draws:
+                restore(draws := before.draws)
+            self.put_buffers(before.buffers)
             params = _leaves(before.params)
             own, counts = _leaves(before.moments[:count]), before.moments[count:]
-            with self.buffers_at(before.buffers):  # until the gradient, which may need them
-                loss = self.loss(before.view, step, params)
-                grads = self.inner_gradients(loss, params, create_graph=True)
-                assert grads is not None, "only float16 overflows"
-                now = [*own, *counts]
-                after, moments = self._rule.step(grads, params, now, rates_at(phi, step))
-                outputs, given = [*after, *moments[:count]], [*adjoint, *of_moments]
-                adjoint, of_moments = _pulled_back(outputs, [*params, *own], given, len(params))
+            loss = self.loss(before.view, step, params)
+            grads = self.inner_gradients(loss, params, create_graph=True)
+            assert grads is not None, "only float16 overflows"
+            now = [*own, *counts]
+            after, moments = self._rule.step(grads, params, now, rates_at(phi, step))
+            outputs, given = [*after, *moments[:count]], [*adjoint, *of_moments]
+            adjoint, of_moments = _pulled_back(outputs, [*params, *own], given, len(params))
         return adjoint
 
     @property

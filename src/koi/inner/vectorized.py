@@ -174,13 +174,10 @@ class VectorizedEngine(SecondOrderEngine):
         """Return the buffers and constants, which no loss changes in place."""
         return [*self.buffers, *self.constants]
 
-    @contextmanager
-    def buffers_at(self, values: Tensors) -> Iterator[None]:
-        """Let the buffers and constants have other values in the block."""
-        with self.buffers_kept():
-            split = len(self.buffers)
-            self.buffers, self.constants = values[:split], values[split:]
-            yield
+    def put_buffers(self, values: Tensors) -> None:
+        """Let the buffers and constants have these values."""
+        split = len(self.buffers)
+        self.buffers, self.constants = values[:split], values[split:]
 
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:
