@@ -14,8 +14,8 @@ class MAML(AgainstGradient):
     """φ ← φ − ε · mean(d L_i(φ̃_i(φ)) / dφ): equation 1 of Finn, Abbeel, Levine, arXiv 1703.03400.
 
     L_i is the loss on the query set of a task, or on what its last inner step saw where there is
-    none. The inner steps keep their graph, so that memory grows with num_steps; the loss must have
-    a second derivative, and the inner optimizer be SGD, Adam or AdamW.
+    none. Through many steps the gradient goes back one by one (`koi.inner.second_order`); the loss
+    must have a second derivative, and the inner optimizer be SGD, Adam or AdamW.
 
     >>> MAML()
     MAML()
