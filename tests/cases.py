@@ -258,7 +258,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped meta-optimizer": {
         "clip_meta": 0.05,
         "meta_optimizer": partial(torch.optim.SGD, lr=0.5, momentum=0.9),
-        "meta_step_size": koi.warmup(koi.cosine(2.0, 0.5), 0.5),
+        "meta_step_size": koi.cosine(2.0, 0.5),
     },
 }
 

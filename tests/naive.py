@@ -39,7 +39,7 @@ def meta_train(
     means, weights = [0.0 for _ in learned(model, learns)], 0.0
     outer = meta_optimizer(learned(model, learns)) if meta_optimizer else None
     for iteration in range(num_iterations):
-        rates = Rates(step_size, iteration / num_iterations, inner_schedule, clip_inner)
+        inner_rates = Rates(step_size, iteration / num_iterations, inner_schedule, clip_inner)
         epsilon = meta_step_size
         if callable(meta_step_size):
             epsilon = meta_step_size(iteration / num_iterations)
@@ -49,11 +49,11 @@ def meta_train(
             steps = views(task, num_steps)
             query = task.query if hasattr(task, "query") else steps[-1]
             if algorithm == "maml":  # first, since a loss may change what is the task's own
-                inner = inner_optimizer, rates, state
+                inner = inner_optimizer, inner_rates, state
                 gradient = maml_gradient(model, steps, query, *inner, adapts, learns)
             path = []
             adapted, final_state = adapt(
-                *(model, steps, inner_optimizer, rates, state),
+                *(model, steps, inner_optimizer, inner_rates, state),
                 lambda m, path=path: note(path, m, learns),
                 adapts,
             )
@@ -73,11 +73,12 @@ def meta_train(
         if clip_meta is not None:
             torch.nn.utils.clip_grad_norm_(learned(model, learns), clip_meta)
         if outer is not None:
-            for group in outer.param_groups:
-                group["lr"] *= epsilon
+            rates = [group["lr"] for group in outer.param_groups]
+            for group, rate in zip(outer.param_groups, rates, strict=True):
+                group["lr"] = rate * epsilon
             outer.step()
-            for group in outer.param_groups:
-                group["lr"] /= epsilon
+            for group, rate in zip(outer.param_groups, rates, strict=True):
+                group["lr"] = rate
         else:
             with torch.no_grad():
                 for param in learned(model, learns):

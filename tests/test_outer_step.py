@@ -41,8 +41,6 @@ def agree(**settings):
     "optimizer", [partial(SGD, lr=0.3, momentum=0.9, nesterov=True), partial(Adam, lr=0.01)]
 )
 def test_epsilon_scales_the_rate_of_a_meta_optimizer(optimizer, schedule, algorithm):
-    if isinstance(schedule, warmup):  # the twin divides by ε afterwards
-        schedule = lambda f, rising=schedule: rising(max(f, 0.01))  # noqa: E731
     agree(meta_optimizer=optimizer, meta_step_size=schedule, algorithm=algorithm)
 
 
