@@ -84,7 +84,7 @@ def meta_train(
                 for param in learned(model, learns):
                     param -= epsilon * param.grad
         model.zero_grad()
-        move_buffers(model, adapted_models, epsilon)
+        move_buffers(model, adapted_models, min(epsilon, 1.0) if outer else epsilon)
         if inner_state == "carry":
             state = mean_state(states)
         if average is not None:

@@ -147,9 +147,9 @@ def test_adam_inside():
     assert phi == pytest.approx([-0.3, 0.3], rel=1e-12)
 
 
-@pytest.mark.parametrize("meta_step_size", [None, 0.0, 7.0])
-def test_adam_outside(meta_step_size):
-    """Its first step is lr · sign(φ − mean(φ̃)); ε has no say."""
+@pytest.mark.parametrize(("meta_step_size", "step"), [(None, 0.01), (0.0, 0.0), (7.0, 0.07)])
+def test_adam_outside(meta_step_size, step):
+    """Its first step is ε · lr · sign(φ − mean(φ̃))."""
     phi = trained(
         [1.0, -1.0],
         [Quadratic([0.0, 0.0]), Quadratic([0.5, 0.5])],
@@ -159,7 +159,7 @@ def test_adam_outside(meta_step_size):
         meta_step_size=meta_step_size,
         meta_optimizer=partial(Adam, lr=0.01, eps=0),
     )
-    assert phi == pytest.approx([0.99, -0.99], rel=1e-12)
+    assert phi == pytest.approx([1 - step, -1 + step], rel=1e-12)
 
 
 def test_sgd_outside_with_rate_epsilon_is_the_interpolation():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from koi.lab.runs.folder import Run
-from koi.recipes.fewshot import PAPER, RECIPES
+from koi.recipes.fewshot import BESIDE, PAPER, RECIPES
 
 _HEAD = (
     "run",
@@ -36,7 +36,7 @@ def _rows(run: Run) -> Iterator[tuple[str, ...]]:
     for num_shots, result in run.results().items():
         done = result["iteration"]
         length = f"{done:,}" if whole in (done, None) else f"{done:,} of {whole:,} (shortened)"
-        published = PAPER.get((recipe.name, num_shots), (None, None))
+        published = PAPER.get((BESIDE.get(recipe.name, recipe.name), num_shots), (None, None))
         tasks, skipped = f"{result['num_tasks']:,}", result.get("num_skipped", 0)
         for way, paper in zip(("inductive", "transductive"), published, strict=True):
             mean, interval = (100 * value for value in result[way])
