@@ -134,7 +134,7 @@ class Always:
 
 
 def test_memory_is_that_of_one_step():
-    """From 20 to 200 steps of 256 examples memory grows by the kept φ's, not by the graphs."""
+    """From 20 to 200 steps of 4,096 examples memory grows by the kept φ's, not by the graphs."""
     script = """
         import resource, torch
         from torch import nn

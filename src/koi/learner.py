@@ -197,6 +197,7 @@ class Koi(Adapting):
                 done.
             CheckpointError: a training runs, of which this would be a part.
 
+        >>> import torch
         >>> from koi.problems import Lines
         >>> koi = Koi(torch.nn.Linear(1, 1), step_size=0.02, num_iterations=3)
         >>> [koi.step(Lines()).iteration for _ in range(3)]
