@@ -211,12 +211,12 @@ def test_checksums_on_request(on_ranks):
 
 
 def test_one_buffer_for_each_meta_iteration(on_ranks):
-    """3 → 4 → 2: 26 parameters; 5 × 2 losses; counts, failures, checksums of 2 ranks; two flags.
+    """3 → 4 → 2: 26 parameters; 5 × 2 losses; counts, failures, checksums of 2 ranks; three flags.
 
     Adam adds two moments for each parameter and four counts, for each of its tensors one. Each is
     reduced twice: in the meta-iteration, and to part.
     """
-    figures = 10 + 2 + 2 + 6 + 2
+    figures = 10 + 2 + 2 + 6 + 3
     for sizes in on_ranks(2, rank_runs.bytes_sent):
         assert sizes == 2 * [4 * (26 + figures)] + 2 * [4 * (3 * 26 + 4 + figures)]
 
