@@ -48,7 +48,7 @@ _TABLE = {
     "storage": "files memory errors",
     "files": "",
     "memory": "",
-    "supervised": "tasks",
+    "supervised": "tasks randomness",
     "tasks": "errors",
     "randomness": "",
     "errors": "",
