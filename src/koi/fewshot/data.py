@@ -16,6 +16,7 @@ from torch import Tensor
 
 from koi.errors import ConfigurationError, DataError, did_you_mean
 from koi.fewshot import sources
+from koi.fewshot.images import ImageForm
 from koi.fewshot.sources import Lazy
 from koi.randomness import mix
 
@@ -236,12 +237,13 @@ def labelled(
         image_size: what images (files, or Pillow's) are resized to, bilinearly with antialiasing:
             a side, or (height, width); None: they must all have one size.
         mode: what images are converted to: "L" gives tensors of shape (1, height, width), "RGB"
-            (3, height, width), of type uint8.
+            (3, height, width), of type uint8. They are first turned as their EXIF note says; what
+            is transparent becomes white; grey of 16 bits is read by its upper 8 bits.
         max_bytes: data of more bytes than this are not held in memory but loaded as they are
             used. A dataset is read through once even then, for its labels.
 
     Raises:
-        DataError: the data cannot be read or do not fit together.
+        DataError: the data cannot be read, of which all images are named, or do not fit together.
         ConfigurationError: the source is none of these, or options that cannot work.
 
     >>> data = labelled((torch.rand(6, 2), torch.tensor([7, 3, 7, 3, 3, 3])))
@@ -250,7 +252,7 @@ def labelled(
     """
     if isinstance(source, LabelledData):
         return source
-    images = sources.ImageForm(image_size, mode)
+    images = ImageForm(image_size, mode)
     if isinstance(source, str | os.PathLike):
         found = sources.from_folder(Path(source), images, max_bytes)
     elif isinstance(source, tuple | list) and len(source) == 2 and _is_column(source[0]):

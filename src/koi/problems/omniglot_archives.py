@@ -20,7 +20,7 @@ from torch import Tensor
 
 from koi import storage
 from koi.errors import CheckpointError, DataError
-from koi.fewshot.sources import needed, pillow
+from koi.fewshot.images import needed, pillow
 
 NUM_DRAWINGS = 20  # of each character
 SIDE = 105  # pixels
