@@ -27,7 +27,7 @@ _TABLE = {
     "recipes": "problems models fewshot phi tasks errors",
     "problems": "fewshot storage files memory supervised tasks errors",
     "models": "",
-    "fewshot": "evaluation supervised tasks randomness errors",
+    "fewshot": "evaluation files memory supervised tasks randomness errors",
     "learner": "adapting engines training ranks configured settings "
     "sampling phi records randomness errors",
     "adapting": "stored engines settings evaluation sampling inner phi randomness",

@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from koi import CheckpointError, Koi, storage
+from koi import CheckpointError, ConfigurationError, DataError, Koi, storage
+from koi.fewshot.images import ImageForm
 from koi.lab.runs import Classifier
 from koi.models import omniglot_net
 from toys import Regressions, small_net
@@ -189,3 +192,49 @@ def test_a_classifier_is_what_it_was(tmp_path):
     assert (after.classes, after.torch_defaults) == (("a", "b"), True)
     torch.testing.assert_close(after.probabilities(support), before.probabilities(support))
     assert np.isfinite(after.probabilities(support).numpy()).all()
+
+
+def png_of(width, height, path):
+    """Write a small PNG whose header names a size."""
+    Image.new("1", (8, 8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+    return path
+
+
+class TestPixels:
+    def test_a_limit_in_pixels(self, tmp_path):
+        """One of 22 kB took 2.4 GB and 8.5 s."""
+        path = png_of(13_377, 13_377, tmp_path / "vast.png")
+        with pytest.raises(DataError, match=r"13377 × 13377 .*67,108,864 are read: .*KOI_MAX_PIX"):
+            ImageForm(28, "L").read(path)
+
+    def test_it_can_be_another(self, tmp_path, monkeypatch):
+        path = tmp_path / "small.png"
+        Image.new("L", (10, 10)).save(path)
+        with pytest.raises(DataError, match="at most 99 are read"):
+            ImageForm(28, "L", max_pixels=99).read(path)
+        monkeypatch.setenv("KOI_MAX_PIXELS", "99")
+        with pytest.raises(DataError, match="at most 99 are read"):
+            ImageForm(28, "L").check(path)
+        assert ImageForm(28, "L", max_pixels=100).read(path).shape == (1, 28, 28)
+        monkeypatch.setenv("KOI_MAX_PIXELS", "many")
+        with pytest.raises(ConfigurationError, match="KOI_MAX_PIXELS = 'many': must be a number"):
+            ImageForm(28, "L").read(path)
+
+    def test_pillows_own_limit_gives_way_to_it(self, tmp_path):
+        path, before = png_of(20_000, 20_000, tmp_path / "vast.png"), Image.MAX_IMAGE_PIXELS
+        with pytest.raises(DataError, match="13 are read"):
+            ImageForm(28, "L", max_pixels=13).check(path)
+        ImageForm(28, "L", max_pixels=400_000_000).check(path)
+        assert before == Image.MAX_IMAGE_PIXELS
+
+    def test_what_is_no_image_of_these_kinds(self, tmp_path):
+        """Whatever its name says: for PostScript Pillow would start another program."""
+        (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        os.mkfifo(tmp_path / "b.png")
+        for name, problem in {"a.png": "cannot identify", "b.png": "a pipe or a device"}.items():
+            with pytest.raises(DataError, match=problem):
+                ImageForm(28, "L").read(tmp_path / name)

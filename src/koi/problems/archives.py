@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from koi.errors import DataError
-from koi.fewshot.sources import needed
+from koi.fewshot.images import needed
 from koi.files import opened
 from koi.memory import PIECE
 

@@ -20,7 +20,8 @@ import torch
 
 from koi.errors import DataError, KoiWarning
 from koi.fewshot import LabelledData, Splits
-from koi.fewshot.sources import ImageForm, class_folders, needed
+from koi.fewshot.images import ImageForm, needed
+from koi.fewshot.sources import class_folders
 from koi.files import content_of
 from koi.problems.archives import MAX_HEADER, archive_at, array_form, member, values_of
 
@@ -222,15 +223,15 @@ def _read_images(files: dict[str, Files], skip_missing: bool) -> dict[str, Label
     if bad and not skip_missing:
         raise DataError(f"{_counted(bad, len(paths))}: get them anew, or say skip_missing=True")
     form = ImageForm(SIDE, "RGB", nearest=True)
-    read = {part: _read_part(classes, form, bad, skip_missing) for part, classes in files.items()}
+    read = {part: _read_part(classes, form, bad) for part, classes in files.items()}
+    if bad and not skip_missing:
+        raise DataError(f"{_counted(bad, len(paths))}: get them anew, or say skip_missing=True")
     if bad:
         warnings.warn(f"{_counted(bad, len(paths))}, and left out", KoiWarning, stacklevel=3)
     return read
 
 
-def _read_part(
-    files: Files, form: ImageForm, bad: dict[Path, str], skip_damaged: bool
-) -> LabelledData:
+def _read_part(files: Files, form: ImageForm, bad: dict[Path, str]) -> LabelledData:
     """Read the images of one part, adding damaged ones to the bad ones."""
     images = torch.empty(sum(map(len, files.values())), 3, SIDE, SIDE, dtype=torch.uint8)
     done = 0
@@ -244,8 +245,6 @@ def _read_part(
                 images[done] = form.read(path)
                 done += 1
             except DataError:
-                if not skip_damaged:
-                    raise
                 bad[path] = "damaged"
         if done == before:
             raise DataError(f"all {len(paths)} images of {name} are missing, empty or damaged")

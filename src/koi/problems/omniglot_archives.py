@@ -19,7 +19,7 @@ from torch import Tensor
 
 from koi import storage
 from koi.errors import CheckpointError, DataError
-from koi.fewshot.sources import needed, pillow
+from koi.fewshot.images import needed, pillow
 from koi.files import content_of
 from koi.problems.archives import archive_at, array_form, member
 

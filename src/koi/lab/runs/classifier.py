@@ -17,7 +17,8 @@ from koi import SupervisedTask, storage
 from koi.errors import CheckpointError, DataError
 from koi.fewshot.accuracy import inductive_scores
 from koi.fewshot.data import scaled
-from koi.fewshot.sources import ImageForm, class_folders
+from koi.fewshot.images import ImageForm
+from koi.fewshot.sources import class_folders
 from koi.lab.runs.folder import Run
 from koi.lab.runs.measuring import measuring_learner, newest_checkpoint
 from koi.recipes import IMAGE_FORMS, NETWORKS
@@ -150,7 +151,7 @@ def adapt(run: Run, folder: str | os.PathLike[str], num_steps: int | None = None
             "for more ways"
         )
     form = IMAGE_FORMS[recipe.network]
-    support = torch.stack([form.read(path) for paths in files.values() for path in paths])
+    support = torch.stack(form.read_all(path for paths in files.values() for path in paths))
     counts = [len(paths) for paths in files.values()]
     learner = measuring_learner(checkpoint, config, min(counts))
     task = _task(support, counts, recipe.adaptation(min(counts)).batch_size, config.seed)
