@@ -223,6 +223,7 @@ def labelled(
     image_size: int | tuple[int, int] | None = None,
     mode: str = "RGB",
     max_bytes: int = MAX_BYTES,
+    max_pixels: int | None = None,
 ) -> LabelledData:
     """Return labelled data from whatever holds examples and their classes.
 
@@ -241,6 +242,8 @@ def labelled(
             is transparent becomes white; grey of 16 bits is read by its upper 8 bits.
         max_bytes: data of more bytes than this are not held in memory but loaded as they are
             used. A dataset is read through once even then, for its labels.
+        max_pixels: an image file of more pixels is not read but an error; None: as many as the
+            environment variable KOI_MAX_PIXELS says, else 2^26, which are 8192 × 8192.
 
     Raises:
         DataError: the data cannot be read, of which all images are named, or do not fit together.
@@ -252,7 +255,7 @@ def labelled(
     """
     if isinstance(source, LabelledData):
         return source
-    images = ImageForm(image_size, mode)
+    images = ImageForm(image_size, mode, max_pixels=max_pixels)
     if isinstance(source, str | os.PathLike):
         found = sources.from_folder(Path(source), images, max_bytes)
     elif isinstance(source, tuple | list) and len(source) == 2 and _is_column(source[0]):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from koi.errors import ConfigurationError, DataError, did_you_mean
+from koi.errors import ConfigurationError, DataError, KoiError, did_you_mean, wrong
+from koi.files import opened
 from koi.memory import pieces_of
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# What Pillow calls the formats of these; others it may read by whatever program is installed.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MODES = ("L", "RGB")
+MAX_PIXELS = 2**26  # 8192 × 8192, which take a gigabyte until they are small
+_VARIABLE = "KOI_MAX_PIXELS"
 _NUM_NAMED = 100
 _ORIENTATION = 0x0112
 # How to show what a camera that was held so took. Pillow's own `exif_transpose` writes the other
@@ -39,12 +46,14 @@ class ImageForm:
     An image is first turned as its EXIF note says the camera was held, and what is transparent in
     it becomes white. Grey of 16 bits is read by its upper 8 bits, as Pillow reads colour of 16: v
     becomes ⌊v / 256⌋. Images of another size are resized bilinearly with antialiasing, or to the
-    nearest pixels.
+    nearest pixels. A file of more than max_pixels, by its header, is not read; None: of more than
+    the environment's KOI_MAX_PIXELS says or, where it is not set, than 2^26.
     """
 
     size: int | tuple[int, int] | None
     mode: str
     nearest: bool = False
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -58,6 +67,9 @@ class ImageForm:
             problems.append(
                 f"mode = {self.mode!r}: must be one of 'L', 'RGB'{did_you_mean(self.mode, MODES)}"
             )
+        most = self.max_pixels
+        if most is not None and not (type(most) is int and most > 0):
+            problems.append(wrong("max_pixels", most, "None or a number of pixels"))
         if problems:
             raise ConfigurationError(problems)
 
@@ -68,7 +80,7 @@ class ImageForm:
             DataError: there is none, or it is damaged, or of numbers without a known black and
                 white.
         """
-        with _opened(path) as image:
+        with _opened(path, self._most()) as image:
             return self.tensor(image, f"the image {path}")
 
     def read_all(self, paths: Iterable[Path]) -> list[Tensor]:
@@ -88,7 +100,7 @@ class ImageForm:
         Raises:
             DataError: it cannot be read.
         """
-        with _opened(path) as image:
+        with _opened(path, self._most()) as image:
             _check_range(image, f"the image {path}")
 
     def tensor(self, image: Any, name: str = "the image") -> Tensor:
@@ -117,6 +129,19 @@ class ImageForm:
             image = image.resize((width, height), method)
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return values.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+    def _most(self) -> int:
+        """Return how many pixels a file may have.
+
+        Raises:
+            ConfigurationError: the environment names no number.
+        """
+        if self.max_pixels is not None:
+            return self.max_pixels
+        given = os.environ.get(_VARIABLE, str(MAX_PIXELS))
+        if not (given.isdecimal() and given.isascii() and int(given[:20]) > 0):
+            raise ConfigurationError([wrong(_VARIABLE, given, "a number of pixels")])
+        return int(given[:20])
 
     def _converted(self, image: Any) -> Any:
         """Return the image in this mode.
@@ -196,14 +221,19 @@ def needed() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, max_pixels: int) -> Iterator[Any]:
     """Open an image file, and say of a failure which file it is."""
-    module = pillow()
-    bad = OSError, SyntaxError, ValueError, struct.error, module.DecompressionBombError
+    bad = OSError, SyntaxError, ValueError, struct.error, pillow().DecompressionBombError
     try:
-        with module.open(path) as image:
+        with opened(path) as file, _begun(file) as image:
+            if math.prod(image.size) > max_pixels:
+                raise DataError(
+                    f"the image {path} has {image.width} × {image.height} pixels, and at most "
+                    f"{max_pixels:,} are read: make it smaller, or allow more by max_pixels or "
+                    f"the environment variable {_VARIABLE}"
+                )
             yield image
-    except DataError:
+    except KoiError:
         raise
     except bad as error:  # Pillow raises all of these
         is_empty = path.is_file() and not path.stat().st_size
@@ -211,6 +241,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(
             f"the image {path} cannot be read ({problem}): replace or remove it"
         ) from error
+
+
+def _begun(file: IO[bytes]) -> Any:
+    """Return an image of which nothing but the header is read, Pillow's own limit put aside."""
+    module = pillow()
+    before, module.MAX_IMAGE_PIXELS = module.MAX_IMAGE_PIXELS, None
+    try:
+        return module.open(file, "r", FORMATS)
+    finally:
+        module.MAX_IMAGE_PIXELS = before
 
 
 def _check_range(image: Any, name: str) -> None:
