@@ -7,7 +7,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -158,6 +158,11 @@ class VectorizedEngine(SecondOrderEngine):
         split = len(self.buffers)
         self.buffers, self.constants = moved[:split], moved[split:]
         return depends_on_model(losses, view, step)
+
+    def rows(self, tensors: Sequence[Tensor]) -> Tensors:
+        """Return the tensors with a row for each task."""
+        size = self.params[0].shape[0]
+        return [t.expand(size, *t.shape) for t in tensors]
 
     def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         """Return the function mapped over the tasks' tensors; φ is the same for all."""
