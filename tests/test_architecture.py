@@ -25,9 +25,9 @@ _TABLE = {
     "training evaluation storage files randomness errors",
     "plots": "evaluation records",
     "recipes": "problems models fewshot phi tasks errors",
-    "problems": "fewshot storage supervised tasks errors",
+    "problems": "fewshot storage files memory supervised tasks errors",
     "models": "",
-    "fewshot": "evaluation supervised tasks randomness errors",
+    "fewshot": "evaluation files memory supervised tasks randomness errors",
     "learner": "adapting engines training ranks configured settings "
     "sampling phi records randomness errors",
     "adapting": "stored engines settings evaluation sampling inner phi randomness",
