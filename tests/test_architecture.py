@@ -20,7 +20,7 @@ PACKAGE = SRC / "koi"
 # lower in the table. Inside a room, files import each other freely. "koi" is koi/__init__.py, the
 # door; who imports names from the door, as a user does, has "koi" in its row.
 _TABLE = {
-    "koi": "learner evaluation phi records supervised tasks errors",
+    "koi": "learner evaluation phi records supervised clients tasks errors",
     "lab": "koi plots recipes problems models fewshot "
     "training evaluation storage files randomness errors",
     "plots": "evaluation records",
@@ -33,8 +33,8 @@ _TABLE = {
     "adapting": "stored engines settings evaluation sampling inner phi randomness",
     "stored": "training configured phi errors",
     "engines": "settings inner algorithms phi errors",
-    "training": "ranks configured settings inner algorithms phi records "
-    "storage files memory randomness errors",
+    "training": "ranks configured settings sampling inner algorithms phi records "
+    "storage files memory clients tasks randomness errors",
     "ranks": "phi memory errors",
     "configured": "settings errors",
     "settings": "allowed inner algorithms phi errors",
@@ -49,6 +49,7 @@ _TABLE = {
     "files": "",
     "memory": "",
     "supervised": "tasks",
+    "clients": "errors",
     "tasks": "errors",
     "randomness": "",
     "errors": "",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,19 +31,6 @@ SHARED_DRAWS = (
     "the loss or the minibatches draw from Python's or NumPy's random generator, and all tasks at "
     "once would share one draw: draw from torch, or in sample()"
 )
-
-_ADVICE = {
-    ".item()": "keep tensors as they are, without .item(), float() or if on their values",
-    "data-dependent": "write torch.where in the place of if on a tensor's values",
-    "escaped from inside": "what is computed again or kept for later (torch.utils.checkpoint) is "
-    "of many tasks then: switch that off, or use vectorize=False",
-    "saved tensor hooks": "switch off what computes activations again (torch.utils.checkpoint), or "
-    "use vectorize=False, compile=False",
-    "setup_context": "give the torch.autograd.Function a setup_context and generate_vmap_rule (of "
-    "torch.utils.checkpoint take use_reentrant=False), or use vectorize=False",
-    # a tensor that stands for many tasks has no memory that NumPy could read
-    "data pointer": "compute with torch, or in sample(), what is now computed with NumPy",
-}
 
 
 @dataclass(frozen=True)
@@ -277,22 +263,3 @@ def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> l
         each.append(list(views(task, num_steps)))
     place.set("inner loss", first or None)
     return each
-
-
-def reason_of(error: Exception) -> str:
-    r"""Return in one line why torch could not map or compile a loss.
-
-    >>> reason_of(RuntimeError("backend='inductor' raised:\nNotImplementedError: as_strided"))
-    'NotImplementedError: as_strided'
-    """
-    explained = re.search(r"Explanation: (.*)", str(error))
-    if explained:
-        return explained[1]
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    named = [line for line in lines if not line.endswith("raised:")]
-    return named[0] if named else type(error).__name__
-
-
-def advice_on(error: Exception, otherwise: str) -> str:
-    """Return what to change in a loss that torch could not map or compile."""
-    return next((text for sign, text in _ADVICE.items() if sign in str(error)), otherwise)
