@@ -19,15 +19,17 @@ from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
-from koi.sampling import check_tasks, draw
+from koi.sampling import check_tasks
 from koi.settings import Settings
 from koi.training import start
 from koi.training.autosave import Autosave
+from koi.training.draws import Draws
+from koi.training.duties import Duties
 from koi.training.folder import Folder
 from koi.training.interrupts import Interrupts
 from koi.training.logs import Log
 from koi.training.progress import ProgressBar
-from koi.training.state import Best, TrainingState
+from koi.training.state import Best, Owed, TrainingState
 from koi.training.stepping import Stepping
 from koi.training.validation import Validation
 from koi.training.watch import Watch
@@ -129,7 +131,8 @@ class Koi(Adapting):
             callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. One
                 that returns ``koi.STOP`` ends the training there (on several ranks one later), as
                 if no iterations were left. Those with ``state_dict`` and ``load_state_dict`` go on
-                from a checkpoint as they were.
+                from a checkpoint as they were. One that is stopped is called again, and those
+                after it are, as the next training begins.
             checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
                 is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
@@ -159,28 +162,26 @@ class Koi(Adapting):
         state, total = self._state, self.settings.num_iterations
         kept = validate_every, keep_best, patience, folder
         validation = Validation(self, state, validate, self._validation_loss, *kept)
-        ranks, ready, watch = self._begin(tasks, callbacks, folder, resume)
+        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
+        duties = Duties(self, state, validation, callbacks, ranks)
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
             logged = log_dir if ranks.first else None
             log = Log(logged, state.history, total, resume, saver.first_line)
         with bar, self._interrupts, ranks.training(update.phi), saver, log, state.training():
             start.let_go(state, saves=saver.saves)
-            validation.catch_up(ranks)
-            while state.iteration < self.settings.num_iterations and not validation.exhausted:
+            duties.catch_up(bar)
+            while state.iteration < self.settings.num_iterations:
+                if ranks.ending or validation.exhausted:
+                    break
                 saver.before_iteration()
                 ready = self._ready(ready)  # a callback may have changed anything
-                record = self._meta_iteration(tasks, ready, watch, ranks)
-                record = validation.after(record, ranks)
-                bar.advance(record)
-                for callback in callbacks:
-                    ranks.wants_to_end |= callback(self, record) is STOP
+                self._meta_iteration(draws, ready, watch, ranks, duties.new())
+                duties.do(bar)
                 log.after_iteration(saver.due)
                 saver.after_iteration()
-                if ranks.ending:
-                    break
         validation.finish()
         return self.model
 
@@ -215,18 +216,20 @@ class Koi(Adapting):
             )
         kept = self._stepping
         if kept.tasks is not tasks or state.pending is not None:
-            kept.ranks, kept.ready, kept.watch = self._begin(tasks, (), None, False)
+            kept.ranks, kept.ready, kept.watch, kept.draws = self._begin(tasks, (), None, False)
             start.let_go(state, saves=False)
             kept.tasks = tasks
         with self._interrupts, state.training():
             kept.ready = self._ready(kept.ready)
-            return self._meta_iteration(tasks, kept.ready, kept.watch, kept.ranks)
+            return self._meta_iteration(kept.draws, kept.ready, kept.watch, kept.ranks)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model at φ."""
         return self.model(*args, **kwargs)
 
-    def _meta_iteration(self, tasks: Any, ready: Ready, watch: Watch, ranks: Ranks) -> Record:
+    def _meta_iteration(
+        self, draws: Draws, ready: Ready, watch: Watch, ranks: Ranks, owed: Owed | None = None
+    ) -> Record:
         began = time.perf_counter()
         settings, state, engine = self.settings, self._state, ready.engines
         seed, carry = state.seed(settings), settings.inner_state == "carry"
@@ -236,7 +239,7 @@ class Koi(Adapting):
         epsilon = value_at(settings.schedule, state.iteration / settings.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
-            batch = draw(tasks, settings.meta_batch_size, place).part(start, end)
+            batch = draws.take(settings.meta_batch_size, place, (start, end))
             return engine.meta_batch(update.phi, batch, settings.num_steps, place)
 
         with preserved_generators(seed):
@@ -256,12 +259,13 @@ class Koi(Adapting):
             )
             state.history.append(record)
             state.iteration += 1
+            state.owed = owed
         watch.look(outcome, epsilon, moved.update, settings.num_steps)
         return record
 
     def _begin(
         self, tasks: Any, callbacks: tuple[Callback, ...], folder: Folder | None, resume: bool
-    ) -> tuple[Ranks, Ready, Watch]:
+    ) -> tuple[Ranks, Ready, Watch, Draws]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
         device, carry = self._phi(ready, settings).params[0].device, settings.inner_state == "carry"
@@ -270,7 +274,10 @@ class Koi(Adapting):
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out
         watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
-        return ranks, ready, watch
+        place = Place(self._state.seed(settings), "meta-iteration", self._state.iteration)
+        with ranks.agreed():
+            draws = Draws(tasks, settings.meta_batch_size, ranks.share, place)
+        return ranks, ready, watch, draws
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:
         return self._state.meta_update(

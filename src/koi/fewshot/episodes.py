@@ -80,17 +80,21 @@ class Episodes:
         """Draw one episode."""
         return cast(SupervisedTask, TaskBatch(stacked=self.sample_batch(1)).tasks[0])
 
-    def sample_batch(self, num_tasks: int) -> SupervisedTask:
-        """Draw many episodes at once; each tensor has them along its first dimension."""
+    def sample_batch(
+        self, num_tasks: int, first: int = 0, total: int | None = None
+    ) -> SupervisedTask:
+        """Draw many episodes at once; each tensor has them along its first dimension.
+
+        They are those from ``first`` on of the ``total`` (None: first + num_tasks) that are drawn
+        together; of the others no example is loaded.
+        """
         ways, shots, device = self.num_ways, self.num_shots, self.data.device
         # each row's largest numbers in falling order, or the order of all, are a draw without
         # replacement
-        by_class, by_example, by_support, by_query, key = self._noise(
-            (num_tasks, len(self.data)),
-            (num_tasks, ways, self._most),
-            (num_tasks, ways * shots),
-            (num_tasks, ways * self.num_queries),
-            (num_tasks,),
+        shapes = (len(self.data),), (ways, self._most), (ways * shots,), (ways * self.num_queries,)
+        noise = self._noise(total or first + num_tasks, *shapes, ())
+        by_class, by_example, by_support, by_query, key = (
+            part[first : first + num_tasks] for part in noise
         )
         classes = by_class.topk(ways).indices
         examples = self._examples(classes, by_example)
@@ -133,17 +137,17 @@ class Episodes:
             "that no class that was kept for a test is trained on"
         )
 
-    def _noise(self, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Return random whole numbers of these shapes, no two alike, where the data are.
+    def _noise(self, num_tasks: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Return random whole numbers, of each task in these shapes, no two alike.
 
         They follow from one number of torch's generator of the CPU, so that the tasks are the same
         wherever the data are, and nothing is copied there.
         """
-        sizes = [math.prod(shape) for shape in shapes]
+        sizes = [num_tasks * math.prod(shape) for shape in shapes]
         start = int(torch.randint(2**62, ()))
         places = torch.arange(sum(sizes), device=self.data.device)
         noise = split_mix(start + places * _GOLDEN).split(sizes)
-        return [part.reshape(shape) for part, shape in zip(noise, shapes, strict=True)]
+        return [part.reshape(num_tasks, *shape) for part, shape in zip(noise, shapes, strict=True)]
 
     def _examples(self, classes: Tensor, noise: Tensor) -> Tensor:
         """Draw the support and query examples of each class, shape (tasks, ways, shots + queries).
