@@ -88,7 +88,22 @@ class Noises(Regressions):
         return Noisy(task.inputs, task.targets)
 
 
-KINDS = {"plain": Regressions, "own": Own, "counted": Counted, "noise": Noises}
+class Weighted(Regressions):
+    """Weights of 0, 1 and 2."""
+
+    def sample(self):
+        task = super().sample()
+        task.weight = torch.randint(3, ())
+        return task
+
+
+KINDS = {
+    "plain": Regressions,
+    "own": Own,
+    "counted": Counted,
+    "noise": Noises,
+    "weighted": Weighted,
+}
 
 
 def one_by_one(rank, kind, settings, **options):

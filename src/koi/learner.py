@@ -19,7 +19,7 @@ from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
-from koi.sampling import check_tasks, draw
+from koi.sampling import check_tasks, draw, weighted
 from koi.settings import Settings
 from koi.training import start
 from koi.training.autosave import Autosave
@@ -237,6 +237,7 @@ class Koi(Adapting):
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draw(tasks, settings.meta_batch_size, place).part(start, end)
+            batch = weighted(batch, place)
             return engine.meta_batch(update.phi, batch, settings.num_steps, place)
 
         with preserved_generators(seed):
@@ -244,11 +245,15 @@ class Koi(Adapting):
         state.engine, state.ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             outcome = ranks.mean(own)
+            outcome.check_weight(place)
             moved = Moved(0.0, 0.0)
-            if outcome.losses:
+            if outcome.weight > 0:
                 moved = update.apply(outcome, epsilon, settings.clip_meta)
                 state.keep_after(update.phi, outcome.moments if carry else None, settings)
-            losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
+            losses, seconds = (
+                mean_ends(outcome.losses, outcome.weights),
+                time.perf_counter() - began,
+            )
             record = Record(
                 *(state.iteration, *losses, epsilon, moved.update, seconds),
                 num_skipped=outcome.num_skipped,
