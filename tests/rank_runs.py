@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine_toys import NETS, Fits, everything, trained
-from koi import Koi, ModelError
+from engine_toys import NETS, Fit, Fits, everything, trained
+from koi import ClientTasks, Koi, ModelError, stack
 from toys import Regression, Regressions, small_net, snapshot
 
 SETTINGS = {
@@ -64,6 +64,7 @@ class Counted(Regressions):
 
     def sample(self):
         self.count += 1
+        DRAWN.append(self.count)
         task = super().sample()
         task.targets = task.targets + self.count
         return task
@@ -95,6 +96,94 @@ class Weighted(Regressions):
         task = super().sample()
         task.weight = torch.randint(3, ())
         return task
+
+
+class Together(Regressions):
+    """Draws many at once, and a part of them alone, each from a seed of its own."""
+
+    step = 1
+
+    def sample_batch(self, num_tasks, first=0):
+        seed, tasks = torch.initial_seed() % 2**60, []
+        for number in range(first, first + self.step * num_tasks, self.step):
+            torch.manual_seed(seed + number)
+            DRAWN.append(number)
+            tasks.append(Fit(torch.randn(6, 3), torch.randn(6, 2)))
+        return stack(tasks)
+
+
+class Wrongly(Together):
+    """Means another thing by ``first``."""
+
+    step = 2
+
+
+class Listed(Regressions):
+    """Keeps nothing, and draws from the global generators."""
+
+    def sample(self):
+        DRAWN.append(torch.initial_seed())
+        return super().sample()
+
+
+DRAWN = []  # what has been drawn in this process
+
+
+def drawing(rank, kind):
+    """Train in float64; return what was drawn at each meta-iteration but the first, and φ."""
+    tasks = {"apart": Listed, "together": Together, "wrongly": Wrongly, "counted": Counted}[kind]()
+    drawn = []
+
+    def look(koi, record):
+        drawn.append(list(DRAWN))
+        DRAWN.clear()
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        koi = learner(seed=0)
+        koi.train(tasks, callbacks=[look])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return drawn[1:], snapshot(koi.model)
+
+
+class Client(Regressions):
+    """Draws from the data of one client: inputs around a number of its own."""
+
+    def __init__(self, number, generator=None):
+        super().__init__()
+        self.number, self.generator = number, generator
+
+    def sample(self):
+        inputs = self.number + torch.randn(6, 3, generator=self.generator)
+        return Regression(inputs, torch.randn(6, 2, generator=self.generator))
+
+
+class InShares(Regressions):
+    """In one process what `koi.ClientTasks` are on three ranks."""
+
+    def __init__(self, koi):
+        super().__init__()
+        self.koi, self.drawn = koi, 0
+
+    def sample(self):
+        number, self.drawn = self.drawn % 5, self.drawn + 1
+        return Client([0, 1, 1, 2, 2][number]).sample()
+
+
+def clients(rank, secret=False):
+    """Train in float64 on data that other ranks do not have; rank None: in one process."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        koi = learner(seed=0)
+        generator = torch.Generator().manual_seed(0) if secret else None
+        tasks = InShares(koi) if rank is None else ClientTasks(Client(rank, generator))
+        koi.train(tasks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return snapshot(koi.model)
 
 
 KINDS = {

@@ -20,21 +20,21 @@ PACKAGE = SRC / "koi"
 # lower in the table. Inside a room, files import each other freely. "koi" is koi/__init__.py, the
 # door; who imports names from the door, as a user does, has "koi" in its row.
 _TABLE = {
-    "koi": "learner evaluation phi records supervised tasks errors",
+    "koi": "learner evaluation phi records supervised clients tasks errors",
     "lab": "koi plots recipes problems models fewshot "
     "training evaluation storage files randomness errors",
     "plots": "evaluation records",
     "recipes": "problems models fewshot phi tasks errors",
-    "problems": "fewshot storage supervised tasks errors",
+    "problems": "fewshot storage files memory supervised tasks errors",
     "models": "",
-    "fewshot": "evaluation supervised tasks randomness errors",
+    "fewshot": "evaluation files memory supervised tasks randomness errors",
     "learner": "adapting engines training ranks configured settings "
     "sampling phi records randomness errors",
     "adapting": "stored engines settings evaluation sampling inner phi randomness",
     "stored": "training configured phi errors",
     "engines": "settings inner algorithms phi errors",
-    "training": "ranks configured settings inner algorithms phi records "
-    "storage files memory randomness errors",
+    "training": "ranks configured settings sampling inner algorithms phi records "
+    "storage files memory clients tasks randomness errors",
     "ranks": "phi memory errors",
     "configured": "settings errors",
     "settings": "allowed inner algorithms phi errors",
@@ -49,6 +49,7 @@ _TABLE = {
     "files": "",
     "memory": "",
     "supervised": "tasks",
+    "clients": "errors",
     "tasks": "errors",
     "randomness": "",
     "errors": "",

@@ -161,7 +161,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("model", "said"),
         [
-            (nn.Sequential(nn.Linear(4, 5)), "does not fit"),
+            (nn.Sequential(nn.Linear(4, 5)), "is of another network: give"),
             (omniglot_net(2), "2 classes apart: give one for at least 3"),
         ],
     )

@@ -69,6 +69,32 @@ def test_tasks_of_every_kind(kind, on_ranks):
         assert_close(phi, alone, tolerance=1e-6)  # float32
 
 
+@pytest.mark.parametrize("kind", ["apart", "together", "counted"])
+def test_a_rank_draws_no_more_than_it_must(kind, on_ranks):
+    """Its share of five tasks, and with a state all; φ is that of one process."""
+    alone, phi = rank_runs.drawing(0, kind)
+    found = on_ranks(2, rank_runs.drawing, kind)
+    for (start, end), (drawn, own) in zip([(0, 2), (2, 5)], found, strict=True):
+        assert_close(own, phi)
+        assert drawn == (alone if kind == "counted" else [tasks[start:end] for tasks in alone])
+        assert len(drawn) == 5
+
+
+def test_sample_batch_that_means_another_thing_by_first(on_ranks):
+    for end in on_ranks(2, rank_runs.drawing, "wrongly"):
+        assert end.kind == "TaskError"
+        assert "first=2) of Wrongly does not give tasks 2 to 4 of sample_batch(5" in end.text
+
+
+def test_data_that_no_other_rank_sees(on_ranks):
+    alone = rank_runs.clients(None)
+    for phi in on_ranks(3, rank_runs.clients):
+        assert_close(phi, alone)
+    for end in on_ranks(2, rank_runs.clients, secret=True):
+        assert end.kind == "ConfigurationError"
+        assert "ClientTasks of Client, which" in end.text
+
+
 def test_without_a_seed_ranks_draw_one(on_ranks):
     first, *others = on_ranks(3, rank_runs.one_by_one, "plain", {})
     for other in others:

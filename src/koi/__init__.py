@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from koi.clients import ClientTasks
 from koi.errors import (
     CheckpointError,
     ConfigurationError,
@@ -26,6 +27,7 @@ __version__ = version("koi-x")
 __all__ = [
     "STOP",
     "CheckpointError",
+    "ClientTasks",
     "ConfigurationError",
     "DataError",
     "EngineError",

@@ -7,8 +7,22 @@ import logging
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    r"""Return a text with escapes in the place of what a terminal would obey, or cannot show.
+
+    Names of files and classes come from elsewhere, and can hold anything.
+
+    >>> print(printable(f"a class {chr(27)}[31mof red"))
+    a class \x1b[31mof red
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class KoiError(Exception):
     """Base of every error that Koi raises itself."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 class ConfigurationError(KoiError, ValueError):
@@ -49,6 +63,9 @@ class RankError(KoiError, RuntimeError):
 
 class KoiWarning(UserWarning):
     """Something that runs but is probably not what was meant."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def did_you_mean(given: object, allowed: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Files that are written wholly or not at all."""
+"""Files that are written wholly or not at all, and read only where they end."""
 
 from __future__ import annotations
 
@@ -6,8 +6,40 @@ import contextlib
 import errno
 import io
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def opened(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Return a regular file, opened to be read.
+
+    Raises:
+        OSError: there is none, or it is a pipe or a device, which may never end.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        # without it, opening a pipe would wait for somebody to write
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    file = open(path, "rb", opener=opener)  # noqa: SIM115 (closed by who asked)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return file
+
+
+def content_of(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Return what is in a regular file, of which no more is read than is allowed.
+
+    Raises:
+        OSError: as `opened`, or it is larger.
+    """
+    with opened(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
+    return content
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -19,10 +19,11 @@ from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
-from koi.sampling import check_tasks, draw, weighted
+from koi.sampling import check_tasks, weighted
 from koi.settings import Settings
 from koi.training import start
 from koi.training.autosave import Autosave
+from koi.training.draws import Draws
 from koi.training.folder import Folder
 from koi.training.interrupts import Interrupts
 from koi.training.logs import Log
@@ -159,7 +160,7 @@ class Koi(Adapting):
         state, total = self._state, self.settings.num_iterations
         kept = validate_every, keep_best, patience, folder
         validation = Validation(self, state, validate, self._validation_loss, *kept)
-        ranks, ready, watch = self._begin(tasks, callbacks, folder, resume)
+        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
@@ -172,7 +173,7 @@ class Koi(Adapting):
             while state.iteration < self.settings.num_iterations and not validation.exhausted:
                 saver.before_iteration()
                 ready = self._ready(ready)  # a callback may have changed anything
-                record = self._meta_iteration(tasks, ready, watch, ranks)
+                record = self._meta_iteration(draws, ready, watch, ranks)
                 record = validation.after(record, ranks)
                 bar.advance(record)
                 for callback in callbacks:
@@ -215,18 +216,18 @@ class Koi(Adapting):
             )
         kept = self._stepping
         if kept.tasks is not tasks or state.pending is not None:
-            kept.ranks, kept.ready, kept.watch = self._begin(tasks, (), None, False)
+            kept.ranks, kept.ready, kept.watch, kept.draws = self._begin(tasks, (), None, False)
             start.let_go(state, saves=False)
             kept.tasks = tasks
         with self._interrupts, state.training():
             kept.ready = self._ready(kept.ready)
-            return self._meta_iteration(tasks, kept.ready, kept.watch, kept.ranks)
+            return self._meta_iteration(kept.draws, kept.ready, kept.watch, kept.ranks)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model at φ."""
         return self.model(*args, **kwargs)
 
-    def _meta_iteration(self, tasks: Any, ready: Ready, watch: Watch, ranks: Ranks) -> Record:
+    def _meta_iteration(self, draws: Draws, ready: Ready, watch: Watch, ranks: Ranks) -> Record:
         began = time.perf_counter()
         settings, state, engine = self.settings, self._state, ready.engines
         seed, carry = state.seed(settings), settings.inner_state == "carry"
@@ -236,7 +237,7 @@ class Koi(Adapting):
         epsilon = value_at(settings.schedule, state.iteration / settings.num_iterations)
 
         def adapt(start: int, end: int) -> Outcome:
-            batch = draw(tasks, settings.meta_batch_size, place).part(start, end)
+            batch = draws.take(settings.meta_batch_size, place, (start, end))
             batch = weighted(batch, place)
             return engine.meta_batch(update.phi, batch, settings.num_steps, place)
 
@@ -250,10 +251,8 @@ class Koi(Adapting):
             if outcome.weight > 0:
                 moved = update.apply(outcome, epsilon, settings.clip_meta)
                 state.keep_after(update.phi, outcome.moments if carry else None, settings)
-            losses, seconds = (
-                mean_ends(outcome.losses, outcome.weights),
-                time.perf_counter() - began,
-            )
+            losses = mean_ends(outcome.losses, outcome.weights)
+            seconds = time.perf_counter() - began
             record = Record(
                 *(state.iteration, *losses, epsilon, moved.update, seconds),
                 num_skipped=outcome.num_skipped,
@@ -266,7 +265,7 @@ class Koi(Adapting):
 
     def _begin(
         self, tasks: Any, callbacks: tuple[Callback, ...], folder: Folder | None, resume: bool
-    ) -> tuple[Ranks, Ready, Watch]:
+    ) -> tuple[Ranks, Ready, Watch, Draws]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
         device, carry = self._phi(ready, settings).params[0].device, settings.inner_state == "carry"
@@ -275,7 +274,10 @@ class Koi(Adapting):
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out
         watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
-        return ranks, ready, watch
+        place = Place(self._state.seed(settings), "meta-iteration", self._state.iteration)
+        with ranks.agreed():
+            draws = Draws(tasks, settings.meta_batch_size, ranks.share, place)
+        return ranks, ready, watch, draws
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:
         return self._state.meta_update(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
+import os
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +13,14 @@ from torch import Tensor
 
 # Bytes that are copied, hashed, written, read or sent at a time.
 PIECE = 2**24
+
+
+def of_this_machine() -> float:
+    """Return the bytes of memory that this machine has; infinity where it does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import random
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 _HAS_NUMPY = importlib.util.find_spec("numpy") is not None
+_STATE_SIZE = 624  # words of a Mersenne twister, which all of them are on the CPU
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,29 @@ def capture() -> States:
         numpy_state = numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     return States(random.getstate(), numpy_state, torch.get_rng_state(), cuda)
+
+
+def checked(states: States) -> States:
+    """Return states that were stored, if generators can be put into them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: they cannot. NumPy and torch look at some of it only,
+            and would draw from beyond the state's end.
+    """
+    random.Random().setstate(states.python)
+    torch.Generator().set_state(states.torch)
+    left, seeded, position = struct.unpack_from("=iiQ", bytes(states.torch[8:24].tolist()))
+    fresh, used = (left, position) == (1, 0), left + position == _STATE_SIZE + 1
+    if not (seeded and (fresh or used)):
+        raise ValueError("the state of torch's generator has no such position")
+    if states.numpy is not None:
+        name, key, position, has_gauss, gauss = states.numpy
+        known = name == "MT19937" and has_gauss in (0, 1) and type(gauss) is float
+        if not (known and len(key) == _STATE_SIZE and position in range(_STATE_SIZE + 1)):
+            raise ValueError("the state of NumPy's generator has no such position")
+    if not all(isinstance(state, Tensor) for state in states.cuda or []):
+        raise TypeError("the state of CUDA's generators is no tensor")
+    return states
 
 
 def same_host_draws(left: States, right: States) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -28,41 +29,39 @@ def check_tasks(tasks: Any) -> None:
         raise ConfigurationError([problem + (hint if hasattr(tasks, "loss") else "")])
 
 
-def draw(distribution: Any, num_tasks: int, place: Place) -> TaskBatch:
-    """Draw ``num_tasks`` tasks: several at once where the distribution has ``sample_batch``.
+def draw(
+    distribution: Any,
+    num_tasks: int,
+    place: Place,
+    part: tuple[int, int] | None = None,
+    *,
+    whole: bool = True,
+) -> TaskBatch:
+    """Draw the tasks of a meta-batch: several at once where there is ``sample_batch``.
 
     With a seed the global generators are set before the draw: for each task where tasks are drawn
     apart, once where they are drawn together. The caller puts the generators back.
+
+    Args:
+        distribution: the user's.
+        num_tasks: in the whole meta-batch.
+        place: where the draw stands.
+        part: the first of the tasks that are wanted and the one after the last; None: all.
+        whole: whether the others are drawn, too, as a distribution with a state needs it; if not,
+            they are drawn only with a ``sample_batch`` that does not take ``first``.
     """
-    alone = num_tasks == 1 and hasattr(distribution, "sample")
-    if hasattr(distribution, "sample_batch") and not alone:
+    start, end = part or (0, num_tasks)
+    if hasattr(distribution, "sample_batch") and not (num_tasks == 1 and _has_sample(distribution)):
+        whole = whole or not takes_first(distribution)
+        first, last = (0, num_tasks) if whole else (start, end)
         place.set("sample")
-        stacked = asked(distribution.sample_batch, f"the tasks of {place}", num_tasks)
-        if not is_tensor_task(stacked):
-            raise TaskError(
-                f"sample_batch of {type(distribution).__name__} returned "
-                f"{type(stacked).__name__}: it must return one tensor task (@koi.tensor_task) "
-                "whose tensors have the tasks along their first dimension"
-            )
-        given = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_of(stacked).values()}
-        if given != {num_tasks}:
-            raise TaskError(
-                f"sample_batch({num_tasks}) of {type(distribution).__name__} gave "
-                f"{' and '.join(map(str, sorted(given))) or 'no'} tasks: every tensor must have "
-                f"{num_tasks} along its first dimension"
-            )
-        return TaskBatch(stacked=stacked)
-    tasks = []
-    for number in range(num_tasks):
-        place.set("sample", number)
-        task = asked(distribution.sample, f"task {number} of {place}")
-        if not callable(getattr(task, "loss", None)):
-            raise TaskError(
-                f"sample of {type(distribution).__name__} returned {type(task).__name__}, which "
-                "has no method loss(model): a task must have one"
-            )
-        tasks.append(task)
-    return TaskBatch(tasks=tasks)
+        stacked = _drawn_together(distribution, num_tasks, first, last - first, place)
+        batch = TaskBatch(stacked=stacked, first=first)
+    else:
+        first, last = (0, num_tasks) if whole else (start, end)
+        tasks = [_drawn_apart(distribution, number, place) for number in range(first, last)]
+        batch = TaskBatch(tasks=tasks, first=first)
+    return batch.part(start - first, end - first)
 
 
 def weighted(batch: TaskBatch, place: Place) -> TaskBatch:
@@ -97,7 +96,51 @@ def _number(weight: Any, task: str) -> float:
     )
 
 
-def asked(method: Callable[..., Any], what: str, *arguments: Any) -> Any:
+def takes_first(distribution: Any) -> bool:
+    """Return whether ``sample_batch(n, first=k)`` can draw tasks k … k + n − 1 alone."""
+    method = getattr(distribution, "sample_batch", None)
+    return method is not None and "first" in inspect.signature(method).parameters
+
+
+def _has_sample(distribution: Any) -> bool:
+    return hasattr(distribution, "sample")
+
+
+def _drawn_apart(distribution: Any, number: int, place: Place) -> Any:
+    place.set("sample", number)
+    task = asked(distribution.sample, f"task {number} of {place}")
+    if not callable(getattr(task, "loss", None)):
+        raise TaskError(
+            f"sample of {type(distribution).__name__} returned {type(task).__name__}, which "
+            "has no method loss(model): a task must have one"
+        )
+    return task
+
+
+def _drawn_together(distribution: Any, num_tasks: int, first: int, count: int, place: Place) -> Any:
+    method = distribution.sample_batch
+    more: dict[str, int] = {}
+    if takes_first(distribution):
+        places = {"first": first, "total": num_tasks}
+        more = {n: v for n, v in places.items() if n in inspect.signature(method).parameters}
+    stacked = asked(method, f"the tasks of {place}", count, **more)
+    if not is_tensor_task(stacked):
+        raise TaskError(
+            f"sample_batch of {type(distribution).__name__} returned "
+            f"{type(stacked).__name__}: it must return one tensor task (@koi.tensor_task) "
+            "whose tensors have the tasks along their first dimension"
+        )
+    given = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_of(stacked).values()}
+    if given != {count}:
+        raise TaskError(
+            f"sample_batch({count}) of {type(distribution).__name__} gave "
+            f"{' and '.join(map(str, sorted(given))) or 'no'} tasks: every tensor must have "
+            f"{count} along its first dimension"
+        )
+    return stacked
+
+
+def asked(method: Callable[..., Any], what: str, *arguments: Any, **more: Any) -> Any:
     """Call a distribution's method, saying of an error what was being sampled.
 
     Raises:
@@ -105,7 +148,7 @@ def asked(method: Callable[..., Any], what: str, *arguments: Any) -> Any:
             was well.
     """
     try:
-        return method(*arguments)
+        return method(*arguments, **more)
     except BaseException as error:
         if is_end(error):
             name = getattr(method, "__qualname__", type(method).__qualname__)

@@ -11,6 +11,8 @@ import base64
 import hashlib
 import io
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from koi import memory
 from koi.errors import CheckpointError
-from koi.files import replacing
+from koi.files import opened, replacing
 
 # Every format begins with the checksum, so that an intact file of a newer Koi is told from damage.
 FORMAT = 1
@@ -61,11 +63,15 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Return what `write` has written, tensors on the CPU.
 
+    Sizes are compared with the file's before anything is made of them: what is read takes no more
+    memory than the file has bytes, and what it describes beside tensors.
+
     Raises:
-        CheckpointError: the file is missing, damaged, of another program or of a newer Koi.
+        CheckpointError: the file is missing, damaged, of another program or of a newer Koi, or
+            larger than this machine's memory.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return _read(file, path)
     except OSError as error:
         raise CheckpointError(
@@ -230,37 +236,71 @@ def _write(file: io.BufferedIOBase, start: bytes, tensors: Iterable[Tensor]) -> 
 
 def _read(file: io.BufferedIOBase, path: Path | str) -> dict[str, Any]:
     """Return what `_write` wrote. Nothing in it is believed before the checksum is right."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     start = file.read(_DIGEST.stop)
     if start[8 : _DIGEST.start] != _START:
         raise CheckpointError(
             f"{path} is no checkpoint of Koi, or its beginning is damaged: give a file that "
             "koi.save or koi.train wrote, or an earlier one"
         )
-    digest = hashlib.sha256(start[: _DIGEST.start] + _ZEROS)
-    while piece := file.read(memory.PIECE):
-        digest.update(piece)
-    if digest.hexdigest().encode() != start[_DIGEST]:
+    if size > memory.of_this_machine():  # as a file with holes can be, which takes no place
+        raise CheckpointError(
+            f"the checkpoint {path} has {size:,} bytes, more than this machine has memory: use an "
+            "earlier one, or a larger machine"
+        )
+    length = int.from_bytes(start[:8], "little")
+    whole = length <= min(size - 8, _MAX_HEADER)
+    if not whole or _digest(file, start) != start[_DIGEST]:
         raise CheckpointError(
             f"the checkpoint {path} is damaged (its checksum does not match; it was cut or "
             "changed after it was written): use an earlier one"
         )
     file.seek(8)
-    header = json.loads(file.read(int.from_bytes(start[:8], "little")))
-    begin, metadata = file.tell(), header.pop("__metadata__")
-    if metadata.get("koi_format") != str(FORMAT):
-        raise CheckpointError(
-            f"the checkpoint {path} has format {metadata.get('koi_format')} and this Koi reads "
-            f"format {FORMAT}: read it with the Koi that wrote it, or a newer one"
-        )
     try:
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__")
+        if metadata.get("koi_format") != str(FORMAT):
+            raise CheckpointError(
+                f"the checkpoint {path} has format {metadata.get('koi_format')} and this Koi reads "
+                f"format {FORMAT}: read it with the Koi that wrote it, or a newer one"
+            )
+        _check_places(header, size - file.tell())
+        begin = file.tell()
         tensors = {name: _tensor(file, begin, **entry) for name, entry in header.items()}
         return dict(decode(json.loads(metadata["koi"]), tensors))
-    except OSError:
+    except (OSError, CheckpointError):
         raise
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be understood ({error}): use an earlier one"
         ) from error
+
+
+def _digest(file: io.BufferedIOBase, start: bytes) -> bytes:
+    """Return the checksum of a file of which ``start`` has been read."""
+    digest = hashlib.sha256(start[: _DIGEST.start] + _ZEROS)
+    while piece := file.read(memory.PIECE):
+        digest.update(piece)
+    return digest.hexdigest().encode()
+
+
+def _check_places(header: Mapping[str, Any], size: int) -> None:
+    """Check that tensors lie side by side and fill what follows the header, as the format wants.
+
+    Raises:
+        ValueError: they do not, so that a small file could become many large tensors.
+    """
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), shape = entry["data_offsets"], entry["shape"]
+        numbers = all(type(length) is int and length >= 0 for length in shape)
+        needed = math.prod(shape) * _TYPES[entry["dtype"]].itemsize if numbers else None
+        if start != end or needed != stop - start:
+            raise ValueError(f"the tensor {name} is not as large as its place")
+        end = stop
+    if end != size:
+        raise ValueError(f"tensors have {end} bytes and the file has {size} for them")
 
 
 def _tensor(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from koi.errors import ConfigurationError, DataError, did_you_mean
 from koi.fewshot import sources
+from koi.fewshot.images import ImageForm
 from koi.fewshot.sources import Lazy
 from koi.randomness import mix
 
@@ -222,6 +223,7 @@ def labelled(
     image_size: int | tuple[int, int] | None = None,
     mode: str = "RGB",
     max_bytes: int = MAX_BYTES,
+    max_pixels: int | None = None,
 ) -> LabelledData:
     """Return labelled data from whatever holds examples and their classes.
 
@@ -236,12 +238,15 @@ def labelled(
         image_size: what images (files, or Pillow's) are resized to, bilinearly with antialiasing:
             a side, or (height, width); None: they must all have one size.
         mode: what images are converted to: "L" gives tensors of shape (1, height, width), "RGB"
-            (3, height, width), of type uint8.
+            (3, height, width), of type uint8. They are first turned as their EXIF note says; what
+            is transparent becomes white; grey of 16 bits is read by its upper 8 bits.
         max_bytes: data of more bytes than this are not held in memory but loaded as they are
             used. A dataset is read through once even then, for its labels.
+        max_pixels: an image file of more pixels is not read but an error; None: as many as the
+            environment variable KOI_MAX_PIXELS says, else 2^26, which are 8192 × 8192.
 
     Raises:
-        DataError: the data cannot be read or do not fit together.
+        DataError: the data cannot be read, of which all images are named, or do not fit together.
         ConfigurationError: the source is none of these, or options that cannot work.
 
     >>> data = labelled((torch.rand(6, 2), torch.tensor([7, 3, 7, 3, 3, 3])))
@@ -250,7 +255,7 @@ def labelled(
     """
     if isinstance(source, LabelledData):
         return source
-    images = sources.ImageForm(image_size, mode)
+    images = ImageForm(image_size, mode, max_pixels=max_pixels)
     if isinstance(source, str | os.PathLike):
         found = sources.from_folder(Path(source), images, max_bytes)
     elif isinstance(source, tuple | list) and len(source) == 2 and _is_column(source[0]):

@@ -74,9 +74,16 @@ class Episodes:
         """Draw one episode."""
         return cast(SupervisedTask, TaskBatch(stacked=self.sample_batch(1)).tasks[0])
 
-    def sample_batch(self, num_tasks: int) -> SupervisedTask:
-        """Draw many episodes at once; each tensor has them along its first dimension."""
+    def sample_batch(
+        self, num_tasks: int, first: int = 0, total: int | None = None
+    ) -> SupervisedTask:
+        """Draw many episodes at once; each tensor has them along its first dimension.
+
+        They are those from ``first`` on of the ``total`` (None: first + num_tasks) that are drawn
+        together; of the others no example is loaded.
+        """
         ways, shots = self.num_ways, self.num_shots
+        rows, num_tasks = slice(first, first + num_tasks), total or first + num_tasks
         # the largest of uniform numbers, in falling order, are a draw without replacement
         classes = torch.rand(num_tasks, len(self.data)).topk(ways).indices
         examples = self._examples(classes)
@@ -88,12 +95,14 @@ class Episodes:
         key = torch.randint(2**62, (num_tasks,))
         # a model that looks across the queries could tell the class by the place
         shuffled = torch.rand(query_targets.shape).argsort(1)
+        support = support[0], support[1].gather(1, order)
+        query = query[0].gather(1, shuffled), query[1].gather(1, shuffled)
         return SupervisedTask(
-            self._placed(self.data.take(support[0], support[1].gather(1, order))),
-            self._placed(support_targets),
-            self._placed(self.data.take(*(rows.gather(1, shuffled) for rows in query))),
-            self._placed(query_targets.gather(1, shuffled)),
-            self._placed(key),
+            self._placed(self.data.take(*(numbers[rows] for numbers in support))),
+            self._placed(support_targets[rows]),
+            self._placed(self.data.take(*(numbers[rows] for numbers in query))),
+            self._placed(query_targets.gather(1, shuffled)[rows]),
+            self._placed(key[rows]),
             criterion=F.cross_entropy,
             batch_size=self.batch_size,
         )

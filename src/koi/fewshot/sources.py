@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ import torch
 from torch import Tensor
 
 from koi.errors import ConfigurationError, DataError, did_you_mean
+from koi.fewshot.images import IMAGE_SUFFIXES, ImageForm, Unread
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-MODES = ("L", "RGB")
 INPUT_COLUMNS = ("image", "img", "input", "inputs", "pixel_values", "input_ids", "text")
 LABEL_COLUMNS = ("label", "labels", "target", "targets", "class")
 
@@ -69,91 +66,6 @@ class Lazy:
 
 
 Found = tuple[Tensor | Lazy, list[int], list[str]]
-
-
-@dataclass(frozen=True)
-class ImageForm:
-    """What images become: their size (None: as they are) and mode.
-
-    Those of another size are resized bilinearly with antialiasing, or to the nearest pixels.
-    """
-
-    size: int | tuple[int, int] | None
-    mode: str
-    nearest: bool = False
-
-    def __post_init__(self) -> None:
-        problems = []
-        sides = self.size if isinstance(self.size, tuple) else (self.size,) * 2
-        valid = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
-        if self.size is not None and not valid:
-            problems.append(
-                f"image_size = {self.size!r}: must be None, a number of pixels or (height, width)"
-            )
-        if self.mode not in MODES:
-            problems.append(
-                f"mode = {self.mode!r}: must be one of 'L', 'RGB'{did_you_mean(self.mode, MODES)}"
-            )
-        if problems:
-            raise ConfigurationError(problems)
-
-    def read(self, path: Path) -> Tensor:
-        """Return the image in a file.
-
-        Raises:
-            DataError: there is none, or it is damaged.
-        """
-        image_module = pillow()
-        bad = OSError, SyntaxError, ValueError, image_module.DecompressionBombError
-        try:
-            with image_module.open(path) as image:
-                return self.tensor(image)
-        except bad as error:  # Pillow raises all of these
-            is_empty = path.is_file() and not path.stat().st_size
-            problem = "is empty" if is_empty else getattr(error, "strerror", None) or str(error)
-            raise DataError(
-                f"the image {path} cannot be read ({problem}): replace or remove it"
-            ) from error
-
-    def tensor(self, image: Any) -> Tensor:
-        """Return an image of Pillow as a tensor of shape (channels, height, width), uint8.
-
-        What is transparent becomes white: the colour that a file has there is often black, ink's.
-        """
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = pillow().new("RGBA", image.size, "white")
-            image = pillow().alpha_composite(white, image)
-        image = image.convert(self.mode)
-        if self.size is not None:
-            height, width = self.size if isinstance(self.size, tuple) else (self.size,) * 2
-            methods = pillow().Resampling
-            method = methods.NEAREST if self.nearest else methods.BILINEAR
-            image = image.resize((width, height), method)
-        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return values.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
-
-
-def pillow() -> Any:
-    """Return Pillow's module of images."""
-    with needed():
-        from PIL import Image
-    return Image
-
-
-@contextmanager
-def needed() -> Iterator[None]:
-    """Say how to install what is imported here, if it is not installed.
-
-    Raises:
-        DataError: it is not.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise DataError(
-            f'these data need {error.name}, which is not installed: pip install "koi-x[data]"'
-        ) from error
 
 
 def from_pair(inputs: Any, labels: Any) -> Found:
@@ -269,19 +181,38 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
 
 
 def from_files(paths: Sequence[Path], images: ImageForm, max_bytes: int) -> Tensor | Lazy:
-    """Read image files, now where they fit in memory, else when they are used."""
-    first = images.read(paths[0])
+    """Read image files, now where they fit in memory, else when they are used.
 
-    def load(number: int) -> Tensor:
-        image = images.read(paths[number])
+    Raises:
+        DataError: some cannot be read, which are all named, or differ in size. Of those that are
+            read when they are used, the beginnings alone are looked at now.
+    """
+    unread = Unread()
+    readable = ((i, unread.tried(images.read, path)) for i, path in enumerate(paths))
+    start, first = next(((i, image) for i, image in readable if image is not None), (0, None))
+    if first is None:
+        raise unread.error()
+
+    def alike(number: int, image: Tensor) -> Tensor:
         if image.shape != first.shape:
             raise DataError(
-                f"the image {paths[number]} is {_size(image)} and {paths[0]} is {_size(first)}: "
-                "give image_size, to which all are resized"
+                f"the image {paths[number]} is {_size(image)} and {paths[start]} is "
+                f"{_size(first)}: give image_size, to which all are resized"
             )
         return image
 
-    return _stored(load, len(paths), first, max_bytes)
+    if first.nbytes * len(paths) > max_bytes:
+        for path in paths[start:]:
+            unread.tried(images.check, path)
+        unread.say()
+        return Lazy(lambda i: alike(i, images.read(paths[i])), torch.arange(len(paths)), first)
+    inputs = first.new_empty((len(paths), *first.shape))
+    for number in range(start, len(paths)):
+        image = unread.tried(images.read, paths[number])
+        if image is not None:
+            inputs[number] = alike(number, image)
+    unread.say()
+    return inputs
 
 
 def _stored(
@@ -332,7 +263,7 @@ def _tensor(value: Any, images: ImageForm, number: int) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if hasattr(value, "convert") and hasattr(value, "tobytes"):  # Pillow's image
-        return images.tensor(value)
+        return images.tensor(value, f"the image of example {number}")
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:

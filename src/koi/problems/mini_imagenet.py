@@ -7,23 +7,31 @@ have it. The classes of the three parts are those of Ravi and Larochelle (2017):
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from koi.errors import DataError, KoiWarning
 from koi.fewshot import LabelledData, Splits
-from koi.fewshot.sources import ImageForm, class_folders, needed
+from koi.fewshot.images import ImageForm, needed
+from koi.fewshot.sources import class_folders
+from koi.files import content_of
+from koi.problems.archives import MAX_HEADER, archive_at, array_form, member, values_of
 
 SIDE = 84  # pixels
 PARTS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
 IMAGES = ("images", "image_data", "features", "data")
 LABELS = ("labels", "targets")
+_MAX_LIST = 2**26  # bytes of a list of images; the usual ones have some 3 MB
+_MOST = 60_000  # images: 100 classes of 600
+_MAX_LABEL = 1024  # bytes
 NUM_NAMED = 3  # files that an error or warning names
 
 # The image files of each class.
@@ -108,8 +116,14 @@ def _listed(root: Path, names: Iterable[str]) -> Files | None:
     path = next((root / f"{name}.csv" for name in names if (root / f"{name}.csv").is_file()), None)
     if path is None:
         return None
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        text = content_of(path, _MAX_LIST).decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): it must be a "
+            "list in UTF-8 with columns filename and label"
+        ) from error
     if not rows or not {"filename", "label"} <= rows[0].keys():
         raise DataError(f"{path} is no list: it must have columns filename and label, and rows")
     files: Files = {}
@@ -157,15 +171,9 @@ def _read_arrays(path: Path, part: str) -> LabelledData:
     """
     with needed():
         import numpy
-    try:
-        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
-            content = dict(arrays)
-    except Exception as error:  # NumPy raises whatever it meets
-        raise DataError(f"{path} cannot be read ({error}): get it anew") from error
-    images, labels = (
-        next((content[name] for name in names if name in content), numpy.empty(0))
-        for names in (IMAGES, LABELS)
-    )
+    with archive_at(path) as archive:
+        images = _array(archive, IMAGES, _MOST * SIDE * SIDE * 3, (SIDE, SIDE, 3))
+        labels = _array(archive, LABELS, _MOST * _MAX_LABEL, ())
     if images.dtype != numpy.uint8 or images.shape[1:] != (SIDE, SIDE, 3) or not len(images):
         raise DataError(
             f"{path} has no images of shape (n, {SIDE}, {SIDE}, 3) and type uint8 under one of "
@@ -182,6 +190,31 @@ def _read_arrays(path: Path, part: str) -> LabelledData:
     return LabelledData(inputs.permute(0, 3, 1, 2).contiguous(), names, counts.tolist())
 
 
+def _array(
+    archive: zipfile.ZipFile, names: Iterable[str], max_bytes: int, shape: tuple[int, ...]
+) -> Any:
+    """Return the first of some arrays that an archive has; an empty one where it has none.
+
+    The others are not unpacked, nor is one of another shape than (n, *shape) or too large.
+    """
+    import numpy
+
+    inside = archive.namelist()
+    found = next((f"{name}.npy" for name in names if f"{name}.npy" in inside), None)
+    if found is None:
+        return numpy.empty(0)
+    with member(archive, found, max_bytes + MAX_HEADER) as file:
+        form = array_form(file)
+        if form.nbytes > max_bytes:
+            raise DataError(
+                f"{found} in {archive.filename} has shape {form.shape} and {form.nbytes:,} bytes, "
+                f"where at most {max_bytes:,} can be meant: get it anew"
+            )
+        if form.shape[1:] != shape:  # which is told without its values
+            return numpy.broadcast_to(numpy.empty((), form.dtype), form.shape)
+        return values_of(file, form)
+
+
 def _read_images(files: dict[str, Files], skip_missing: bool) -> dict[str, LabelledData]:
     """Read all images; those that are missing or empty are found before any is read."""
     paths = [path for classes in files.values() for members in classes.values() for path in members]
@@ -190,15 +223,15 @@ def _read_images(files: dict[str, Files], skip_missing: bool) -> dict[str, Label
     if bad and not skip_missing:
         raise DataError(f"{_counted(bad, len(paths))}: get them anew, or say skip_missing=True")
     form = ImageForm(SIDE, "RGB", nearest=True)
-    read = {part: _read_part(classes, form, bad, skip_missing) for part, classes in files.items()}
+    read = {part: _read_part(classes, form, bad) for part, classes in files.items()}
+    if bad and not skip_missing:
+        raise DataError(f"{_counted(bad, len(paths))}: get them anew, or say skip_missing=True")
     if bad:
         warnings.warn(f"{_counted(bad, len(paths))}, and left out", KoiWarning, stacklevel=3)
     return read
 
 
-def _read_part(
-    files: Files, form: ImageForm, bad: dict[Path, str], skip_damaged: bool
-) -> LabelledData:
+def _read_part(files: Files, form: ImageForm, bad: dict[Path, str]) -> LabelledData:
     """Read the images of one part, adding damaged ones to the bad ones."""
     images = torch.empty(sum(map(len, files.values())), 3, SIDE, SIDE, dtype=torch.uint8)
     done = 0
@@ -212,8 +245,6 @@ def _read_part(
                 images[done] = form.read(path)
                 done += 1
             except DataError:
-                if not skip_damaged:
-                    raise
                 bad[path] = "damaged"
         if done == before:
             raise DataError(f"all {len(paths)} images of {name} are missing, empty or damaged")

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
+import struct
 import sys
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from koi import storage
 from koi.errors import CheckpointError, DataError
-from koi.fewshot.sources import needed, pillow
+from koi.fewshot.images import needed, pillow
+from koi.files import content_of
+from koi.problems.archives import archive_at, array_form, member
 
 NUM_DRAWINGS = 20  # of each character
 SIDE = 105  # pixels
+_MAX_ARRAY = 2**28  # bytes of all images; the larger archive has 2.1e8 of them
+_MAX_IMAGE = 2**16  # bytes of an image's file; the official ones have some 250
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python/"
 CHECKSUMS = {
@@ -139,28 +142,29 @@ def _read(path: Path, pixels: Tensor) -> Characters:
     if path.is_dir():
         files = sorted(path.rglob("*.png"))
         names = [file.relative_to(path).as_posix() for file in files]
-        return _from_images(path, names, lambda name: (path / name).read_bytes(), pixels)
+        return _from_images(path, names, lambda name: _file(path / name), pixels)
     if not path.is_file():
         raise DataError(
             f"{path} does not exist: give a folder of alphabets, an official zip or an .npz, or "
             "nothing, to download them"
         )
-    with _damage(path):
+    with archive_at(path) as archive:
         if path.suffix == ".npz":
-            return _from_npz(path, pixels)
-        with zipfile.ZipFile(path) as archive:
-            return _from_images(path, archive.namelist(), archive.read, pixels)
+            return _from_npz(archive, path, pixels)
+
+        def unpacked(name: str) -> bytes:
+            with member(archive, name, _MAX_IMAGE) as file:
+                return file.read(_MAX_IMAGE)
+
+        return _from_images(path, archive.namelist(), unpacked, pixels)
 
 
-@contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn what broken archives raise into one sentence."""
+def _file(path: Path) -> bytes:
     try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
+        return content_of(path, _MAX_IMAGE)
+    except OSError as error:
         raise DataError(
-            f"{path} is damaged, or not the Omniglot archive that its name says ({error}): get it "
-            "anew"
+            f"the image {path} cannot be read ({error.strerror}): get it anew"
         ) from error
 
 
@@ -190,27 +194,29 @@ def _from_images(
 def _image(content: bytes, name: str) -> Tensor:
     """Return an image as a bool tensor, True where the paper is white."""
     try:
-        with pillow().open(BytesIO(content)) as image:
-            values = bytearray(image.convert("L").tobytes())
+        with pillow().open(BytesIO(content), formats=["PNG"]) as image:
             size = image.size
-    except (OSError, SyntaxError, ValueError) as error:
+            values = image.convert("L").tobytes() if size == (SIDE, SIDE) else b""
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         problem = str(error) if content else "it is empty"
         raise DataError(f"the image {name} cannot be read ({problem}): get it anew") from error
     if size != (SIDE, SIDE):
         raise DataError(f"the image {name} is {size[0]} × {size[1]}: must be {SIDE} × {SIDE}")
-    return torch.frombuffer(values, dtype=torch.uint8).reshape(SIDE, SIDE) > 127
+    return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(SIDE, SIDE) > 127
 
 
-def _from_npz(path: Path, pixels: Tensor) -> Characters:
+def _from_npz(archive: zipfile.ZipFile, path: Path, pixels: Tensor) -> Characters:
     """Read the array ``images`` of an .npz, character by character, keeping just the pixels.
 
     The whole array would take 200 MB, and a second longer.
     """
-    with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
-        shape = _npy_shape(file, path)
-        names = _official_names(shape, path)
-        images = torch.empty(*shape[:2], len(pixels), len(pixels), dtype=torch.bool)
-        size = NUM_DRAWINGS * SIDE * SIDE
+    size = NUM_DRAWINGS * SIDE * SIDE
+    with member(archive, "images.npy", _MAX_ARRAY) as file:
+        form = array_form(file)
+        if str(form.dtype) != "bool" or form.fortran_order:
+            raise DataError(f"{path} has images of type {form.dtype}: must be bool, in C order")
+        names = _official_names(form.shape, path)
+        images = torch.empty(*form.shape[:2], len(pixels), len(pixels), dtype=torch.bool)
         for character in images:
             content = bytearray(file.read(size))
             if len(content) < size:
@@ -221,20 +227,6 @@ def _from_npz(path: Path, pixels: Tensor) -> Characters:
         if file.read(1):  # to the end, where the checksum is compared
             raise EOFError("it goes on after its end")
     return Characters(names, images)
-
-
-def _npy_shape(file: IO[bytes], path: Path) -> tuple[int, ...]:
-    """Return the shape of the array whose header begins here; it must be of bits in C order."""
-    with needed():
-        import numpy
-    try:
-        numpy.lib.format.read_magic(file)
-        shape, fortran_order, dtype = numpy.lib.format.read_array_header_1_0(file)
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): get it anew") from error
-    if dtype != numpy.bool_ or fortran_order:
-        raise DataError(f"{path} has images of type {dtype}: must be bool, in C order")
-    return tuple(shape)
 
 
 def _official_names(shape: tuple[int, ...], path: Path) -> list[str]:
@@ -325,7 +317,7 @@ def _from_cache(path: Path) -> Characters:
         shape = torch.Size(data["shape"])
         images = bits.flatten()[: shape.numel()].to(torch.bool).reshape(shape)
         return Characters(data["names"], images)
-    except (CheckpointError, KeyError) as error:
+    except (AttributeError, CheckpointError, KeyError, RuntimeError, TypeError) as error:
         path.unlink(missing_ok=True)
         raise DataError(
             f"{path}, in which Omniglot was kept, was damaged and has been removed: call again, "

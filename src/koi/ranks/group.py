@@ -179,7 +179,7 @@ class Ranks:
                     f"of each meta-batch, so take at least {self.size}, or fewer ranks"
                 ]
             )
-        self._share = share(self.rank, self.size, num_tasks)
+        self.share = share(self.rank, self.size, num_tasks)
         self._num_tasks = num_tasks
         self._carry = carry
 
@@ -201,7 +201,7 @@ class Ranks:
         if self.size == 1:
             return adapt(0, self._num_tasks)
         try:
-            return adapt(*self._share)
+            return adapt(*self.share)
         except BaseException as error:
             self._error = error
             return None
@@ -253,7 +253,7 @@ class Ranks:
         buffer.clear()
         if outcome is not None:
             try:
-                buffer.put(outcome, self.rank, self._share[0])
+                buffer.put(outcome, self.rank, self.share[0])
             except Exception as error:
                 self._error = error
         digest = digest_of(self._phi) if self._check else (0, 0, 0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from koi.errors import ConfigurationError, did_you_mean
 from koi.fewshot import Episodes, LabelledData
-from koi.fewshot.sources import ImageForm
+from koi.fewshot.images import ImageForm
 from koi.models import mini_imagenet_net, omniglot_net
 from koi.phi.schedules import linear
 

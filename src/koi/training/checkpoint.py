@@ -23,7 +23,7 @@ from koi.phi.arithmetic import Tensors
 from koi.phi.average import ExponentialMean
 from koi.phi.outcome import Phi
 from koi.phi.update import MetaUpdate
-from koi.randomness import States
+from koi.randomness import States, checked
 from koi.records import Record
 from koi.settings import Settings, from_data, is_code
 from koi.training import frozen, stateful
@@ -162,12 +162,12 @@ def saved_from(data: Mapping[str, Any], path: Path | str) -> Saved:
         names = [known.name for known in fields(Saved)]
         kept = {name: data[name] for name in names if name in data}
         generators = data["generators"]
-        states = None if generators is None else States(*generators)
+        states = None if generators is None else checked(States(*generators))
         kept["settings"] = {**Settings().stored(), **data["settings"]}  # some may be newer
         kept["ruled_out"] = frozenset(data["ruled_out"])
         kept["history"] = _records(data["history"])
         return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint {path} is not whole ({type(error).__name__}: {error}): use an "
             "earlier one"

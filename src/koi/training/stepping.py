@@ -10,6 +10,7 @@ class Stepping:
 
     def __init__(self) -> None:
         self.tasks: Any = None
+        self.draws: Any = None
         self.ranks: Any = None
         self.watch: Any = None
         self.ready: Any = None

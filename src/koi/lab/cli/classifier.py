@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from koi.errors import DataError
-from koi.fewshot.sources import IMAGE_SUFFIXES
+from koi.fewshot.images import IMAGE_SUFFIXES, Unread
 from koi.lab import runs
 from koi.lab.cli.fewshot import RunFolder
 from koi.lab.runs import Classifier, Run
@@ -68,18 +68,15 @@ def predict(
     classifier = Classifier.load(adapted)
     paths = [path for given in images for path in _files(given)]
     width = max(len(str(path)) for path in paths)
-    unread = []
+    unread = Unread()
     for path in paths:
-        try:
-            image = classifier.image_form.read(path)
-        except DataError as error:
-            unread.append(str(error))
+        image = unread.tried(classifier.image_form.read, path)
+        if image is None:
             continue
         found = classifier.probabilities(image.unsqueeze(0))[0].tolist()
         probabilities = dict(zip(classifier.classes, found, strict=True))
         typer.echo(_line(path, probabilities, width, as_json))
-    if unread:
-        raise DataError("\n".join(unread))
+    unread.say()
 
 
 def _files(given: Path) -> Iterator[Path]:

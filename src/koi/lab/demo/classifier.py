@@ -101,6 +101,12 @@ class Classifier:
                 f"the checkpoint {file} is of a network that tells {num_outputs} classes apart: "
                 f"give one for at least {MIN_CLASSES}"
             )
+        with torch.device("meta"):  # compared before it takes any memory
+            expected = {n: p.shape for n, p in omniglot_net(num_outputs).named_parameters()}
+        if {name: param.shape for name, param in saved.params.items()} != expected:
+            raise CheckpointError(
+                f"the checkpoint {file} is of another network: give one of the Omniglot network"
+            )
         # The steps of a new task need none of the settings of training but the inner optimizer.
         code = dict.fromkeys(saved.code())
         if "inner_optimizer" in code:
@@ -127,5 +133,6 @@ class Classifier:
 
 
 def _num_outputs(params: dict[str, Tensor]) -> int:
-    """Return the length of the last bias."""
-    return len(list(params.values())[-1])
+    """Return the length of the last bias; 0 where there is none."""
+    last = list(params.values())[-1:]
+    return len(last[0]) if last and last[0].dim() == 1 else 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from koi import SupervisedTask, storage
 from koi.errors import CheckpointError, DataError
 from koi.fewshot.accuracy import inductive_scores
 from koi.fewshot.data import scaled
-from koi.fewshot.sources import ImageForm, class_folders
+from koi.fewshot.images import ImageForm
+from koi.fewshot.sources import class_folders
 from koi.lab.runs.folder import Run
 from koi.lab.runs.measuring import measuring_learner, newest_checkpoint
 from koi.recipes import IMAGE_FORMS, NETWORKS
@@ -34,12 +37,14 @@ class Classifier:
         classes: the names of its first outputs; it can have more, which are not looked at.
         model: the adapted network, on the CPU.
         support: what it was adapted to, shape (num_images, channels, height, width), uint8.
+        torch_defaults: as in `koi.recipes.FewShotRecipe`.
     """
 
     network: str
     classes: tuple[str, ...]
     model: nn.Module
     support: Tensor
+    torch_defaults: bool = False
 
     @property
     def image_form(self) -> ImageForm:
@@ -66,7 +71,8 @@ class Classifier:
             CheckpointError: it cannot be written.
         """
         weights = self.model.state_dict()
-        data = {"network": self.network, "classes": self.classes, "support": self.support}
+        names = ("network", "classes", "support", "torch_defaults")
+        data = {name: getattr(self, name) for name in names}
         storage.write(Path(path), {"classifier": data, "weights": weights})
 
     @classmethod
@@ -78,15 +84,44 @@ class Classifier:
         """
         data = storage.read(Path(path))
         try:
-            kept, weights = data["classifier"], data["weights"]
-            model = NETWORKS[kept["network"]](len(list(weights.values())[-1]))
-            model.load_state_dict(weights)
-            return cls(model=model, **kept)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            return _from_file(data["classifier"], data["weights"])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} holds no classifier ({type(error).__name__}: {error}): give a file that "
                 "koi adapt wrote"
             ) from error
+
+
+def _from_file(kept: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Classifier:
+    """Return the classifier of what a file holds, of which nothing is believed.
+
+    The network is made without memory of its own, and compared with the weights that there are:
+    a forged number of outputs makes it no larger than the file.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    network, classes, support = kept["network"], tuple(kept["classes"]), kept["support"]
+    names_are_text = all(isinstance(name, str) for name in classes)
+    if not names_are_text or len(set(classes)) < len(classes) or len(classes) < 2:
+        raise ValueError("classes must be names, at least two, each once")
+    num_outputs = len(list(weights.values())[-1])
+    more = {"torch_defaults": True} if kept.get("torch_defaults") is True else {}
+    with torch.device("meta"):
+        model = NETWORKS[network](num_outputs, **more)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != expected:
+        raise ValueError(f"weights are not those of the network {network!r}")
+    if any(tensor.dtype != torch.float32 for tensor in weights.values()):
+        raise ValueError("weights must be of type float32")
+    if len(classes) > num_outputs:
+        raise ValueError(f"classes are more than the network's {num_outputs} outputs")
+    form = IMAGE_FORMS[network]
+    shape = (len(form.mode), form.size, form.size)
+    if support.dtype != torch.uint8 or support.shape[1:] != shape or not len(support):
+        raise ValueError(f"support must have shape (num_images, {', '.join(map(str, shape))})")
+    model.load_state_dict(weights, assign=True)
+    return Classifier(network, classes, model, support, bool(more))
 
 
 def adapt(run: Run, folder: str | os.PathLike[str], num_steps: int | None = None) -> Classifier:
@@ -116,12 +151,12 @@ def adapt(run: Run, folder: str | os.PathLike[str], num_steps: int | None = None
             "for more ways"
         )
     form = IMAGE_FORMS[recipe.network]
-    support = torch.stack([form.read(path) for paths in files.values() for path in paths])
+    support = torch.stack(form.read_all(path for paths in files.values() for path in paths))
     counts = [len(paths) for paths in files.values()]
     learner = measuring_learner(checkpoint, config, min(counts))
     task = _task(support, counts, recipe.adaptation(min(counts)).batch_size, config.seed)
     model = learner.adapt(task, num_steps)
-    return Classifier(recipe.network, tuple(files), model, support)
+    return Classifier(recipe.network, tuple(files), model, support, recipe.torch_defaults)
 
 
 def _task(support: Tensor, counts: list[int], batch_size: int, seed: int) -> SupervisedTask:

@@ -1,0 +1,149 @@
+"""What drawing tasks costs on ranks.
+
+    python benchmarks/drawing.py            prints
+    python benchmarks/drawing.py --write    writes results/drawing.* and a table in docs/scaling.md
+
+On four ranks: a meta-batch of 16 tasks, each of which takes 10 ms to draw, by sleeping, so that
+ranks do not wait for each other's processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import harness
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from koi import Koi, SupervisedTask
+from koi.training.draws import Draws
+
+DOCS = Path(__file__).parent.parent / "docs"
+SECONDS = 0.01  # of each draw
+NUM_TASKS = 16
+NUM_RANKS = 4
+ITERATIONS = 5
+
+
+class Slow:
+    """Tasks that take long to draw, and keep nothing."""
+
+    def sample(self) -> SupervisedTask:
+        time.sleep(SECONDS)
+        x = torch.randn(5, 1)
+        return SupervisedTask(x, 2 * x, x, 2 * x, torch.tensor(0))
+
+
+class Counting(Slow):
+    """The same, with a state: every rank draws all."""
+
+    count = 0
+
+    def sample(self) -> SupervisedTask:
+        self.count += 1
+        return super().sample()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def drawing(tasks: Any) -> Callable[[], float]:
+    """Return a function that trains on, and returns the seconds of a meta-batch's drawing."""
+    koi = Koi(nn.Linear(1, 1), 0.01, 2, 0, meta_batch_size=NUM_TASKS, seed=0)
+    seconds: list[float] = []
+    take = Draws.take
+
+    def timed(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        batch = take(*arguments)
+        seconds.append(time.perf_counter() - began)
+        return batch
+
+    def train() -> float:
+        seconds.clear()
+        koi.num_iterations += ITERATIONS
+        with patch.object(Draws, "take", timed):
+            koi.train(tasks)
+        return sum(seconds) / ITERATIONS
+
+    return train
+
+
+def serve(pipe: Connection, port: int, rank: int) -> None:
+    """Be a rank that trains on the one kind of tasks and the other whenever asked."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("localhost", port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
+    turns = {"its share": drawing(Slow()), "all": drawing(Counting())}
+    while (what := pipe.recv()) is not None:
+        pipe.send(turns[what]())
+
+
+def on_ranks(repetitions: int) -> dict[str, harness.Timing]:
+    """Time meta-iterations in one process and on four ranks."""
+    context = multiprocessing.get_context("spawn")
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    pipes = []
+    for rank in range(NUM_RANKS):
+        here, there = context.Pipe()
+        context.Process(target=serve, args=(there, store.port, rank), daemon=True).start()
+        pipes.append(here)
+
+    def ask(what: str) -> float:
+        for pipe in pipes:
+            pipe.send(what)
+        return max(pipe.recv() for pipe in pipes)
+
+    alone = drawing(Slow())
+    seconds: dict[str, list[float]] = {"one process": [], "4 ranks, all": [], "4 ranks, share": []}
+    turns = {
+        "one process": lambda: seconds["one process"].append(alone()),
+        "4 ranks, all": lambda: seconds["4 ranks, all"].append(ask("all")),
+        "4 ranks, share": lambda: seconds["4 ranks, share"].append(ask("its share")),
+    }
+    harness.by_turns(turns, repetitions)
+    for pipe in pipes:
+        pipe.send(None)
+    return {name: harness.Timing(tuple(each[-repetitions:])) for name, each in seconds.items()}
+
+
+def ranks_table(timings: dict[str, harness.Timing]) -> str:
+    names = {
+        "one process": "one process",
+        "4 ranks, all": "4 ranks, a distribution with a state: each draws all",
+        "4 ranks, share": "4 ranks, each draws its share",
+    }
+    rows = [[name, f"{1e3 * timings[key].median:.1f}"] for key, name in names.items()]
+    return harness.markdown_table(["16 tasks of 10 ms each", "ms to draw them"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write results and the pages")
+    parser.add_argument("--repetitions", type=int, default=9)
+    arguments = parser.parse_args()
+    facts = harness.environment()
+    drawn = on_ranks(arguments.repetitions)
+    facts["load average after"] = harness.load_average()
+    table = ranks_table(drawn)
+    print(table)
+    if arguments.write:
+        harness.write("drawing", "Drawing tasks", table, facts, {"ranks": drawn})
+        listed = ", ".join(f"{key} {value}" for key, value in facts.items())
+        command = "`python benchmarks/drawing.py --write`"
+        harness.refresh(DOCS / "scaling.md", "drawing", f"{table}\n\n{command}: {listed}.")
+
+
+if __name__ == "__main__":
+    main()
