@@ -88,10 +88,7 @@ class Optimizer:
 
 # An attribute that forward leaves changed is one task's own only one by one.
 STATEFUL = Refusal("is changed in forward or in the loss", FAST)
-BRANCH = (
-    Refusal("data-dependent", TOGETHER),
-    Refusal("data-dependent", ("compiled",), traced=True),
-)
+BRANCH = (Refusal("data-dependent", COMPILED, traced=True),)
 CHECKPOINT = (Refusal("torch.utils.checkpoint", FAST), Refusal("checkpoint", EVERY, MAML))
 BY_REFERENCE = (Refusal("inward.weight", FAST), Refusal("inward.weight", EVERY, MAML))
 
@@ -164,7 +161,6 @@ MODELS = {
     "bert with a mask": Model(
         partial(models.Bert, masked=True),
         WORDS,
-        (Refusal("data-dependent", ("vectorized",)),),
         differences=False,
         untraced=False,
         slow=True,
@@ -172,6 +168,9 @@ MODELS = {
     ),
     "llama": Model(models.Llama, WORDS, differences=False, slow=True, needs="transformers"),
     "lora": Model(models.lora, slow=True, needs="peft"),
+    # these draw whether a layer is left out
+    "loha": Model(models.loha, refusals=BRANCH, untraced=False, slow=True, needs="peft"),
+    "lokr": Model(models.lokr, refusals=BRANCH, untraced=False, slow=True, needs="peft"),
 }
 
 NO_TENSORS = Refusal("is not a tensor task", FAST)

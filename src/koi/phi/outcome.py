@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -16,8 +16,9 @@ from koi.phi.learned import Learned
 class Phi:
     """Where every task of a meta-batch starts: φ, its buffers, and the optimizer's moments.
 
-    With it go the rates of each inner step and of each parameter, shape (num_steps, parameters);
-    None where all are the optimizer's own.
+    With it go the rates of each inner step and of each parameter, shape (num_steps, parameters),
+    None where all are the optimizer's own; and the learned ones (`koi.phi.rates.LearnedRates`),
+    which are a part of φ and multiply these.
     """
 
     params: Tensors
@@ -26,11 +27,12 @@ class Phi:
     moments: Tensors | None
     names: Learned
     rates: Tensor | None = None
+    learned_rates: Tensors = field(default_factory=list)
 
     @property
     def learned(self) -> Tensors:
-        """The parameters that the meta-update moves."""
-        return self.names.those_learned(self.params)
+        """What the meta-update moves: parameters, then learned rates."""
+        return [*self.names.those_learned(self.params), *self.learned_rates]
 
 
 @dataclass

@@ -35,7 +35,7 @@ from koi.training.agreement import (
     tensors_of,
 )
 from koi.training.interrupts import uninterrupted
-from koi.training.state import Best, Mark, Pending, TrainingState
+from koi.training.state import Best, Mark, Pending, TrainingState, stored_rates
 
 Data = dict[str, Any]
 
@@ -77,6 +77,7 @@ def contents(koi: Configured, state: TrainingState) -> Data:
         "devices": [str(p.device) for p in params],
         "moments": moments,
         "moment_devices": [str(m.device) for m in moments or []],
+        "learned_rates": state.rates(params, learned, settings),
         "scale": None if state.scale is None else state.scale.state(),
         "inner_optimizer": arguments_of(settings.optimizer(learned.those_adapted(params))),
         "meta_optimizer": None if meta is None else arguments_of(meta),
@@ -121,6 +122,7 @@ class Saved:
     meta_state: Data | None
     mark: Mark
     frozen: dict[str, str] = field(default_factory=dict)
+    learned_rates: Tensors = field(default_factory=list)
     callbacks: list[Any] | None = None
     mean: Data = field(default_factory=lambda: {"count": 0, "values": []})
     best: Data | None = None
@@ -268,6 +270,8 @@ def _put(
             f"the checkpoint {saved.path} does not fit; make these as they were:\n{lines}"
         )
     settings, phi = koi.settings, _phi(koi)
+    kind = saved.settings["learn_step_size"]
+    phi.learned_rates = stored_rates(saved.learned_rates, kind, phi, settings)
     update = _meta_update(settings, phi, saved)
     carry = settings.inner_state == "carry"
     moments = _moments(saved, saved.moments, phi.params) if carry else None
@@ -283,6 +287,7 @@ def _put(
         state.iteration, state.engine = saved.iteration, saved.engine
         state.history, state.ruled_out = list(saved.history), set(saved.ruled_out)
         state.keep(moments, phi.params, settings)
+        state.keep_rates(phi.learned_rates, phi.params, settings)
         state.update, state.begun = update, None
         state.mean, state.best = _mean(saved, phi), _best(saved, phi)
         if state.scale is not None and saved.scale is not None:

@@ -77,6 +77,8 @@ class TrainingState:
         ruled_out: forms of the inner loop that were found impossible.
         moments: the inner optimizer's, to start the next meta-iteration from.
         moments_of: the parameters that they belong to, and the setting that made the optimizer.
+        learned_rates: the inner rates that φ holds; none without ``learn_step_size``.
+        learned_rates_of: the parameters that they belong to, and the settings that made them.
         scale: the loss scale of float16.
         update: the meta-update, which has the meta-optimizer.
         mean: the exponential mean of φ; empty without ``average``.
@@ -95,6 +97,8 @@ class TrainingState:
     ruled_out: set[str] = field(default_factory=set)
     moments: Tensors | None = None
     moments_of: tuple[Tensors, str | OptimizerFactory | None] = ([], None)
+    learned_rates: Tensors = field(default_factory=list)
+    learned_rates_of: tuple[Tensors, Any] = ([], None)
     scale: LossScale | None = None
     update: MetaUpdate | None = None
     mean: ExponentialMean = field(default_factory=ExponentialMean)
@@ -152,7 +156,25 @@ class TrainingState:
         at = self.iteration if num_steps is None else max(0, self.iteration - 1)
         steps = settings.num_steps if num_steps is None else num_steps
         rates = settings.rates(names, at, steps)
-        return Phi(params, buffers, constants, moments, names, rates)
+        learned = self.rates(params, names, settings)
+        return Phi(params, buffers, constants, moments, names, rates, learned)
+
+    def rates(self, params: Tensors, names: Learned, settings: Settings) -> Tensors:
+        """Return the inner rates that φ holds, anew where parameters or settings are others."""
+        how = settings.learned_rates(names)
+        if how is None:
+            return []
+        before, made_by = self.learned_rates_of
+        if made_by != _of_rates(settings) or not same_tensors(params, before):
+            if self.learned_rates:
+                log.warning("what learns, or step_size, has changed: learned rates start afresh")
+            first = how.first(params, settings.step_size, settings.num_steps)
+            self.keep_rates(first, params, settings)
+        return self.learned_rates
+
+    def keep_rates(self, rates: Tensors, params: Tensors, settings: Settings) -> None:
+        """Let learned rates of these parameters be a part of φ."""
+        self.learned_rates, self.learned_rates_of = rates, (params, _of_rates(settings))
 
     def meta_update(self, phi: Phi, algorithm: Moves, settings: Settings) -> MetaUpdate:
         """Return the meta-update, the same as before where φ and meta_optimizer are the same."""
@@ -201,3 +223,26 @@ class TrainingState:
                 f"{method} was called while koi.train runs, by a callback or a task: let the "
                 "training end first (a callback may return koi.STOP)"
             )
+
+
+def _of_rates(settings: Settings) -> Any:
+    """Return what learned rates are made of."""
+    return settings.learn_step_size, settings.step_size
+
+
+def stored_rates(rates: Tensors, kind: str | None, phi: Phi, settings: Settings) -> Tensors:
+    """Return copies of learned rates where φ is now; the first ones, where they were others.
+
+    Args:
+        rates: what was stored.
+        kind: of which ``learn_step_size``.
+        phi: φ.
+        settings: the learner's.
+    """
+    how = settings.learned_rates(phi.names)
+    if how is None:
+        return []
+    fresh = how.first(phi.params, settings.step_size, settings.num_steps)
+    if kind != settings.learn_step_size:
+        return fresh
+    return [rate.to(own.device, copy=True) for rate, own in zip(rates, fresh, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from koi.configured import Configured
 from koi.errors import ConfigurationError, wrong
-from koi.phi.arithmetic import clone
+from koi.phi.arithmetic import Tensors, clone, copy_
 from koi.ranks.group import Ranks
 from koi.records import Record
 from koi.settings import check_count
@@ -103,7 +103,7 @@ class Validation:
             return
         learned = koi.settings.learned(koi.model)
         with uninterrupted():
-            learned.put(koi.model, best.phi)
+            copy_(self._phi(), best.phi)
             state.keep(best.moments, learned.params_of(koi.model), koi.settings)
         log.info(
             "φ is that after %d of %d meta-iterations, where validation gave %.4g",
@@ -120,11 +120,18 @@ class Validation:
         state.best = Best(state.iteration, value)
         if not self._keep_best:
             return
-        phi = clone(koi.settings.learned(koi.model).tensors_of(koi.model))
+        phi = clone(self._phi())
         moments = state.carried(koi.settings)
         state.best = replace(state.best, phi=phi, moments=moments and clone(moments))
         if saves and self._folder is not None:
             checkpoint.save(koi, state, self._folder.best)
+
+    def _phi(self) -> Tensors:
+        """Return all tensors that are φ's, not copies."""
+        settings, model = self._koi.settings, self._koi.model
+        names = settings.learned(model)
+        rates = self._state.rates(names.params_of(model), names, settings)
+        return [*(t.detach() for t in names.tensors_of(model)), *rates]
 
     def _measure(self) -> float:
         if hasattr(self._validate, "sample"):

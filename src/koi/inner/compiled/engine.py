@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from koi.errors import EngineError
 from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, metrics_of
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.functions import State
 from koi.inner.compiled.graphs import Graphs, Job
 from koi.inner.compiled.layers import layers_as_products
+from koi.inner.compiled.values import State
 from koi.inner.compiled.workers import Call, Workers
 from koi.inner.layers.embedding import map_padding
 from koi.inner.layers.normalisation import map_normalisation, map_weight_norm
@@ -138,7 +138,8 @@ class CompiledEngine:
         else:
             moments = phi.moments
             check_moments(moments, self._shapes)
-        start = State(phi.params, [*phi.buffers, *phi.constants], moments, phi.rates)
+        buffers, learned = [*phi.buffers, *phi.constants], phi.learned_rates
+        start = State(phi.params, buffers, moments, phi.rates, learned)
         workers = self._workers_for(purpose, len(batch))
         calls = (
             self._graphs.call(

@@ -14,8 +14,9 @@ from koi.errors import EngineError
 from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
 from koi.inner.checks.granted import ClassLook, ValuesLook
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.functions import InnerFunctions, State, TensorDict
+from koi.inner.compiled.functions import InnerFunctions, TensorDict
 from koi.inner.compiled.steps import Program, StepGraphs
+from koi.inner.compiled.values import State
 from koi.inner.compiled.workers import Call, Workers
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers.rules import UpdateRule
