@@ -61,6 +61,8 @@ class Before(NamedTuple):
 class SecondOrderEngine(StepwiseEngine):
     """Differentiates through the inner steps."""
 
+    _is_said = False
+
     @abstractmethod
     def buffers_now(self) -> Tensors:
         """Return the buffers and constants as they are, not to be changed in place."""
@@ -86,6 +88,12 @@ class SecondOrderEngine(StepwiseEngine):
         # of attention's kernels only the plain one can be differentiated twice
         with sdpa_kernel(SDPBackend.MATH), without_saved_tensors_hooks():
             if goes_step_by_step(self.inner, num_steps):
+                if not self._is_said:
+                    self._is_said = True
+                    log.info(
+                        "MAML goes back through %d inner steps step by step, in the memory of one",
+                        num_steps,
+                    )
                 return self._step_by_step(phi, task, steps)
             return self._in_one_graph(phi, task, steps)
 
