@@ -128,6 +128,14 @@ def test_callbacks_with_a_state_go_on_where_they_are(ranks, on_ranks, tmp_path):
     assert counted == [[5] if rank in ranks else [] for rank in range(2)]
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_what_rank_0s_callbacks_owe_is_owed_on_all(victim, on_ranks, tmp_path):
+    rest = [(name, iteration) for iteration in (4, 5) for name in ("first", "second")]
+    owed = [("second", 3)] if victim == 0 else []
+    for seen in on_ranks(2, rank_runs.stopped_among_callbacks, victim, tmp_path):
+        assert seen == owed + rest
+
+
 @pytest.mark.parametrize("stops", [(1,), (0, 1)])
 def test_stop_on_any_rank_ends_all(stops, on_ranks):
     """One meta-iteration later, when all know of it."""

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from koi import randomness
@@ -21,6 +21,7 @@ from koi.phi.update import MetaUpdate, Moves
 from koi.randomness import States
 from koi.records import Record
 from koi.settings import Settings
+from koi.training import stateful
 
 log = logging.getLogger("koi")
 
@@ -59,6 +60,30 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Owed:
+    """What is still to be done for the last record, where a training was stopped.
+
+    Args:
+        num_callbacks: how many there were.
+        validated: whether φ was measured, or that was not due.
+        next_callback: the number of the first that has not returned.
+        ends: whether one before it has returned ``koi.STOP``.
+        calling: whether that one is being called.
+    """
+
+    num_callbacks: int
+    validated: bool = False
+    next_callback: int = 0
+    ends: bool = False
+    calling: bool = field(default=False, compare=False)
+
+    def in_a_file(self) -> Owed:
+        """Return what one owes who goes on from here: a callback that saves counts as done."""
+        done = self.next_callback + self.calling
+        return replace(self, next_callback=done, calling=False)
+
+
+@dataclass(frozen=True)
 class Pending:
     """What was loaded and only the next training can use."""
 
@@ -86,6 +111,7 @@ class TrainingState:
         drawn_seed: of several ranks that were given none.
         tasks: of the last training, for their state.
         callbacks: likewise, those that have a state.
+        owed: what the last record is still owed; None: nothing.
         pending: what was loaded, until the next training has begun.
         begun: the number of the meta-iteration that has begun, and where it draws from.
         is_training: whether `train` is running.
@@ -106,6 +132,7 @@ class TrainingState:
     drawn_seed: int | None = None
     tasks: Any = None
     callbacks: tuple[Any, ...] = ()
+    owed: Owed | None = None
     pending: Pending | None = None
     begun: tuple[int, Mark] | None = None
     is_training: bool = False
@@ -197,6 +224,12 @@ class TrainingState:
         tasks = self.tasks.state_dict() if hasattr(self.tasks, "state_dict") else None
         generators = randomness.capture() if settings.seed is None else None
         return Mark(copy.deepcopy(tasks), generators, self.drawn_seed)
+
+    def go_back_to(self, mark: Mark) -> None:
+        """Let tasks and generators draw from where they did."""
+        stateful.give_state(self.tasks, mark.tasks)
+        if mark.generators is not None:
+            randomness.restore(mark.generators)
 
     def remember(self, settings: Settings) -> None:
         """Remember where the meta-iteration that begins draws from, should it not be completed."""
