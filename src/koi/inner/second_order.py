@@ -103,17 +103,15 @@ class SecondOrderEngine(StepwiseEngine):
         params: Tensors = list(leaves)
         losses: Tensors = []
         trajectory = self.inner.algorithm.trajectory
-        first_order = not self.inner.algorithm.second_order
+        first = not self.inner.algorithm.second_order
         path = [detached(params)] if trajectory else []
         view = None
         for step, view in enumerate(steps):
             loss = self.loss(view, step, params)
-            grads = self.inner_gradients(loss, params, create_graph=not first_order)
+            grads = self.inner_gradients(loss, params, create_graph=not first)
             if grads is not None:
                 now = self.rates_at(phi, step, rates)
-                params, moments = self._rule.step(
-                    grads, params, moments, now, first_order=first_order
-                )
+                params, moments = self._rule.step(grads, params, moments, now, first_order=first)
             losses.append(loss.detach())
             if trajectory:
                 path.append(detached(params))
