@@ -19,7 +19,7 @@ from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
-from koi.sampling import check_tasks
+from koi.sampling import check_tasks, weighted
 from koi.settings import Settings
 from koi.training import start
 from koi.training.autosave import Autosave
@@ -240,6 +240,7 @@ class Koi(Adapting):
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draws.take(settings.meta_batch_size, place, (start, end))
+            batch = weighted(batch, place)
             return engine.meta_batch(update.phi, batch, settings.num_steps, place)
 
         with preserved_generators(seed):
@@ -247,11 +248,13 @@ class Koi(Adapting):
         state.engine, state.ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             outcome = ranks.mean(own)
+            outcome.check_weight(place)
             moved = Moved(0.0, 0.0)
-            if outcome.losses:
+            if outcome.weight > 0:
                 moved = update.apply(outcome, epsilon, settings.clip_meta)
                 state.keep_after(update.phi, outcome.moments if carry else None, settings)
-            losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
+            losses = mean_ends(outcome.losses, outcome.weights)
+            seconds = time.perf_counter() - began
             record = Record(
                 *(state.iteration, *losses, epsilon, moved.update, seconds),
                 num_skipped=outcome.num_skipped,
