@@ -332,12 +332,17 @@ class Llama(nn.Module):
         return self.head(self.llama(ids).last_hidden_state[:, -1])
 
 
-def lora():
+def adapted(kind, **settings):
     """A network whose weights are frozen, with adapters that learn."""
     import peft
 
-    config = peft.LoraConfig(r=2, lora_alpha=1, target_modules=["0", "2"], init_lora_weights=False)
+    config = getattr(peft, kind)(target_modules=["0", "2"], r=2, **settings)
     return peft.get_peft_model(mlp(), config).double()
+
+
+lora = partial(adapted, "LoraConfig", lora_alpha=1, init_lora_weights=False)
+loha = partial(adapted, "LoHaConfig", alpha=1, init_weights=False)
+lokr = partial(adapted, "LoKrConfig", alpha=1, init_weights=False)
 
 
 lstm = partial(Recurrent, nn.LSTM)

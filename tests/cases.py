@@ -88,10 +88,7 @@ class Optimizer:
 
 # An attribute that forward leaves changed is one task's own only one by one.
 STATEFUL = Refusal("is changed in forward or in the loss", FAST)
-BRANCH = (
-    Refusal("data-dependent", TOGETHER),
-    Refusal("data-dependent", ("compiled",), traced=True),
-)
+BRANCH = (Refusal("data-dependent", COMPILED, traced=True),)
 CHECKPOINT = (Refusal("torch.utils.checkpoint", FAST), Refusal("checkpoint", EVERY, MAML))
 BY_REFERENCE = (Refusal("inward.weight", FAST), Refusal("inward.weight", EVERY, MAML))
 
@@ -164,7 +161,6 @@ MODELS = {
     "bert with a mask": Model(
         partial(models.Bert, masked=True),
         WORDS,
-        (Refusal("data-dependent", ("vectorized",)),),
         differences=False,
         untraced=False,
         slow=True,
@@ -172,6 +168,9 @@ MODELS = {
     ),
     "llama": Model(models.Llama, WORDS, differences=False, slow=True, needs="transformers"),
     "lora": Model(models.lora, slow=True, needs="peft"),
+    # these draw whether a layer is left out
+    "loha": Model(models.loha, refusals=BRANCH, untraced=False, slow=True, needs="peft"),
+    "lokr": Model(models.lokr, refusals=BRANCH, untraced=False, slow=True, needs="peft"),
 }
 
 NO_TENSORS = Refusal("is not a tensor task", FAST)
@@ -180,6 +179,7 @@ TASKS = {
     "split": Task(tasks.split),
     "fit": Task(tasks.of(tasks.Fit)),
     "plain": Task(tasks.of(tasks.Plain), (NO_TENSORS,)),
+    "weighted": Task(tasks.weighted),
     "supervised, in minibatches": Task(tasks.supervised(4)),
     "supervised, all at once": Task(tasks.supervised(10)),
     "assigns a field": Task(tasks.of(tasks.Walk), (Refusal("field 'x'", FAST),), differences=False),
@@ -266,6 +266,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PAIRS = [
     ("conv", "supervised, in minibatches", "momentum", "chunks"),
     ("conv", "fit", "adamw", "meta-optimizer"),
+    ("conv", "weighted", "adam", "chunks"),
+    ("counter", "weighted", "momentum", "chunks"),
+    ("mlp", "weighted", "rmsprop", "as they are"),
     ("embedding", "fit", "adam", "as they are"),
     ("embedding", "split", "momentum", "chunks"),
     ("tied", "fit", "adam", "as they are"),

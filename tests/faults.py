@@ -27,6 +27,7 @@ import torch
 
 import long_run
 import mortal_run
+from faults_among_callbacks import among_callbacks
 from koi import CheckpointError, Koi, KoiWarning, NonFiniteError, TaskError, storage
 from toys import Regression, Regressions, small_net, snapshot
 
@@ -399,6 +400,7 @@ FAULTS = [
     Fault("kill -9 at a random moment", killed, 60, 2),
     Fault("a storm of SIGTERMs", terminated, 40, 2),
     Fault("a storm of Ctrl-Cs", interrupted, 40, 2),
+    Fault("Ctrl-C among the callbacks", among_callbacks, 300, 5),
     Fault("checkpoint cut anywhere", cut, 4000, 200),
     Fault("checkpoint with a flipped bit", flipped, 4000, 200),
     Fault("disk full in the middle of a checkpoint", full_disk, 100, 10),

@@ -34,6 +34,24 @@ class Branch(Fit):
         return loss if loss > 1 else 2 * loss
 
 
+class CommonBranch(Fit):
+    """Asks what is so for every task; one that comes later may be another."""
+
+    def loss(self, model):
+        loss = super().loss(model)
+        return loss if self.x[0, 0] < 5 else 2 * loss
+
+
+class Noisy(Fit):
+    def loss(self, model):
+        return (1 + torch.rand(())) * super().loss(model)
+
+
+class NoisyBranch(CommonBranch):
+    def loss(self, model):
+        return (1 + torch.rand(())) * super().loss(model)
+
+
 class Numpy(Fit):
     def loss(self, model):
         weight = float(np.abs(self.y.numpy()).mean())
@@ -75,7 +93,8 @@ class Plain:
     loss = Fit.loss
 
 
-for cls in (Item, Branch, Numpy, NumpyDraw, PythonDraw, QueryDraw, Draws):
+BRANCHES = Branch, CommonBranch, Noisy, NoisyBranch
+for cls in (*BRANCHES, Item, Numpy, NumpyDraw, PythonDraw, QueryDraw, Draws):
     koi.tensor_task(cls)
 
 
@@ -192,6 +211,35 @@ def test_draws_in_the_query_alone_are_found_too(caplog):
     assert "draw from torch" in caplog.text
     with pytest.raises(EngineError, match="draw from torch"):
         trained("vectorized", model, Fits(kind=QueryDraw), algorithm="fomaml")
+
+
+def test_tasks_that_go_the_same_way_run_at_once(caplog):
+    """And the generators are as if the attempt without the question had not been."""
+    model = mlp()
+    learner = auto(model, Fits(kind=NoisyBranch))
+    assert learner.engine == "vectorized"
+    assert not lines(caplog)
+    assert_agree(learner, trained("vectorized", model, Fits(kind=Noisy)), tolerance=0)
+
+
+def test_tasks_that_part_later_on(caplog):
+    class Later(Fits):
+        count = 0
+
+        def sample(self):
+            task, self.count = super().sample(), self.count + 1
+            if self.count > 2 * SETTINGS["meta_batch_size"] and self.count % 2:
+                task.x[0, 0] = 6.0
+            return task
+
+    model = mlp()
+    learner = auto(model, Later(kind=CommonBranch), check=False)
+    assert learner.engine == "eager"
+    (line,) = lines(caplog)
+    assert "on which they part; test_engines_fallback.py, line" in line
+    assert "`return loss if self.x[0, 0] < 5 else 2 * loss`" in line
+    assert line.endswith("; running one task at a time")
+    assert_agree(learner, trained("eager", model, Later(kind=CommonBranch)))
 
 
 def test_shapes_that_differ_later_on(caplog):

@@ -19,16 +19,17 @@ from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
-from koi.sampling import check_tasks
+from koi.sampling import check_tasks, weighted
 from koi.settings import Settings, check_count
 from koi.training import start
 from koi.training.autosave import Autosave
 from koi.training.draws import Draws
+from koi.training.duties import Duties
 from koi.training.folder import Folder
 from koi.training.interrupts import Interrupts
 from koi.training.logs import Log
 from koi.training.progress import ProgressBar
-from koi.training.state import Best, TrainingState
+from koi.training.state import Best, Owed, TrainingState
 from koi.training.stepping import Stepping
 from koi.training.validation import Validation
 from koi.training.watch import Watch
@@ -131,7 +132,8 @@ class Koi(Adapting):
             callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. One
                 that returns ``koi.STOP`` ends the training there (on several ranks one later), as
                 if no iterations were left. Those with ``state_dict`` and ``load_state_dict`` go on
-                from a checkpoint as they were.
+                from a checkpoint as they were. One that is stopped is called again, and those
+                after it are, as the next training begins.
             checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
                 is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
@@ -167,25 +169,23 @@ class Koi(Adapting):
         ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume, workers)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
+        duties = Duties(self, state, validation, callbacks, ranks)
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
             logged = log_dir if ranks.first else None
             log = Log(logged, state.history, total, resume, saver.first_line)
         with bar, self._interrupts, ranks.training(update.phi), saver, log, draws, state.training():
             start.let_go(state, saves=saver.saves)
-            validation.catch_up(ranks)
-            while state.iteration < self.settings.num_iterations and not validation.exhausted:
+            duties.catch_up(bar)
+            while state.iteration < self.settings.num_iterations:
+                if ranks.ending or validation.exhausted:
+                    break
                 saver.before_iteration()
                 ready = self._ready(ready)  # a callback may have changed anything
-                record = self._meta_iteration(draws, ready, watch, ranks)
-                record = validation.after(record, ranks)
-                bar.advance(record)
-                for callback in callbacks:
-                    ranks.wants_to_end |= callback(self, record) is STOP
+                self._meta_iteration(draws, ready, watch, ranks, duties.new())
+                duties.do(bar)
                 log.after_iteration(saver.due)
                 saver.after_iteration()
-                if ranks.ending:
-                    break
         validation.finish()
         return self.model
 
@@ -231,7 +231,9 @@ class Koi(Adapting):
         """Call the model at φ."""
         return self.model(*args, **kwargs)
 
-    def _meta_iteration(self, draws: Draws, ready: Ready, watch: Watch, ranks: Ranks) -> Record:
+    def _meta_iteration(
+        self, draws: Draws, ready: Ready, watch: Watch, ranks: Ranks, owed: Owed | None = None
+    ) -> Record:
         began = time.perf_counter()
         settings, state, engine = self.settings, self._state, ready.engines
         seed, carry = state.seed(settings), settings.inner_state == "carry"
@@ -242,6 +244,7 @@ class Koi(Adapting):
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draws.take(settings.meta_batch_size, place, (start, end))
+            batch = weighted(batch, place)
             return engine.meta_batch(update.phi, batch, settings.num_steps, place)
 
         with preserved_generators(seed):
@@ -249,11 +252,13 @@ class Koi(Adapting):
         state.engine, state.ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             outcome = ranks.mean(own)
+            outcome.check_weight(place)
             moved = Moved(0.0, 0.0)
-            if outcome.losses:
+            if outcome.weight > 0:
                 moved = update.apply(outcome, epsilon, settings.clip_meta)
                 state.keep_after(update.phi, outcome.moments if carry else None, settings)
-            losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
+            losses = mean_ends(outcome.losses, outcome.weights)
+            seconds = time.perf_counter() - began
             record = Record(
                 *(state.iteration, *losses, epsilon, moved.update, seconds),
                 num_skipped=outcome.num_skipped,
@@ -261,6 +266,7 @@ class Koi(Adapting):
             )
             state.history.append(record)
             state.iteration += 1
+            state.owed = owed
         watch.look(outcome, epsilon, moved.update, settings.num_steps)
         return record
 

@@ -10,7 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from koi.configured import Configured
 from koi.errors import ConfigurationError
@@ -29,6 +29,23 @@ class Stored(Configured):
 
     @abstractmethod
     def __init__(self, model: nn.Module, **settings: Any) -> None: ...
+
+    @property
+    def learned_step_sizes(self) -> dict[str, Tensor]:
+        """The inner rates that φ holds, by the names of parameters, as ``learn_step_size`` says.
+
+        They are φ's own tensors: shape of the parameter, or (num_steps,).
+
+        >>> import torch
+        >>> from koi import Koi
+        >>> settings = {"algorithm": "maml", "learn_step_size": "layer", "num_steps": 2}
+        >>> Koi(torch.nn.Linear(1, 1), 0.5, **settings).learned_step_sizes["bias"]
+        tensor([0.5000, 0.5000])
+        """
+        names = self.settings.learned(self.model)
+        params = names.params_of(self.model)
+        rates = self._state.rates(params, names, self.settings)
+        return dict(zip(names.those_adapted(names.params), rates, strict=False))
 
     def averaged(self: AnyLearner) -> AnyLearner:
         """Return a learner whose φ is the exponential mean of this one's, to be used or saved.
@@ -60,7 +77,8 @@ class Stored(Configured):
         other.load_state_dict(self.state_dict())
         names = self.settings.learned(other.model)
         params = names.those_learned(names.params_of(other.model))
-        copy_([*params, *names.buffers_of(other.model)], mean.values)
+        rates = other._state.learned_rates
+        copy_([*params, *rates, *names.buffers_of(other.model)], mean.values)
         return other
 
     def state_dict(self) -> dict[str, Any]:

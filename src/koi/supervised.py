@@ -64,6 +64,7 @@ class SupervisedTask:
         key: an int64 scalar that orders the second and later passes (see `cycled_order`).
         criterion: (predictions, targets) -> scalar.
         batch_size: examples in each inner step; None, or more than there are: all of them.
+        weight: what the task counts in the means of its meta-batch, a scalar; None: 1.
 
     >>> x = torch.linspace(-1, 1, 6).unsqueeze(1)
     >>> task = SupervisedTask(x, 2 * x, x, 2 * x, torch.tensor(0), batch_size=4)
@@ -80,6 +81,7 @@ class SupervisedTask:
     key: Tensor
     criterion: Callable[[Tensor, Tensor], Tensor] = F.mse_loss
     batch_size: int | None = None
+    weight: Tensor | None = None
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the criterion on the support set (of a minibatch: on the minibatch)."""

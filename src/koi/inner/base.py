@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
 from koi.phi.learned import Learned
 from koi.phi.outcome import Outcome, Phi
+from koi.phi.rates import LearnedRates
 from koi.randomness import Place
 from koi.tasks import TaskBatch, views
 
@@ -31,19 +31,6 @@ SHARED_DRAWS = (
     "the loss or the minibatches draw from Python's or NumPy's random generator, and all tasks at "
     "once would share one draw: draw from torch, or in sample()"
 )
-
-_ADVICE = {
-    ".item()": "keep tensors as they are, without .item(), float() or if on their values",
-    "data-dependent": "write torch.where in the place of if on a tensor's values",
-    "escaped from inside": "what is computed again or kept for later (torch.utils.checkpoint) is "
-    "of many tasks then: switch that off, or use vectorize=False",
-    "saved tensor hooks": "switch off what computes activations again (torch.utils.checkpoint), or "
-    "use vectorize=False, compile=False",
-    "setup_context": "give the torch.autograd.Function a setup_context and generate_vmap_rule (of "
-    "torch.utils.checkpoint take use_reentrant=False), or use vectorize=False",
-    # a tensor that stands for many tasks has no memory that NumPy could read
-    "data pointer": "compute with torch, or in sample(), what is now computed with NumPy",
-}
 
 
 @dataclass(frozen=True)
@@ -61,6 +48,7 @@ class InnerLoop:
         scale: the loss scale of float16; None: losses are differentiated as they are.
         layout: how the optimizer groups the parameters; None: as it likes.
         clip: the largest norm of a task's gradient; None: any.
+        learned_rates: how rates that φ holds act; None: it holds none.
     """
 
     learned: Learned
@@ -73,6 +61,12 @@ class InnerLoop:
     scale: LossScale | None = None
     layout: Layout | None = None
     clip: float | None = None
+    learned_rates: LearnedRates | None = None
+
+    @property
+    def through_steps(self) -> bool:
+        """Whether the outer gradient is of what acts inside of the steps, too."""
+        return self.algorithm.second_order or self.learned_rates is not None
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which losses are computed."""
@@ -269,22 +263,3 @@ def drawn_views(batch: TaskBatch, num_steps: int, place: Place, first: int) -> l
         each.append(list(views(task, num_steps)))
     place.set("inner loss", first or None)
     return each
-
-
-def reason_of(error: Exception) -> str:
-    r"""Return in one line why torch could not map or compile a loss.
-
-    >>> reason_of(RuntimeError("backend='inductor' raised:\nNotImplementedError: as_strided"))
-    'NotImplementedError: as_strided'
-    """
-    explained = re.search(r"Explanation: (.*)", str(error))
-    if explained:
-        return explained[1]
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    named = [line for line in lines if not line.endswith("raised:")]
-    return named[0] if named else type(error).__name__
-
-
-def advice_on(error: Exception, otherwise: str) -> str:
-    """Return what to change in a loss that torch could not map or compile."""
-    return next((text for sign, text in _ADVICE.items() if sign in str(error)), otherwise)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from koi.errors import EngineError, KoiError, NonFiniteError
-from koi.inner.base import Engine, InnerLoop, Metric, advice_on, reason_of
+from koi.inner.base import Engine, InnerLoop, Metric
 from koi.inner.checks.selfcheck import DisagreementError, Request, SelfCheck
 from koi.inner.eager import EagerEngine
+from koi.inner.reasons import advice_on, reason_of
 from koi.inner.vectorized import VectorizedEngine
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi

@@ -7,10 +7,10 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ from koi.inner.base import (
     metrics_of,
     scalar,
 )
+from koi.inner.branches import ASKED, CommonBranch
 from koi.inner.functional import PureLoss
 from koi.inner.layers.embedding import EmbeddingPadding
+from koi.inner.layers.libraries import values_unread
 from koi.inner.layers.normalisation import map_normalisation, map_weight_norm
 from koi.inner.layers.recurrence import map_recurrence
 from koi.inner.optimizers.bound import BoundOptimizer, bound_optimizer
@@ -41,7 +43,7 @@ from koi.inner.working import WorkingCopy
 from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, OutcomeMean, Phi
-from koi.randomness import Place, capture, same_host_draws
+from koi.randomness import Place, capture, restore, same_host_draws
 from koi.tasks import (
     TaskBatch,
     check_fields,
@@ -52,6 +54,8 @@ from koi.tasks import (
     views,
     with_tensors,
 )
+
+Result = TypeVar("Result")
 
 
 class VectorizedEngine(SecondOrderEngine):
@@ -79,6 +83,7 @@ class VectorizedEngine(SecondOrderEngine):
         self._constant: dict[int, Tensor] = {}
         self._minibatches_draw = False
         self._looked_at: set[Any] = set()
+        self._branches = False
 
     @torch.enable_grad()
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
@@ -91,13 +96,19 @@ class VectorizedEngine(SecondOrderEngine):
                 adapted = self.run(phi, chunk.stacked, steps, num_steps)
                 assert adapted is not None, "only float16 overflows"
                 kept, losses = self._finite(adapted, first, place)
-            last = -1 if kept is None else max(kept, default=-1)
+            rows = range(len(chunk)) if kept is None else kept
+            weights = chunk.weights_of(rows)
+            last = max((row for row, w in zip(rows, weights, strict=True) if w > 0), default=-1)
+            counts = None
+            if chunk.weights is not None:
+                counts = arithmetic.weights_like(weights, phi.params)
             means.add(
-                means_of(adapted.given, kept),
-                means_of(arithmetic.movements(self.buffers, phi.buffers), kept),
-                [rows[last] for rows in self.constants] if losses else [],
-                means_of(adapted.moments, kept, self.optimizer.per_task(adapted.moments)),
+                means_of(adapted.given, kept, counts),
+                means_of(arithmetic.movements(self.buffers, phi.buffers), kept, counts),
+                [each[last] for each in self.constants] if losses else [],
+                means_of(adapted.moments, kept, counts, self.optimizer.per_task(adapted.moments)),
                 losses,
+                weights,
             )
         return means.outcome(len(batch))
 
@@ -148,8 +159,8 @@ class VectorizedEngine(SecondOrderEngine):
     def loss(self, view: Any, step: int, params: Tensors | None = None) -> Tensor:
         """Return each task's loss, shape (tasks,)."""
         params = self._inner_params() if params is None else params
-        with self._unshared(type(view), step), self.inner.precision(params[0].device):
-            losses, moved = self._mapped(view, step, params)
+        run = partial(self._mapped, view, step, params)
+        losses, moved = self._unshared(run, type(view), step)
         before = [*self.buffers, *self.constants]
         if any(
             a.shape != b.shape or a.dtype != b.dtype for a, b in zip(before, moved, strict=True)
@@ -158,6 +169,11 @@ class VectorizedEngine(SecondOrderEngine):
         split = len(self.buffers)
         self.buffers, self.constants = moved[:split], moved[split:]
         return depends_on_model(losses, view, step)
+
+    def rows(self, tensors: Sequence[Tensor]) -> Tensors:
+        """Return the tensors with a row for each task."""
+        size = self.params[0].shape[0]
+        return [t.expand(size, *t.shape) for t in tensors]
 
     def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         """Return the function mapped over the tasks' tensors; φ is the same for all."""
@@ -208,20 +224,19 @@ class VectorizedEngine(SecondOrderEngine):
 
         fields = everything_of(view)
         own = [None if p is self._constant.get(i) else 0 for i, p in enumerate(params)]
-        mapped: tuple[Tensor, Tensors] = vmap(one, (own, 0, 0), randomness="different")(
-            params, [*self.buffers, *self.constants], tensors_of(view)
+        together: Callable[..., tuple[Tensor, Tensors]] = vmap(
+            one, (own, 0, 0), randomness="different"
         )
-        return mapped
+        branch = CommonBranch(type(view).__name__) if self._branches else nullcontext()
+        with branch, self.inner.precision(params[0].device):
+            return together(params, [*self.buffers, *self.constants], tensors_of(view))
 
     def _measure(self, stacked: Any, curve: Tensors) -> None:
         view = vmap_tasks(lambda task: [query_of(task)], stacked)[0]
         step = len(curve)
         # with gradients, since a loss may be made of derivatives of the model
-        with (
-            self._unshared(type(view), "query", step),
-            self.inner.precision(self.params[0].device),
-        ):
-            curve.append(self._mapped(view, step, self._inner_params())[0].detach())
+        run = partial(self._mapped, view, step, self._inner_params())
+        curve.append(self._unshared(run, type(view), "query", step)[0].detach())
 
     def _views(self, chunk: TaskBatch, num_steps: int, place: Place, first: int) -> list[Any]:
         """Return the stacked tasks as each inner step sees them."""
@@ -229,8 +244,8 @@ class VectorizedEngine(SecondOrderEngine):
             return [chunk.stacked] * num_steps
         if not self._minibatches_draw:
             try:
-                with self._unshared(type(chunk.stacked), "minibatches"):
-                    return vmap_tasks(lambda task: list(views(task, num_steps)), chunk.stacked)
+                run = partial(vmap_tasks, lambda task: list(views(task, num_steps)), chunk.stacked)
+                return self._unshared(run, type(chunk.stacked), "minibatches")
             except RuntimeError as error:
                 if "random" not in str(error):
                     raise
@@ -258,7 +273,7 @@ class VectorizedEngine(SecondOrderEngine):
         device = self.params[0].device.type
         padding = EmbeddingPadding() if self._padded else nullcontext()
         try:
-            with attention_kernel(self.inner, True, device), padding:
+            with attention_kernel(self.inner, True, device), padding, values_unread():
                 yield
         except RuntimeError:
             self.copy.untouched()  # names what torch meets as a tensor that has escaped
@@ -271,17 +286,26 @@ class VectorizedEngine(SecondOrderEngine):
         if self.inner.algorithm.second_order:
             map_weight_norm(module)
 
-    @contextmanager
-    def _unshared(self, *what: Any) -> Iterator[None]:
-        """Refuse draws that all tasks would share; looked for the first time that it is done."""
+    def _unshared(self, run: Callable[[], Result], *what: Any) -> Result:
+        """Run what may not draw what all tasks would share; looked for at the first time.
+
+        Then it is also seen whether it asks for the values of tensors.
+        """
         if what in self._looked_at:
-            yield
-            return
+            return run()
         before = capture()
-        yield
+        try:
+            result = run()
+        except RuntimeError as error:
+            if self._branches or ASKED not in str(error):
+                raise
+            self._branches = True  # not from the start: a mode costs a little at each operation
+            restore(before)
+            result = run()
         if not same_host_draws(before, capture()):
             raise EngineError(SHARED_DRAWS)
         self._looked_at.add(what)
+        return result
 
     def _finite(
         self, adapted: Given, first: int, place: Place
@@ -298,12 +322,16 @@ class VectorizedEngine(SecondOrderEngine):
 
 
 def means_of(
-    tensors: Tensors, kept: list[int] | None, stacked: list[bool] | None = None
+    tensors: Tensors,
+    kept: list[int] | None,
+    weights: Tensor | None = None,
+    stacked: list[bool] | None = None,
 ) -> Tensors:
     """Return the means over the kept rows (None: all); what is not stacked stays as it is."""
     flags = [True] * len(tensors) if stacked is None else stacked
+    tensors = [t.detach() for t in tensors]
     return [
-        (t if kept is None else t[kept]).mean(0).detach() if rows else t.detach()
+        arithmetic.mean_of(t if kept is None else t[kept], weights) if rows else t
         for t, rows in zip(tensors, flags, strict=True)
     ]
 

@@ -12,6 +12,7 @@ from koi.errors import CheckpointError, ConfigurationError
 from koi.settings import check_count
 from koi.training import checkpoint
 from koi.training.checkpoint import Saved
+from koi.training.state import Owed
 from koi.training.watch import warn
 
 _NAME = re.compile(r"iteration-(\d+)\.safetensors")
@@ -31,6 +32,7 @@ class Folder:
         self._path = path
         self._damaged: set[int] = set()
         self.newest: int | None = None  # read or written in this training
+        self.owed: Owed | None = None  # by what is in it
 
     @classmethod
     def given(
@@ -106,7 +108,7 @@ class Folder:
                 self._damaged.add(number)
                 warn(f"{error}; looking for one")
                 continue
-            self.newest = number
+            self.newest, self.owed = number, saved.owed
             return saved
         if ahead and iteration == 0:
             raise CheckpointError(

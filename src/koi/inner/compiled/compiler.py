@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from koi.errors import EngineError, KoiError
-from koi.inner.base import advice_on, reason_of
 from koi.inner.compiled.torch_internals import (
     has_graph,
     kernels_apart,
@@ -25,6 +24,8 @@ from koi.inner.compiled.torch_internals import (
     small_products,
     without_lookup,
 )
+from koi.inner.layers.libraries import values_unread
+from koi.inner.reasons import advice_on, reason_of
 
 log = logging.getLogger("koi")
 _numbers = itertools.count()
@@ -137,7 +138,7 @@ class AsItStands:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the function."""
-        with torch.no_grad():
+        with torch.no_grad(), values_unread():  # which the compiler does not need
             return self._function(*inputs)
 
 
