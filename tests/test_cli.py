@@ -14,7 +14,7 @@ from koi.problems import Sines
 
 def koi(*arguments, cwd):
     """Run the command and return what it did."""
-    command = [sys.executable, "-c", "from koi.lab.cli import main; main()", *arguments]
+    command = [sys.executable, "-m", "koi", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
