@@ -29,6 +29,7 @@ from koi.training.folder import Folder
 from koi.training.interrupts import Interrupts
 from koi.training.logs import Log
 from koi.training.progress import ProgressBar
+from koi.training.sharded import ShardedFolder
 from koi.training.state import Best, Owed, TrainingState
 from koi.training.stepping import Stepping
 from koi.training.validation import Validation
@@ -160,7 +161,8 @@ class Koi(Adapting):
         """
         check_tasks(tasks)
         self._state.check_idle("koi.train")
-        folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
+        kind = Folder if self.settings.learned(self.model).shards is None else ShardedFolder
+        folder = kind.given(checkpoint_dir, checkpoint_every, resume)
         callbacks = tuple(callbacks)
         state, total = self._state, self.settings.num_iterations
         kept = validate_every, keep_best, patience, folder
@@ -281,7 +283,8 @@ class Koi(Adapting):
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
         device, carry = self._phi(ready, settings).params[0].device, settings.inner_state == "carry"
-        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts)
+        shards = ready.inner.learned.shards
+        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts, shards)
         start.begin(self, self._state, tasks, callbacks, folder, resume, ranks)
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out

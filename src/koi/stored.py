@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from koi.configured import Configured
-from koi.errors import ConfigurationError
+from koi.errors import CheckpointError, ConfigurationError
 from koi.phi.arithmetic import copy_
 from koi.phi.learned import copy_module
 from koi.training import checkpoint
@@ -120,6 +120,11 @@ class Stored(Configured):
         Raises:
             CheckpointError: it cannot be written.
         """
+        if self.settings.learned(self.model).shards is not None:
+            raise CheckpointError(
+                "koi.save writes one file, and a sharded model lies on several ranks: train with "
+                "checkpoint_dir, or give torch.distributed.checkpoint koi.model.state_dict()"
+            )
         checkpoint.save(self, self._state, Path(path))
 
     @classmethod

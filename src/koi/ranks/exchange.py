@@ -104,10 +104,10 @@ class Buffer:
         self._set(6, 0, [end])
         self._set(7, 0, [constants])
 
-    def reduce(self) -> Told:
-        """Sum over the ranks and return the figures."""
+    def reduce(self, group: dist.ProcessGroup | None = None) -> Told:
+        """Sum over the ranks, or those of a group, and return the figures."""
         self._flat[self._size :] = torch.tensor(self._figures, dtype=self._flat.dtype)
-        dist.all_reduce(self._flat)
+        dist.all_reduce(self._flat, group=group)
         figures = self._flat[self._size :].tolist()
         losses, weights, counts, failed, digests, stop, end, constants = (
             figures[start:end] for start, end in itertools.pairwise(self._places)
