@@ -20,14 +20,14 @@ PACKAGE = SRC / "koi"
 # lower in the table. Inside a room, files import each other freely. "koi" is koi/__init__.py, the
 # door; who imports names from the door, as a user does, has "koi" in its row.
 _TABLE = {
-    "koi": "learner evaluation phi records supervised clients tasks errors",
+    "koi": "learner evaluation ragged phi records supervised clients tasks errors",
     "lab": "koi plots recipes problems models fewshot "
     "training evaluation storage files randomness errors",
     "plots": "evaluation records",
     "recipes": "problems models fewshot phi tasks errors",
     "problems": "fewshot storage files memory supervised tasks errors",
     "models": "",
-    "fewshot": "evaluation files memory supervised tasks randomness errors",
+    "fewshot": "evaluation files memory ragged supervised tasks randomness errors",
     "learner": "adapting engines training ranks configured settings "
     "sampling phi records randomness errors",
     "adapting": "stored engines settings evaluation sampling inner phi randomness",
@@ -41,13 +41,14 @@ _TABLE = {
     "allowed": "algorithms errors",
     "evaluation": "sampling tasks randomness errors",
     "sampling": "tasks randomness errors",
-    "inner": "algorithms phi tasks randomness errors",
+    "inner": "algorithms phi ragged tasks randomness errors",
     "algorithms": "phi errors",
     "phi": "errors",
     "records": "",
     "storage": "files memory errors",
     "files": "",
     "memory": "",
+    "ragged": "supervised tasks errors",
     "supervised": "tasks",
     "clients": "errors",
     "tasks": "errors",

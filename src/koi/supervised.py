@@ -32,9 +32,14 @@ def cycled_order(key: Tensor, size: int, batch_size: int, num_steps: int) -> Ten
     order = torch.arange(size, device=key.device).unsqueeze(0)
     if num_passes > 1:
         count = torch.arange(size, num_passes * size, device=key.device)
-        noise = _mixed(key + count * 0x9E3779B9).reshape(num_passes - 1, size)
+        noise = later_passes(key, count).reshape(num_passes - 1, size)
         order = torch.cat([order, noise.argsort(dim=1)])
     return order.reshape(-1)[:needed].reshape(num_steps, batch_size)
+
+
+def later_passes(key: Tensor, numbers: Tensor) -> Tensor:
+    """Return the noise by which the examples of later passes are ordered, by their numbers."""
+    return _mixed(key + numbers * 0x9E3779B9)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -145,6 +145,8 @@ def check_fields(task: Any, before: dict[str, Any]) -> None:
 def stack(tasks: Sequence[Any]) -> Any:
     """Return one task whose tensors have the tasks' tensors along a new first dimension.
 
+    A class with a static method ``of_one_shape(tasks)`` makes of them what can be stacked.
+
     Raises:
         EngineError: the tasks are not tensor tasks of one class, differ in their settings, or
             their tensors differ in shape, type or device.
@@ -157,6 +159,10 @@ def stack(tasks: Sequence[Any]) -> Any:
                 f"one meta-batch holds {type(first).__name__} and {type(task).__name__}: "
                 "tasks that run at once must be of one class"
             )
+    if hasattr(type(first), "of_one_shape"):
+        tasks = type(first).of_one_shape(tasks)
+        first = tasks[0]
+        names = list(tensors_of(first))
     settings = settings_of(first)
     for task in tasks[1:]:
         others = settings_of(task)
@@ -246,8 +252,10 @@ class TaskBatch:
         place: dict[str, Any] = {"first": self.first + start, "weights": weights}
         if "stacked" in self.__dict__:
             rows = {name: tensor[start:end] for name, tensor in tensors_of(self.stacked).items()}
-            return TaskBatch(stacked=with_tensors(self.stacked, rows), **place)
-        return TaskBatch(tasks=self.tasks[start:end], **place)
+            place["stacked"] = with_tensors(self.stacked, rows)
+        if "tasks" in self.__dict__:  # which padding has left as they are
+            place["tasks"] = self.tasks[start:end]
+        return TaskBatch(**place)
 
     def filled(self, size: int) -> TaskBatch:
         """Return these tasks followed by repetitions of the first, ``size`` in all."""

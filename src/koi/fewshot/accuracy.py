@@ -132,7 +132,8 @@ def both_ways(model: nn.Module, task: SupervisedTask) -> Tensor:
     """
     together = model(task.query_inputs)
     alone = inductive_scores(model, task.support_inputs, task.query_inputs)
-    right = [scores.argmax(-1) == task.query_targets for scores in (together, alone)]
+    ways = getattr(task, "num_ways", None)  # of a ragged task; None: all outputs
+    right = [scores[:, :ways].argmax(-1) == task.query_targets for scores in (together, alone)]
     return torch.stack(right).double().mean(1)
 
 
