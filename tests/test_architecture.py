@@ -49,7 +49,7 @@ _TABLE = {
     "storage": "files memory errors",
     "files": "",
     "memory": "",
-    "supervised": "tasks",
+    "supervised": "tasks randomness",
     "clients": "errors",
     "tasks": "errors",
     "randomness": "",

@@ -15,9 +15,8 @@ from koi.fewshot import Accuracy, LabelledData
 from koi.fewshot.accuracy import both_ways
 from koi.lab.runs.folder import Config, Run
 from koi.lab.runs.kinds import RUN, what_is
-from koi.recipes import FewShotRecipe
 
-# Tasks that are adapted to at once.
+# Tasks that are adapted to at once on a CPU; on a GPU as many as are drawn together.
 _CHUNK = 20
 
 
@@ -74,8 +73,8 @@ def measuring_learner(checkpoint: Path, config: Config, num_shots: int) -> Koi:
     It is not compiled: a graph for each number of shots would take longer than it saves. A task on
     which it diverges is left out and counted: it must not end a training that is being watched.
     """
-    recipe: FewShotRecipe = config.recipe
-    model, settings = recipe.model().to(config.device), _measuring(recipe, num_shots)
+    recipe = config.recipe
+    model, settings = recipe.model().to(config.device), _measuring(config, num_shots)
     return Koi.load(checkpoint, model, **recipe.code(), **settings)
 
 
@@ -83,17 +82,17 @@ def measuring_copy(learner: Koi, config: Config, num_shots: int) -> Koi:
     """Return a learner as `measuring_learner` does, of what ``learner`` is now."""
     copy = Koi(config.recipe.model().to(config.device), **vars(learner.settings))
     copy.load_state_dict(learner.state_dict())
-    for name, value in _measuring(config.recipe, num_shots).items():
+    for name, value in _measuring(config, num_shots).items():
         setattr(copy, name, value)
     return copy
 
 
-def _measuring(recipe: FewShotRecipe, num_shots: int) -> dict[str, Any]:
+def _measuring(config: Config, num_shots: int) -> dict[str, Any]:
     return {
-        "num_steps": recipe.adaptation(num_shots).num_steps,
+        "num_steps": config.recipe.adaptation(num_shots).num_steps,
         "compile": False,
         "vectorize": "auto",
-        "chunk_size": _CHUNK,
+        "chunk_size": _CHUNK if config.device == "cpu" else None,
         "on_nonfinite": "skip",
     }
 
