@@ -113,7 +113,9 @@ def results(learner, tasks):
 
 
 @pytest.mark.usefixtures("float64", "untraced", "one_thread")
-@pytest.mark.parametrize(("name", "engine", "batch_size", "algorithm"), list(dict.fromkeys(cases())))
+@pytest.mark.parametrize(
+    ("name", "engine", "batch_size", "algorithm"), list(dict.fromkeys(cases()))
+)
 def test_as_one_by_one(name, engine, batch_size, algorithm):
     """In φ, buffers, moments, record and curves; the twin slices and averages by hand."""
     make, shape = MODELS[name]

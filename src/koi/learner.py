@@ -20,7 +20,7 @@ from koi.randomness import Place, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
 from koi.sampling import check_tasks, weighted
-from koi.settings import Settings
+from koi.settings import Settings, check_count
 from koi.training import start
 from koi.training.autosave import Autosave
 from koi.training.draws import Draws
@@ -118,6 +118,7 @@ class Koi(Adapting):
         validate_every: int = 500,
         keep_best: bool = True,
         patience: int | None = None,
+        workers: int = 0,
     ) -> nn.Module:
         """Run the meta-iterations that are left and return the model, its weights at φ.
 
@@ -147,12 +148,14 @@ class Koi(Adapting):
             keep_best: whether φ is at the end that of the best validation (`best` says which), and
                 is kept as best.safetensors in checkpoint_dir. Checkpoints go on from the last φ.
             patience: validations in a row without a new best, after which training ends.
+            workers: processes that draw the tasks of the next meta-iterations meanwhile (each
+                rank's own, with torch's DataLoader): the same tasks as without. 0: none.
 
         Raises:
-            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number, or
-                log_dir cannot be used.
+            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number,
+                log_dir cannot be used, or workers would draw other tasks.
             CheckpointError: a checkpoint cannot be written, or does not fit model or settings.
-            TaskError: a loss that is no scalar or does not depend on the model.
+            TaskError: a loss that is no scalar or does not depend on the model, or a dead worker.
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
@@ -162,7 +165,8 @@ class Koi(Adapting):
         state, total = self._state, self.settings.num_iterations
         kept = validate_every, keep_best, patience, folder
         validation = Validation(self, state, validate, self._validation_loss, *kept)
-        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume)
+        check_count("workers", workers, least=0)
+        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume, workers)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
         duties = Duties(self, state, validation, callbacks, ranks)
@@ -170,7 +174,7 @@ class Koi(Adapting):
         with ranks.agreed():
             logged = log_dir if ranks.first else None
             log = Log(logged, state.history, total, resume, saver.first_line)
-        with bar, self._interrupts, ranks.training(update.phi), saver, log, state.training():
+        with bar, self._interrupts, ranks.training(update.phi), saver, log, draws, state.training():
             start.let_go(state, saves=saver.saves)
             duties.catch_up(bar)
             while state.iteration < self.settings.num_iterations:
@@ -267,7 +271,12 @@ class Koi(Adapting):
         return record
 
     def _begin(
-        self, tasks: Any, callbacks: tuple[Callback, ...], folder: Folder | None, resume: bool
+        self,
+        tasks: Any,
+        callbacks: tuple[Callback, ...],
+        folder: Folder | None,
+        resume: bool,
+        workers: int = 0,
     ) -> tuple[Ranks, Ready, Watch, Draws]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
@@ -277,9 +286,11 @@ class Koi(Adapting):
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out
         watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
+        if workers:
+            self._state.draw_seed(settings)
         place = Place(self._state.seed(settings), "meta-iteration", self._state.iteration)
         with ranks.agreed():
-            draws = Draws(tasks, settings.meta_batch_size, ranks.share, place)
+            draws = Draws(self, tasks, ranks.share, place, workers)
         return ranks, ready, watch, draws
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from koi.errors import ConfigurationError, EngineError, TaskError
-from koi.supervised import SupervisedTask, later_passes
+from koi.randomness import split_mix
+from koi.supervised import SupervisedTask
 from koi.tasks import tensor_task, with_tensors
 
 # There is always a row of padding, so that the check of an engine on the first tasks (in
@@ -240,7 +241,9 @@ def cycled_order_of_some(
     rows = torch.arange(size, device=key.device)
     places = torch.arange(needed, device=key.device)
     numbers = torch.arange(1, num_passes, device=key.device).unsqueeze(1) * count + rows
-    noise = later_passes(key, numbers).masked_fill(rows >= count, torch.iinfo(torch.int64).max)
+    noise = split_mix(key + numbers * 0x9E3779B9).masked_fill(
+        rows >= count, torch.iinfo(torch.int64).max
+    )
     order = torch.cat([rows.unsqueeze(0), noise.argsort(dim=1)]).flatten()
     number = (places // count).clamp(max=num_passes - 1)
     cycled = order[number * size + places % count].reshape(num_steps, batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -14,10 +15,12 @@ from torch.nn import functional as F
 from koi.errors import CheckpointError, ConfigurationError, DataError
 from koi.fewshot.data import labelled
 from koi.ragged import RaggedTask
+from koi.randomness import split_mix
 from koi.supervised import SupervisedTask
 from koi.tasks import TaskBatch
 
 _SHOWN = 3
+_GOLDEN = -7046029254386353131  # 2⁶⁴ times the golden ratio's fraction, the step of SplitMix64
 
 
 class Episodes:
@@ -42,7 +45,9 @@ class Episodes:
         num_shots: support examples of each class; likewise.
         num_queries: query examples of each class.
         batch_size: support examples in each inner step; None, or more than there are: all.
-        device: where the tasks' tensors go; None: where the data are.
+        device: where the tasks' tensors go, and with them the data, so that drawing a task copies
+            nothing (but see `LabelledData.to`); None: where the data are. A seed's tasks are the
+            same on every device.
 
     Raises:
         ConfigurationError: numbers that are no positive whole numbers, or too many ways.
@@ -69,14 +74,15 @@ class Episodes:
         batch_size: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.data = labelled(data)
+        self.data = labelled(data) if device is None else labelled(data).to(device)
         self.num_ways = num_ways
         self.num_shots = num_shots
         self.num_queries = num_queries
         self.batch_size = batch_size
         self.device = device
         self._check()
-        self._counts = torch.tensor(self.data.counts)
+        self._counts = torch.tensor(self.data.counts, device=self.data.device)
+        self._most = max(self.data.counts)
         # one string, since a training copies this state at every meta-iteration
         self._names = json.dumps(self.data.classes, ensure_ascii=False)
 
@@ -109,26 +115,30 @@ class Episodes:
     def _batch(
         self, ways: int, shots: int, num_tasks: int, first: int = 0, total: int | None = None
     ) -> SupervisedTask:
-        rows, num_tasks = slice(first, first + num_tasks), total or first + num_tasks
-        # the largest of uniform numbers, in falling order, are a draw without replacement
-        classes = torch.rand(num_tasks, len(self.data)).topk(ways).indices
-        examples = self._examples(classes, shots + self.num_queries)
-        order = torch.rand(num_tasks, ways * shots).argsort(1)
-        support_targets = torch.arange(ways).repeat_interleave(shots)[order]
-        query_targets = torch.arange(ways).repeat_interleave(self.num_queries).repeat(num_tasks, 1)
+        device = self.data.device
+        # each row's largest numbers in falling order, or the order of all, are a draw without
+        # replacement
+        shapes = (len(self.data),), (ways, self._most), (ways * shots,), (ways * self.num_queries,)
+        noise = self._noise(total or first + num_tasks, *shapes, ())
+        by_class, by_example, by_support, by_query, key = (
+            part[first : first + num_tasks] for part in noise
+        )
+        classes = by_class.topk(ways).indices
+        examples = self._examples(classes, by_example, shots + self.num_queries)
+        order = by_support.argsort(1)
+        # a model that looks across the queries could tell the class by the place
+        shuffled = by_query.argsort(1)
+        numbers = torch.arange(ways, device=device)
+        support_targets = numbers.repeat_interleave(shots)[order]
+        query_targets = numbers.repeat_interleave(self.num_queries)[shuffled]
         support = classes.gather(1, support_targets), examples[..., :shots].flatten(1)
         query = classes.gather(1, query_targets), examples[..., shots:].flatten(1)
-        key = torch.randint(2**62, (num_tasks,))
-        # a model that looks across the queries could tell the class by the place
-        shuffled = torch.rand(query_targets.shape).argsort(1)
-        support = support[0], support[1].gather(1, order)
-        query = query[0].gather(1, shuffled), query[1].gather(1, shuffled)
         return SupervisedTask(
-            self._placed(self.data.take(*(numbers[rows] for numbers in support))),
-            self._placed(support_targets[rows]),
-            self._placed(self.data.take(*(numbers[rows] for numbers in query))),
-            self._placed(query_targets.gather(1, shuffled)[rows]),
-            self._placed(key[rows]),
+            self._placed(self.data.take_known(support[0], support[1].gather(1, order))),
+            self._placed(support_targets),
+            self._placed(self.data.take_known(query[0], query[1].gather(1, shuffled))),
+            self._placed(query_targets),
+            self._placed(key),
             criterion=F.cross_entropy,
             batch_size=self.batch_size,
         )
@@ -154,11 +164,23 @@ class Episodes:
             "that no class that was kept for a test is trained on"
         )
 
-    def _examples(self, classes: Tensor, count: int) -> Tensor:
+    def _noise(self, num_tasks: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Return random whole numbers, of each task in these shapes, no two alike.
+
+        They follow from one number of torch's generator of the CPU, so that the tasks are the same
+        wherever the data are, and nothing is copied there.
+        """
+        sizes = [num_tasks * math.prod(shape) for shape in shapes]
+        start = int(torch.randint(2**62, ()))
+        places = torch.arange(sum(sizes), device=self.data.device)
+        noise = split_mix(start + places * _GOLDEN).split(sizes)
+        return [part.reshape(num_tasks, *shape) for part, shape in zip(noise, shapes, strict=True)]
+
+    def _examples(self, classes: Tensor, noise: Tensor, count: int) -> Tensor:
         """Draw so many examples of each class, shape (tasks, ways, count): support comes first."""
         counts = self._counts[classes].unsqueeze(-1)
-        noise = torch.rand(*classes.shape, int(self._counts.max()))
-        noise[torch.arange(noise.shape[-1]) >= counts] = -1
+        missing = torch.arange(self._most, device=counts.device) >= counts
+        noise = noise.masked_fill(missing, torch.iinfo(torch.long).min)
         return noise.topk(count).indices
 
     def _placed(self, tensor: Tensor) -> Tensor:
