@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from koi.errors import ConfigurationError
 from koi.phi.outcome import Outcome
 from koi.phi.schedules import value_at
 from koi.phi.update import MetaUpdate, Moved
-from koi.randomness import Place, preserved_generators
+from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
 from koi.sampling import check_tasks
@@ -156,12 +157,27 @@ class Koi(Adapting):
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        self._state.check_idle("koi.train")
         folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
-        callbacks = tuple(callbacks)
+        validation = Validation(
+            *(self, self._state, validate, self._validation_loss),
+            *(validate_every, keep_best, patience, folder),
+        )
+        with self._state.training("koi.train"), folder or nullcontext():
+            arguments = tasks, tuple(callbacks), validation, progress
+            return self._train(*arguments, folder, checkpoint_every, resume, log_dir)
+
+    def _train(
+        self,
+        tasks: Any,
+        callbacks: tuple[Callback, ...],
+        validation: Validation,
+        progress: bool | None,
+        folder: Folder | None,
+        checkpoint_every: int | None,
+        resume: bool,
+        log_dir: str | os.PathLike[str] | None,
+    ) -> nn.Module:
         state, total = self._state, self.settings.num_iterations
-        kept = validate_every, keep_best, patience, folder
-        validation = Validation(self, state, validate, self._validation_loss, *kept)
         ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
@@ -170,15 +186,16 @@ class Koi(Adapting):
         with ranks.agreed():
             logged = log_dir if ranks.first else None
             log = Log(logged, state.history, total, resume, saver.first_line)
-        with bar, self._interrupts, ranks.training(update.phi), saver, log, state.training():
+        with bar, self._interrupts, ranks.training(update.phi), saver, log:
             start.let_go(state, saves=saver.saves)
             duties.catch_up(bar)
             while state.iteration < self.settings.num_iterations:
                 if ranks.ending or validation.exhausted:
                     break
                 saver.before_iteration()
-                ready = self._ready(ready)  # a callback may have changed anything
-                self._meta_iteration(draws, ready, watch, ranks, duties.new())
+                with alone():
+                    ready = self._ready(ready)  # a callback may have changed anything
+                    self._meta_iteration(draws, ready, watch, ranks, duties.new())
                 duties.do(bar)
                 log.after_iteration(saver.due)
                 saver.after_iteration()
@@ -205,8 +222,11 @@ class Koi(Adapting):
         [0, 1, 2]
         """
         check_tasks(tasks)
+        with self._state.training("koi.step"):
+            return self._step(tasks)
+
+    def _step(self, tasks: Any) -> Record:
         state = self._state
-        state.check_idle("koi.step")
         if state.iteration >= self.settings.num_iterations:
             raise ConfigurationError(
                 [
@@ -219,7 +239,7 @@ class Koi(Adapting):
             kept.ranks, kept.ready, kept.watch, kept.draws = self._begin(tasks, (), None, False)
             start.let_go(state, saves=False)
             kept.tasks = tasks
-        with self._interrupts, state.training():
+        with self._interrupts, alone():
             kept.ready = self._ready(kept.ready)
             return self._meta_iteration(kept.draws, kept.ready, kept.watch, kept.ranks)
 
