@@ -7,9 +7,11 @@ shorter round.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ import mortal_run
 from faults_among_callbacks import among_callbacks
 from faults_long import interrupted, killed, same, terminated
 from faults_together import in_one_folder, in_two_threads
-from koi import CheckpointError, Koi, KoiWarning, NonFiniteError, storage
+from koi import CheckpointError, Koi, KoiWarning, NonFiniteError, TaskError, storage
 from toys import Regression, Regressions, small_net, snapshot
 
 _draw = random.SystemRandom()
@@ -40,12 +42,12 @@ class Run:
         self.folder = folder
         self.koi = Koi(small_net(), **SETTINGS | {"seed": 0} | settings)
 
-    def train(self, tasks=None, callbacks=()) -> dict:
+    def train(self, tasks=None, callbacks=(), workers=0) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KoiWarning)
             tasks = Regressions() if tasks is None else tasks
             options = {"checkpoint_every": 1, "resume": True}
-            self.koi.train(tasks, None, callbacks, self.folder, **options)
+            self.koi.train(tasks, None, callbacks, self.folder, **options, workers=workers)
         return snapshot(self.koi.model)
 
 
@@ -216,6 +218,34 @@ def raising_task(times: int) -> int:
     return in_a_task(times, fail, ZeroDivisionError)
 
 
+def dead_worker(times: int) -> int:
+    """kill -9 of a worker that draws ahead; the training stops with its name, and goes on."""
+    lost = 0
+    with tempfile.TemporaryDirectory() as name:
+        end = Run(Path(name) / "whole").train()
+        for number in range(times):
+            run, phi, at = Run(Path(name) / str(number)), {}, _draw.randrange(10)
+            killed = []
+
+            def kill(koi, record, at=at, phi=phi, killed=killed):
+                phi.update(snapshot(koi.model))
+                if record.iteration == at:
+                    process = _draw.choice(multiprocessing.active_children())
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+
+            try:
+                run.train(callbacks=[kill], workers=2)
+                lost += 1  # its tasks are missing
+            except TaskError as error:
+                lost += f"worker process {killed[0]}," not in str(error)
+            lost += (
+                not same(snapshot(run.koi.model), phi) or multiprocessing.active_children() != []
+            )
+            lost += not same(run.train(workers=1), end)
+    return lost
+
+
 def torchrun(folder: Path, victim: int, at: int) -> int:
     """Run the script whose rank dies once; return torchrun's exit code."""
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -278,6 +308,7 @@ FAULTS = [
     Fault("folder that cannot be written", read_only_folder, 100, 10),
     Fault("loss that is NaN", nan_task, 100, 10),
     Fault("loss that raises", raising_task, 100, 10),
+    Fault("worker that draws ahead dies", dead_worker, 40, 2),
     Fault("rank that dies under torchrun", dead_rank, 4, 0),
     Fault("link cut between two nodes", cut_link, 1, 0),
 ]

@@ -52,7 +52,9 @@ def meta_train(
             epsilon = meta_step_size(iteration / num_iterations)
 
         gradients, adapted_models, states = [], [], []
-        for task in [tasks.sample() for _ in range(meta_batch_size)]:
+        batch = [tasks.sample() for _ in range(meta_batch_size)]
+        counts = [count_of(task) for task in batch]
+        for task in batch:
             steps = views(task, num_steps)
             query = task.query if hasattr(task, "query") else steps[-1]
             if algorithm == "maml":  # first, since a loss may change what is the task's own
@@ -77,7 +79,7 @@ def meta_train(
             states.append(final_state)
 
         for param, *grads in zip(everything, *gradients, strict=True):
-            param.grad = sum(grads) / meta_batch_size
+            param.grad = mean(grads, counts)
         if clip_meta is not None:
             torch.nn.utils.clip_grad_norm_(everything, clip_meta)
         if outer is not None:
@@ -92,9 +94,9 @@ def meta_train(
                 for param in everything:
                     param -= epsilon * param.grad
         model.zero_grad()
-        move_buffers(model, adapted_models, min(epsilon, 1.0) if outer else epsilon)
+        move_buffers(model, adapted_models, counts, min(epsilon, 1.0) if outer else epsilon)
         if inner_state == "carry":
-            state = mean_state(states)
+            state = mean_state(states, counts)
         if average is not None:
             weights = average * weights + 1
             pairs = zip(means, learned(model, learns), strict=True)
@@ -316,17 +318,28 @@ def coordinates(tensor):
 
 
 @torch.no_grad()
-def move_buffers(model, adapted_models, epsilon):
+def move_buffers(model, adapted_models, counts, epsilon):
     """φ_b ← φ_b + ε · mean(φ̃_b − φ_b); what no task changed stays, and what is infinite with it.
 
-    Integers and flags, which have no mean, become what the last task left.
+    Integers and flags, which have no mean, become what the last task that counts left.
     """
     for mine, *theirs in zip(model.buffers(), *(m.buffers() for m in adapted_models), strict=True):
         if mine.is_floating_point() or mine.is_complex():
             moves = [torch.where(its == mine, 0, its - mine) for its in theirs]
-            mine += epsilon * sum(moves) / len(moves)
+            mine += epsilon * mean(moves, counts)
         elif epsilon > 0:
-            mine.copy_(theirs[-1])
+            mine.copy_([its for its, count in zip(theirs, counts, strict=True) if count > 0][-1])
+
+
+def count_of(task):
+    """Return what a task counts in the mean."""
+    weight = getattr(task, "weight", None)
+    return 1 if weight is None else float(weight)
+
+
+def mean(values, counts):
+    """Return the mean of values of which each counts so much."""
+    return sum(c * v for c, v in zip(counts, values, strict=True)) / sum(counts)
 
 
 def moved_numbers(fresh, after):
@@ -343,27 +356,28 @@ def moved_numbers(fresh, after):
     }
 
 
-def mean_state(states):
+def mean_state(states, counts):
     """Return the mean over tasks of what their optimizers keep, zero where one keeps nothing.
 
     That is {parameter: {name: value}}, and {name: value} for every parameter group.
     """
     kept = [s["state"] for s in states]
     slots = {(index, name) for one in kept for index in one for name in one[index]}
-    mean = {index: {} for index, _ in sorted(slots)}
+    means = {index: {} for index, _ in sorted(slots)}
     for index, name in slots:
-        mean[index][name] = sum(s.get(index, {}).get(name, 0) for s in kept) / len(states)
+        means[index][name] = mean([s.get(index, {}).get(name, 0) for s in kept], counts)
     groups = []
     for each in zip(*(s["groups"] for s in states), strict=True):
         names = set().union(*each)
-        groups.append({name: mean_number([group[name] for group in each]) for name in names})
-    return {"state": mean, "groups": groups}
+        values = {name: [group[name] for group in each] for name in names}
+        groups.append({name: mean_number(each, counts) for name, each in values.items()})
+    return {"state": means, "groups": groups}
 
 
-def mean_number(values):
+def mean_number(values, counts):
     """Return the mean; a number that all tasks agree on, such as a count, stays what it is."""
     same = all(bool(value == values[0]) for value in values)
-    return values[0] if same else sum(values) / len(values)
+    return values[0] if same else mean(values, counts)
 
 
 def learned(model, names=None):

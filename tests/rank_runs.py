@@ -89,6 +89,15 @@ class Noises(Regressions):
         return Noisy(task.inputs, task.targets)
 
 
+class Weighted(Regressions):
+    """Weights of 0, 1 and 2."""
+
+    def sample(self):
+        task = super().sample()
+        task.weight = torch.randint(3, ())
+        return task
+
+
 class Together(Regressions):
     """Draws many at once, and a part of them alone, each from a seed of its own."""
 
@@ -177,7 +186,13 @@ def clients(rank, secret=False):
     return snapshot(koi.model)
 
 
-KINDS = {"plain": Regressions, "own": Own, "counted": Counted, "noise": Noises}
+KINDS = {
+    "plain": Regressions,
+    "own": Own,
+    "counted": Counted,
+    "noise": Noises,
+    "weighted": Weighted,
+}
 
 
 def one_by_one(rank, kind, settings, **options):

@@ -60,9 +60,9 @@ def test_same_as_one_process(engine, size, on_ranks):
             assert_close(rank, together[0], tolerance=0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise"])
+@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise", "weighted"])
 def test_tasks_of_every_kind(kind, on_ranks):
-    """With a generator of their own, with a state, with a loss that draws."""
+    """With a generator of their own, with a state, with a loss that draws, with weights."""
     alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
     torch.manual_seed(100)  # as rank 0 of the pool
     alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
@@ -259,12 +259,13 @@ def test_checksums_on_request(on_ranks):
 
 
 def test_one_buffer_for_each_meta_iteration(on_ranks):
-    """3 → 4 → 2: 26 parameters; 5 × 2 losses; counts, failures, checksums of 2 ranks; three flags.
+    """3 → 4 → 2: 26 parameters; 5 × 2 losses and 5 weights; counts, failures and checksums of 2
+    ranks; three flags.
 
     Adam adds two moments for each parameter and four counts, for each of its tensors one. Each is
     reduced twice: in the meta-iteration, and to part.
     """
-    figures = 10 + 2 + 2 + 6 + 3
+    figures = 10 + 5 + 2 + 2 + 6 + 3
     for sizes in on_ranks(2, rank_runs.bytes_sent):
         assert sizes == 2 * [4 * (26 + figures)] + 2 * [4 * (3 * 26 + 4 + figures)]
 

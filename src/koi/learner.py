@@ -20,8 +20,8 @@ from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
-from koi.sampling import check_tasks
-from koi.settings import Settings
+from koi.sampling import check_tasks, weighted
+from koi.settings import Settings, check_count
 from koi.training import start
 from koi.training.autosave import Autosave
 from koi.training.draws import Draws
@@ -119,6 +119,7 @@ class Koi(Adapting):
         validate_every: int = 500,
         keep_best: bool = True,
         patience: int | None = None,
+        workers: int = 0,
     ) -> nn.Module:
         """Run the meta-iterations that are left and return the model, its weights at φ.
 
@@ -148,15 +149,19 @@ class Koi(Adapting):
             keep_best: whether φ is at the end that of the best validation (`best` says which), and
                 is kept as best.safetensors in checkpoint_dir. Checkpoints go on from the last φ.
             patience: validations in a row without a new best, after which training ends.
+            workers: processes that draw the tasks of the next meta-iterations meanwhile (each
+                rank's own, with torch's DataLoader): the same tasks as without. 0: none.
 
         Raises:
-            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number, or
-                log_dir cannot be used.
-            CheckpointError: a checkpoint cannot be written, or does not fit model or settings.
-            TaskError: a loss that is no scalar or does not depend on the model.
+            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number,
+                log_dir cannot be used, or workers would draw other tasks.
+            CheckpointError: a checkpoint cannot be written, or does not fit model or settings;
+                another training uses the folder, or this learner.
+            TaskError: a loss that is no scalar or does not depend on the model, or a dead worker.
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
+        check_count("workers", workers, least=0)
         folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
         validation = Validation(
             *(self, self._state, validate, self._validation_loss),
@@ -164,7 +169,7 @@ class Koi(Adapting):
         )
         with self._state.training("koi.train"), folder or nullcontext():
             arguments = tasks, tuple(callbacks), validation, progress
-            return self._train(*arguments, folder, checkpoint_every, resume, log_dir)
+            return self._train(*arguments, folder, checkpoint_every, resume, log_dir, workers)
 
     def _train(
         self,
@@ -176,9 +181,10 @@ class Koi(Adapting):
         checkpoint_every: int | None,
         resume: bool,
         log_dir: str | os.PathLike[str] | None,
+        workers: int,
     ) -> nn.Module:
         state, total = self._state, self.settings.num_iterations
-        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume)
+        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume, workers)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
         duties = Duties(self, state, validation, callbacks, ranks)
@@ -186,7 +192,7 @@ class Koi(Adapting):
         with ranks.agreed():
             logged = log_dir if ranks.first else None
             log = Log(logged, state.history, total, resume, saver.first_line)
-        with bar, self._interrupts, ranks.training(update.phi), saver, log:
+        with bar, self._interrupts, ranks.training(update.phi), saver, log, draws:
             start.let_go(state, saves=saver.saves)
             duties.catch_up(bar)
             while state.iteration < self.settings.num_iterations:
@@ -260,6 +266,7 @@ class Koi(Adapting):
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draws.take(settings.meta_batch_size, place, (start, end))
+            batch = weighted(batch, place)
             return engine.meta_batch(update.phi, batch, settings.num_steps, place)
 
         with preserved_generators(seed):
@@ -267,11 +274,13 @@ class Koi(Adapting):
         state.engine, state.ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             outcome = ranks.mean(own)
+            outcome.check_weight(place)
             moved = Moved(0.0, 0.0)
-            if outcome.losses:
+            if outcome.weight > 0:
                 moved = update.apply(outcome, epsilon, settings.clip_meta)
                 state.keep_after(update.phi, outcome.moments if carry else None, settings)
-            losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
+            losses = mean_ends(outcome.losses, outcome.weights)
+            seconds = time.perf_counter() - began
             record = Record(
                 *(state.iteration, *losses, epsilon, moved.update, seconds),
                 num_skipped=outcome.num_skipped,
@@ -284,7 +293,12 @@ class Koi(Adapting):
         return record
 
     def _begin(
-        self, tasks: Any, callbacks: tuple[Callback, ...], folder: Folder | None, resume: bool
+        self,
+        tasks: Any,
+        callbacks: tuple[Callback, ...],
+        folder: Folder | None,
+        resume: bool,
+        workers: int = 0,
     ) -> tuple[Ranks, Ready, Watch, Draws]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
@@ -294,9 +308,11 @@ class Koi(Adapting):
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out
         watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
+        if workers:
+            self._state.draw_seed(settings)
         place = Place(self._state.seed(settings), "meta-iteration", self._state.iteration)
         with ranks.agreed():
-            draws = Draws(tasks, settings.meta_batch_size, ranks.share, place)
+            draws = Draws(self, tasks, ranks.share, place, workers)
         return ranks, ready, watch, draws
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:

@@ -74,6 +74,24 @@ def mix(seed: int, *where: int | str | None) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
+def split_mix(numbers: Tensor) -> Tensor:
+    """Return SplitMix64's output function (Steele, Lea, Flood 2014) of int64 numbers.
+
+    A bijection: different numbers have different values, so that an order of the values is a draw
+    without replacement. Whole numbers, which wrap, are the same on every device.
+
+    >>> split_mix(torch.tensor([1, 2])).tolist()
+    [6238072747940578789, -2606959012126976886]
+    """
+    numbers = (numbers ^ _shifted(numbers, 30)) * -4658895280553007687
+    numbers = (numbers ^ _shifted(numbers, 27)) * -7723592293110705685
+    return numbers ^ _shifted(numbers, 31)
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+
+
 def set_generators(seed: int) -> None:
     """Seed the global generators of Python, NumPy (if installed) and torch."""
     random.seed(seed)

@@ -198,13 +198,19 @@ def unstack(stacked: Any) -> list[Any]:
 class TaskBatch:
     """The tasks of a meta-batch, as a list and, where that is possible, stacked into one.
 
-    ``first`` is the number of the first of them, where they are a part of a meta-batch.
+    ``first`` is the number of the first of them, where they are a part of a meta-batch, and
+    ``weights`` what each counts in the means; None: all the same.
     """
 
     def __init__(
-        self, *, tasks: list[Any] | None = None, stacked: Any = None, first: int = 0
+        self,
+        *,
+        tasks: list[Any] | None = None,
+        stacked: Any = None,
+        first: int = 0,
+        weights: list[float] | None = None,
     ) -> None:
-        self.first = first
+        self.first, self.weights = first, weights
         if tasks is not None:
             self.tasks = tasks
             self._size = len(tasks)
@@ -236,16 +242,24 @@ class TaskBatch:
         """Return the tasks from ``start`` to before ``end``, as views."""
         if start == 0 and end >= len(self):
             return self
-        first = self.first + start
+        weights = None if self.weights is None else self.weights[start:end]
+        place: dict[str, Any] = {"first": self.first + start, "weights": weights}
         if "stacked" in self.__dict__:
             rows = {name: tensor[start:end] for name, tensor in tensors_of(self.stacked).items()}
-            return TaskBatch(stacked=with_tensors(self.stacked, rows), first=first)
-        return TaskBatch(tasks=self.tasks[start:end], first=first)
+            return TaskBatch(stacked=with_tensors(self.stacked, rows), **place)
+        return TaskBatch(tasks=self.tasks[start:end], **place)
 
     def filled(self, size: int) -> TaskBatch:
         """Return these tasks followed by repetitions of the first, ``size`` in all."""
         missing = size - len(self)
-        return self if missing <= 0 else TaskBatch(tasks=self.tasks + self.tasks[:1] * missing)
+        if missing <= 0:
+            return self
+        weights = None if self.weights is None else self.weights + self.weights[:1] * missing
+        return TaskBatch(tasks=self.tasks + self.tasks[:1] * missing, weights=weights)
+
+    def weights_of(self, rows: Iterable[int]) -> list[float]:
+        """Return what the tasks of these rows count in the means."""
+        return [1 if self.weights is None else self.weights[row] for row in rows]
 
     def __len__(self) -> int:
         return self._size

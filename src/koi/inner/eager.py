@@ -77,7 +77,8 @@ class EagerEngine(SecondOrderEngine):
                 buffers, constants = self.copy.end()
                 moved = arithmetic.movements(buffers, phi.buffers)
             if losses:
-                means.add(adapted.given, moved, constants, adapted.moments, losses)
+                weights = batch.weights_of([number - batch.first])
+                means.add(adapted.given, moved, constants, adapted.moments, losses, weights)
         return means.outcome(len(batch), distance if len(batch) == 1 else None)
 
     @torch.enable_grad()

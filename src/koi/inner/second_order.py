@@ -61,6 +61,8 @@ class Before(NamedTuple):
 class SecondOrderEngine(StepwiseEngine):
     """Differentiates through the inner steps."""
 
+    _is_said = False
+
     @abstractmethod
     def buffers_now(self) -> Tensors:
         """Return the buffers and constants as they are, not to be changed in place."""
@@ -86,6 +88,12 @@ class SecondOrderEngine(StepwiseEngine):
         # of attention's kernels only the plain one can be differentiated twice
         with sdpa_kernel(SDPBackend.MATH), without_saved_tensors_hooks():
             if goes_step_by_step(self.inner, num_steps):
+                if not self._is_said:
+                    self._is_said = True
+                    log.info(
+                        "MAML goes back through %d inner steps step by step, in the memory of one",
+                        num_steps,
+                    )
                 return self._step_by_step(phi, task, steps)
             return self._in_one_graph(phi, task, steps)
 
@@ -95,17 +103,15 @@ class SecondOrderEngine(StepwiseEngine):
         params: Tensors = list(leaves)
         losses: Tensors = []
         trajectory = self.inner.algorithm.trajectory
-        first_order = not self.inner.algorithm.second_order
+        first = not self.inner.algorithm.second_order
         path = [detached(params)] if trajectory else []
         view = None
         for step, view in enumerate(steps):
             loss = self.loss(view, step, params)
-            grads = self.inner_gradients(loss, params, create_graph=not first_order)
+            grads = self.inner_gradients(loss, params, create_graph=not first)
             if grads is not None:
                 now = self.rates_at(phi, step, rates)
-                params, moments = self._rule.step(
-                    grads, params, moments, now, first_order=first_order
-                )
+                params, moments = self._rule.step(grads, params, moments, now, first_order=first)
             losses.append(loss.detach())
             if trajectory:
                 path.append(detached(params))

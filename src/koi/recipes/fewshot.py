@@ -67,6 +67,8 @@ class FewShotRecipe:
         inner_state: as in `koi.Koi`.
         inner_optimizer: "adam", with β1 = 0, or "sgd".
         torch_defaults: whether the network's initial values are PyTorch's, not the paper's.
+        patience: validations in a row without a better one that end the training; None: nothing
+            but ``num_iterations`` does.
     """
 
     name: str
@@ -87,6 +89,7 @@ class FewShotRecipe:
     inner_state: str = "carry"
     inner_optimizer: str = "adam"
     torch_defaults: bool = False
+    patience: int | None = None
 
     def model(self) -> nn.Module:
         """Return the network, its weights fresh from the global generator."""

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from koi import randomness, storage
 from koi.configured import Configured
 from koi.phi import arithmetic
@@ -114,8 +112,7 @@ def _become_the_first(
     frozen = koi.settings.learned(koi.model).others_of(koi.model)
     with ranks.agreed():
         if ranks.first:
-            if state.seed(koi.settings) is None:
-                state.drawn_seed = int(torch.randint(2**62, ()))
+            state.draw_seed(koi.settings)
             callbacks = None if state.pending is None else state.pending.callbacks
             of_ranks = {"frozen": {}, "frozen_values": frozen, "callbacks": callbacks}
             content = storage.pack(checkpoint.contents(koi, state) | of_ranks)

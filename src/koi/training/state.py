@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from koi import randomness
 from koi.errors import CheckpointError
 from koi.inner.optimizers.rules import OptimizerFactory, UpdateRule
@@ -122,7 +124,7 @@ class TrainingState:
         update: the meta-update, which has the meta-optimizer.
         mean: the exponential mean of φ; empty without ``average``.
         best: what validation has found; None: it has not measured yet.
-        drawn_seed: of several ranks that were given none.
+        drawn_seed: of several ranks, or workers, that were given none.
         tasks: of the last training, for their state.
         callbacks: likewise, those that have a state.
         owed: what the last record is still owed; None: nothing.
@@ -154,6 +156,11 @@ class TrainingState:
     def seed(self, settings: Settings) -> int | None:
         """Return what meta-iterations draw from: several ranks without a seed have drawn one."""
         return self.drawn_seed if settings.seed is None else settings.seed
+
+    def draw_seed(self, settings: Settings) -> None:
+        """Draw a seed where there is none, so that several processes see the same tasks."""
+        if self.seed(settings) is None:
+            self.drawn_seed = int(torch.randint(2**62, ()))
 
     def carried(self, settings: Settings) -> Tensors | None:
         """Return the moments that live on; None: there are none, or of another optimizer."""

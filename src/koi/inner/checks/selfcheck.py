@@ -195,7 +195,9 @@ class SelfCheck:
         # copies, since a loss that changes a weight in place does so here where nothing is compiled
         params, buffers, constants = map(clone, (phi.params, phi.buffers, phi.constants))
         fresh = Phi(params, buffers, constants, None, phi.names, phi.rates, phi.learned_rates)
-        where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
+        weights = None if request.batch.weights is None else [1.0] * len(tasks)
+        batch = TaskBatch(tasks=tasks, weights=weights).filled(self._rows)
+        where = batch, request.num_steps, request.place
         if request.purpose == "train":
             return self._engine.meta_batch(fresh, *where).given
         if request.purpose == "evaluate":

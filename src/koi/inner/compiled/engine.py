@@ -91,14 +91,14 @@ class CompiledEngine:
                     norms, skip = figures[-call.count :], self.inner.skip_nonfinite
                     kept = finite_tasks(rows, norms, call.first, place, skip)
                     losses = [rows[row] for row in kept]
-                if whole and losses:
-                    constants = clone(output.constants)
+                    weights = batch.weights_of(call.first - batch.first + row for row in kept)
+                if whole and sum(weights) > 0:
+                    constants, skipped = clone(output.constants), len(batch) - len(losses)
                     parts = output.given, output.buffers, constants, output.moments
-                    return Outcome(*parts, losses, len(batch) - len(losses), distance)
+                    return Outcome(*parts, losses, skipped, distance, weights)
                 if losses:
-                    means.add(
-                        output.given, output.buffers, output.constants, output.moments, losses
-                    )
+                    parts = output.given, output.buffers, output.constants, output.moments
+                    means.add(*parts, losses, weights)
         return means.outcome(len(batch), distance if size >= len(batch) else None)
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:

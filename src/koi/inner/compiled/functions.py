@@ -25,7 +25,7 @@ from koi.inner.functional import PureLoss
 from koi.inner.optimizers.clipping import clipped
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.stepwise import filled
-from koi.phi.arithmetic import Tensors, movements
+from koi.phi.arithmetic import Tensors, mean_of, movements
 from koi.tasks import query_of, tensors_of, views, with_tensors
 
 TensorDict = dict[str, Tensor]
@@ -178,9 +178,9 @@ class InnerFunctions:
         norms = self._norms(each)
         kept = curves.isfinite().all(0) & norms.isfinite()
         split = self.rule.num_slots * len(phi.params)
-        moments = self._means(after.moments[:split], kept)
+        moments = self._means(after.moments[:split], kept, phi.weights)
         moments += [count.clone() for count in after.moments[split:]]
-        mean = self._means(each, kept)
+        mean = self._means(each, kept, phi.weights)
         count = len(self.inner.learned.buffers)
         moved = movements(after.buffers[:count], phi.buffers[:count])
         way = algorithm.meta_gradient(start, mean)
@@ -188,8 +188,8 @@ class InnerFunctions:
         figures = [curves.flatten(), norms.flatten(), distance.flatten()]
         return TrainOutput(
             mean,
-            self._means(moved, kept),
-            self._last(after.buffers[count:], kept),
+            self._means(moved, kept, phi.weights),
+            self._last(after.buffers[count:], kept, phi.weights),
             moments,
             torch.cat([f.to(curves.dtype) for f in figures]),
         )
@@ -356,23 +356,28 @@ class InnerFunctions:
         first = 0 if self.num_tasks is None else 1
         return torch.stack([_squares(t).flatten(first).sum(-1) for t in tensors]).sum(0).sqrt()
 
-    def _last(self, tensors: Tensors, kept: Tensor) -> Tensors:
-        """Return those of the last task that is kept."""
+    def _last(self, tensors: Tensors, kept: Tensor, weights: Tensor | None) -> Tensors:
+        """Return those of the last task that is kept and counts."""
         if self.num_tasks is None:
             return [t.clone() for t in tensors]
-        if not self.inner.skip_nonfinite:
+        if weights is not None:
+            kept = kept & (weights > 0)
+        elif not self.inner.skip_nonfinite:
             return [t[-1].clone() for t in tensors]
         last = (torch.arange(self.num_tasks, device=kept.device) * kept).max().reshape(1)
         return [t.index_select(0, last)[0] for t in tensors]
 
-    def _means(self, tensors: Tensors, kept: Tensor) -> Tensors:
+    def _means(self, tensors: Tensors, kept: Tensor, weights: Tensor | None) -> Tensors:
         if self.num_tasks is None:
             return [t.contiguous() for t in tensors]
         if not self.inner.skip_nonfinite:
-            return [t.mean(0).contiguous() for t in tensors]
-        weights = [kept.reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
-        pairs = zip(tensors, weights, strict=True)
-        return [(torch.where(w, t, 0).sum(0) / kept.sum()).contiguous() for t, w in pairs]
+            return [mean_of(t, weights).contiguous() for t in tensors]
+        rows = [kept.reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
+        those = [torch.where(row, t, 0) for row, t in zip(rows, tensors, strict=True)]
+        if weights is not None:
+            weights = torch.where(kept, weights, 0)
+            return [mean_of(t, weights).contiguous() for t in those]
+        return [(t.sum(0) / kept.sum()).contiguous() for t in those]
 
 
 def _squares(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.second_order import goes_step_by_step
 from koi.inner.stepwise import explain
 from koi.inner.working import WorkingCopy
+from koi.phi.arithmetic import weights_like
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
 from koi.tasks import (
     TaskBatch,
@@ -102,6 +103,8 @@ class Graphs:
         with explained(place, first, count):
             place.set("inner", (first or None) if self._together else first)
             task = self._tensors(job.chunk)
+            if self._together and job.chunk.weights is not None:
+                start = start._replace(weights=weights_like(job.chunk.weights, start.params))
             forms = forms_of(task)
             traced = self._traced(job.chunk, forms, job.num_steps)
             shared = workers is not None and not traced.noisy
@@ -132,7 +135,7 @@ class Graphs:
         """Return a graph of `InnerFunctions.train`, made for one number of steps."""
         num_steps = job.num_steps
         steps = self._drawn(job) if traced.draws else None
-        key = (forms_of(*(steps or [])), threads)
+        key = (forms_of(*(steps or [])), threads, job.chunk.weights is None)
         if key not in traced.programs:
             functions = traced.functions
 

@@ -14,7 +14,8 @@ class State(NamedTuple):
     """What an inner step changes: parameters, buffers, the optimizer's moments.
 
     With it go what multiplies each parameter's rate: at each inner step, shape (steps, parameters),
-    or, for a graph of one step, at this one; None: 1; and the learned rates.
+    or, for a graph of one step, at this one; None: 1; the learned rates;
+    and what each of many tasks counts in the means, shape (tasks,); None: all the same.
     """
 
     params: Tensors
@@ -22,6 +23,7 @@ class State(NamedTuple):
     moments: Tensors
     rates: StepRates = None
     learned: Tensors | tuple[()] = ()
+    weights: Tensor | None = None
 
 
 class Adapted(NamedTuple):
