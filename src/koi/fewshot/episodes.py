@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from koi import allowed
 from koi.errors import CheckpointError, ConfigurationError, DataError
 from koi.fewshot.data import labelled
 from koi.randomness import split_mix
@@ -64,6 +66,13 @@ class Episodes:
         batch_size: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        allowed.check(
+            num_ways=(num_ways, allowed.count(1)),
+            num_shots=(num_shots, allowed.count(1)),
+            num_queries=(num_queries, allowed.count(1)),
+            batch_size=(batch_size, allowed.optional(allowed.count(1))),
+            device=(device, allowed.optional(allowed.device)),
+        )
         self.data = labelled(data) if device is None else labelled(data).to(device)
         self.num_ways = num_ways
         self.num_shots = num_shots
@@ -88,6 +97,11 @@ class Episodes:
         They are those from ``first`` on of the ``total`` (None: first + num_tasks) that are drawn
         together; of the others no example is loaded.
         """
+        allowed.check(
+            num_tasks=(num_tasks, allowed.count(1)),
+            first=(first, allowed.count(0)),
+            total=(total, allowed.optional(allowed.count(1))),
+        )
         ways, shots, device = self.num_ways, self.num_shots, self.data.device
         # each row's largest numbers in falling order, or the order of all, are a draw without
         # replacement
@@ -126,9 +140,10 @@ class Episodes:
         Raises:
             CheckpointError: it was made with others.
         """
-        if state["classes"] == self._names:
+        names = state.get("classes") if isinstance(state, Mapping) else None
+        if names == self._names:
             return
-        there, here = json.loads(state["classes"]), self.data.classes
+        there, here = _names_in(names), self.data.classes
         missing = [name for name in there if name not in set(here)]
         new = [name for name in here if name not in set(there)]
         raise CheckpointError(
@@ -163,21 +178,10 @@ class Episodes:
         return tensor if self.device is None else tensor.to(self.device)
 
     def _check(self) -> None:
-        numbers = {
-            "num_ways": self.num_ways,
-            "num_shots": self.num_shots,
-            "num_queries": self.num_queries,
-            "batch_size": 1 if self.batch_size is None else self.batch_size,
-        }
-        problems = [
-            f"{name} = {value!r}: must be a whole number of at least 1"
-            for name, value in numbers.items()
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1
-        ]
-        if not problems and self.num_ways > len(self.data):
-            problems = [f"num_ways = {self.num_ways}: the data have {len(self.data)} classes"]
-        if problems:
-            raise ConfigurationError(problems)
+        if self.num_ways > len(self.data):
+            raise ConfigurationError(
+                [f"num_ways = {self.num_ways}: the data have {len(self.data)} classes"]
+            )
         needed = self.num_shots + self.num_queries
         small = [
             f"{name!r} has {count}"
@@ -190,6 +194,24 @@ class Episodes:
                 f"({self.num_shots} shots and {self.num_queries} queries): leave such classes out "
                 "with data.subset, or take fewer shots or queries"
             )
+
+
+def _names_in(stored: Any) -> list[str]:
+    """Return the names in a state that was stored.
+
+    Raises:
+        CheckpointError: it is none of a distribution of episodes.
+    """
+    try:
+        names = json.loads(stored)
+    except (TypeError, ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            "the state is none that Episodes.state_dict gave: go on with the tasks that were "
+            "trained on"
+        )
+    return names
 
 
 def _listed(items: list[str]) -> str:
