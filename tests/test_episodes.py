@@ -110,7 +110,7 @@ class TestVarying:
 
     @pytest.mark.parametrize("wrong", [(4, 2), (0, 2), (2,), (2, 3.0), [2, 3], "2"])
     def test_what_is_no_range(self, wrong):
-        with pytest.raises(ConfigurationError, match="or a pair of them, the fewest and the most"):
+        with pytest.raises(ConfigurationError, match=r"pair .*\(fewest, most\)"):
             Episodes(numbered([4, 4])[0], wrong, 1)
 
     def test_the_most_must_be_there(self):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from koi import allowed
 from koi.errors import ConfigurationError, EngineError, TaskError
 from koi.randomness import split_mix
 from koi.supervised import SupervisedTask
@@ -37,10 +38,15 @@ class RaggedTask(SupervisedTask):
     compiled, is refused.
 
     Args:
-        support_inputs, support_targets, query_inputs, query_targets, key, batch_size, weight: as in
-            `SupervisedTask`; no set is empty.
+        support_inputs: shape (num_support, …), in random order.
+        support_targets: shape (num_support, …).
+        query_inputs: shape (num_query, …).
+        query_targets: shape (num_query, …).
+        key: an int64 scalar that orders the later passes, as in `SupervisedTask`.
         criterion: (predictions, targets, reduction="none") -> losses, shape (n, …), as those of
             ``torch.nn.functional``; what it gives for an example is averaged.
+        batch_size: examples in each inner step; None, or more than there are: all of them.
+        weight: what the task counts in the means of its meta-batch, a scalar; None: 1.
         num_ways: with ``F.cross_entropy``: the model's first so many outputs are the task's
             classes, and no others are looked at; None: all.
         capacity: (support, query) examples to fill up to at least, so that ``compile=True`` meets
@@ -64,15 +70,14 @@ class RaggedTask(SupervisedTask):
     capacity: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name}_inputs and {name}_targets of a RaggedTask have {len(inputs)} and "
-            f"{len(targets)} examples: give each an equal number, at least one"
-            for name, inputs, targets in (
-                ("support", self.support_inputs, self.support_targets),
-                ("query", self.query_inputs, self.query_targets),
-            )
-            if len(inputs) != len(targets) or len(inputs) == 0
-        ]
+        """Check what can be seen from outside."""
+        super().__post_init__()
+        capacity = allowed.each(allowed.count(1), "two numbers")
+        allowed.check(
+            num_ways=(self.num_ways, allowed.optional(allowed.count(1))),
+            capacity=(self.capacity, allowed.optional(capacity)),
+        )
+        problems = []
         if not _takes_reduction(self.criterion):
             problems.append(
                 "the criterion of a RaggedTask cannot be called as criterion(predictions, targets, "
@@ -241,9 +246,8 @@ def cycled_order_of_some(
     rows = torch.arange(size, device=key.device)
     places = torch.arange(needed, device=key.device)
     numbers = torch.arange(1, num_passes, device=key.device).unsqueeze(1) * count + rows
-    noise = split_mix(key + numbers * 0x9E3779B9).masked_fill(
-        rows >= count, torch.iinfo(torch.int64).max
-    )
+    last = torch.iinfo(torch.int64).max
+    noise = split_mix(key + numbers * 0x9E3779B9).masked_fill(rows >= count, last)
     order = torch.cat([rows.unsqueeze(0), noise.argsort(dim=1)]).flatten()
     number = (places // count).clamp(max=num_passes - 1)
     cycled = order[number * size + places % count].reshape(num_steps, batch_size)

@@ -60,10 +60,11 @@ def tensor_task(cls: TaskClass) -> TaskClass:
     >>> stack([Line(torch.zeros(5, 1), torch.ones(5, 1)) for _ in range(3)]).x.shape
     torch.Size([3, 5, 1])
     """
-    if not dataclasses.is_dataclass(cls):
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        name = getattr(cls, "__name__", repr(cls))
         raise ConfigurationError(
             [
-                f"@koi.tensor_task was given {cls.__name__}, which is not a dataclass: "
+                f"@koi.tensor_task was given {name}, which is not a dataclass: "
                 "write @koi.tensor_task above @dataclass"
             ]
         )
@@ -151,6 +152,8 @@ def stack(tasks: Sequence[Any]) -> Any:
         EngineError: the tasks are not tensor tasks of one class, differ in their settings, or
             their tensors differ in shape, type or device.
     """
+    if not isinstance(tasks, Sequence) or len(tasks) == 0:
+        raise EngineError(f"stack was given {tasks!r}: it takes a list of one tensor task or more")
     first = tasks[0]
     names = list(tensors_of(first))
     for task in tasks:

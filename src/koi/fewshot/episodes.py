@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from koi import allowed
 from koi.errors import CheckpointError, ConfigurationError, DataError
 from koi.fewshot.data import labelled
 from koi.ragged import RaggedTask
@@ -74,6 +75,13 @@ class Episodes:
         batch_size: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        allowed.check(
+            num_ways=(num_ways, _count_or_range),
+            num_shots=(num_shots, _count_or_range),
+            num_queries=(num_queries, allowed.count(1)),
+            batch_size=(batch_size, allowed.optional(allowed.count(1))),
+            device=(device, allowed.optional(allowed.device)),
+        )
         self.data = labelled(data) if device is None else labelled(data).to(device)
         self.num_ways = num_ways
         self.num_shots = num_shots
@@ -115,6 +123,11 @@ class Episodes:
     def _batch(
         self, ways: int, shots: int, num_tasks: int, first: int = 0, total: int | None = None
     ) -> SupervisedTask:
+        allowed.check(
+            num_tasks=(num_tasks, allowed.count(1)),
+            first=(first, allowed.count(0)),
+            total=(total, allowed.optional(allowed.count(1))),
+        )
         device = self.data.device
         # each row's largest numbers in falling order, or the order of all, are a draw without
         # replacement
@@ -153,9 +166,10 @@ class Episodes:
         Raises:
             CheckpointError: it was made with others.
         """
-        if state["classes"] == self._names:
+        names = state.get("classes") if isinstance(state, Mapping) else None
+        if names == self._names:
             return
-        there, here = json.loads(state["classes"]), self.data.classes
+        there, here = _names_in(names), self.data.classes
         missing = [name for name in there if name not in set(here)]
         new = [name for name in here if name not in set(there)]
         raise CheckpointError(
@@ -187,31 +201,10 @@ class Episodes:
         return tensor if self.device is None else tensor.to(self.device)
 
     def _check(self) -> None:
-        numbers = {
-            "num_queries": self.num_queries,
-            "batch_size": 1 if self.batch_size is None else self.batch_size,
-        }
-        problems = [
-            f"{name} = {value!r}: must be a whole number of at least 1, or a pair of them, the "
-            "fewest and the most"
-            for name, value in (("num_ways", self.num_ways), ("num_shots", self.num_shots))
-            if not _is_count(value)
-            and not (
-                isinstance(value, tuple)
-                and len(value) == 2
-                and all(map(_is_count, value))
-                and value[0] <= value[1]
+        if _ends(self.num_ways)[1] > len(self.data):
+            raise ConfigurationError(
+                [f"num_ways = {self.num_ways}: the data have {len(self.data)} classes"]
             )
-        ]
-        problems += [
-            f"{name} = {value!r}: must be a whole number of at least 1"
-            for name, value in numbers.items()
-            if not _is_count(value)
-        ]
-        if not problems and _ends(self.num_ways)[1] > len(self.data):
-            problems = [f"num_ways = {self.num_ways}: the data have {len(self.data)} classes"]
-        if problems:
-            raise ConfigurationError(problems)
         shots = _ends(self.num_shots)[1]
         needed = shots + self.num_queries
         small = [
@@ -227,8 +220,35 @@ class Episodes:
             )
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _names_in(stored: Any) -> list[str]:
+    """Return the names in a state that was stored.
+
+    Raises:
+        CheckpointError: it is none of a distribution of episodes.
+    """
+    try:
+        names = json.loads(stored)
+    except (TypeError, ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            "the state is none that Episodes.state_dict gave: go on with the tasks that were "
+            "trained on"
+        )
+    return names
+
+
+def _count_or_range(value: Any) -> Any:
+    """Take a whole number, or a pair of them."""
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    for number in value if is_pair else (value,):
+        try:
+            allowed.count(1)(number)
+        except allowed.Refused as refused:
+            raise allowed.Refused(f"{refused}, or a pair of them, (fewest, most)") from None
+    if is_pair and value[0] > value[1]:
+        raise allowed.Refused("a pair (fewest, most), the first of which is not the larger")
+    return value
 
 
 def _ends(given: int | tuple[int, int]) -> tuple[int, int]:
