@@ -1,7 +1,7 @@
 """What shards of φ cost and save: `docs/scaling.md`.
 
     python benchmarks/sharded.py            prints
-    python benchmarks/sharded.py --write    writes results/sharded.* and the tables in docs/scaling.md
+    python benchmarks/sharded.py --write    writes results/sharded.* and tables in docs/scaling.md
 
 A model of 16 layers, 16.8 million parameters, on four ranks: whole on each, in two groups of two
 shards, in one group of four. Memory is the peak of a rank above what it began with, in ranks that

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -16,12 +17,13 @@ from koi.errors import ConfigurationError
 from koi.phi.outcome import Outcome
 from koi.phi.schedules import value_at
 from koi.phi.update import MetaUpdate, Moved
-from koi.randomness import Place, preserved_generators
+from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
 from koi.sampling import check_tasks, weighted
 from koi.settings import Settings, check_count
 from koi.training import start
+from koi.training.arguments import check_options, checked_callbacks
 from koi.training.autosave import Autosave
 from koi.training.draws import Draws
 from koi.training.duties import Duties
@@ -82,9 +84,10 @@ class Koi(Adapting):
         self._interrupts = Interrupts()
         self._engines = Engines()
         self._stepping = Stepping()
-        self._find_engines(
-            None, settings
-        )  # so that a mistake shows here, not after the first sampling
+        # so that a mistake shows here, not after the first sampling
+        ready = self._ready()
+        if settings.meta_optimizer is not None:
+            self._meta_update(ready)
 
     @property
     def iteration(self) -> int:
@@ -110,7 +113,7 @@ class Koi(Adapting):
         self,
         tasks: Any,
         progress: bool | None = None,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] | None = (),
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
@@ -130,11 +133,11 @@ class Koi(Adapting):
             tasks: a task distribution, anything with ``sample() -> task``; a task is anything
                 with ``loss(model) -> scalar tensor``.
             progress: whether to show a progress bar; None: where there is a terminal.
-            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. One
-                that returns ``koi.STOP`` ends the training there (on several ranks one later), as
-                if no iterations were left. Those with ``state_dict`` and ``load_state_dict`` go on
-                from a checkpoint as they were. One that is stopped is called again, and those
-                after it are, as the next training begins.
+            callbacks: one or several; each is called as ``callback(koi, record)`` after each
+                meta-iteration. One that returns ``koi.STOP`` ends the training there (on several
+                ranks one later), as if no iterations were left. Those with ``state_dict`` and
+                ``load_state_dict`` go on from a checkpoint as they were. One that is stopped is
+                called again, and those after it are, as the next training begins.
             checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
                 is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
@@ -155,19 +158,38 @@ class Koi(Adapting):
         Raises:
             ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number,
                 log_dir cannot be used, or workers would draw other tasks.
-            CheckpointError: a checkpoint cannot be written, or does not fit model or settings.
+            CheckpointError: a checkpoint cannot be written, or does not fit model or settings;
+                another training uses the folder, or this learner.
             TaskError: a loss that is no scalar or does not depend on the model, or a dead worker.
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        self._state.check_idle("koi.train")
+        check_options(progress, checkpoint_dir, resume, log_dir)
+        callbacks = checked_callbacks(callbacks)
+        check_count("workers", workers, least=0, most=1000)
         kind = Folder if self.settings.learned(self.model).shards is None else ShardedFolder
         folder = kind.given(checkpoint_dir, checkpoint_every, resume)
-        callbacks = tuple(callbacks)
+        validation = Validation(
+            *(self, self._state, validate, self._validation_loss),
+            *(validate_every, keep_best, patience, folder),
+        )
+        with self._state.training("koi.train"), folder or nullcontext():
+            arguments = tasks, callbacks, validation, progress
+            return self._train(*arguments, folder, checkpoint_every, resume, log_dir, workers)
+
+    def _train(
+        self,
+        tasks: Any,
+        callbacks: tuple[Callback, ...],
+        validation: Validation,
+        progress: bool | None,
+        folder: Folder | None,
+        checkpoint_every: int | None,
+        resume: bool,
+        log_dir: str | os.PathLike[str] | None,
+        workers: int,
+    ) -> nn.Module:
         state, total = self._state, self.settings.num_iterations
-        kept = validate_every, keep_best, patience, folder
-        validation = Validation(self, state, validate, self._validation_loss, *kept)
-        check_count("workers", workers, least=0)
         ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume, workers)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
@@ -176,15 +198,16 @@ class Koi(Adapting):
         with ranks.agreed():
             logged = log_dir if ranks.first else None
             log = Log(logged, state.history, total, resume, saver.first_line)
-        with bar, self._interrupts, ranks.training(update.phi), saver, log, draws, state.training():
+        with bar, self._interrupts, ranks.training(update.phi), saver, log, draws:
             start.let_go(state, saves=saver.saves)
             duties.catch_up(bar)
             while state.iteration < self.settings.num_iterations:
                 if ranks.ending or validation.exhausted:
                     break
                 saver.before_iteration()
-                ready = self._ready(ready)  # a callback may have changed anything
-                self._meta_iteration(draws, ready, watch, ranks, duties.new())
+                with alone():
+                    ready = self._ready(ready)  # a callback may have changed anything
+                    self._meta_iteration(draws, ready, watch, ranks, duties.new())
                 duties.do(bar)
                 log.after_iteration(saver.due)
                 saver.after_iteration()
@@ -211,8 +234,11 @@ class Koi(Adapting):
         [0, 1, 2]
         """
         check_tasks(tasks)
+        with self._state.training("koi.step"):
+            return self._step(tasks)
+
+    def _step(self, tasks: Any) -> Record:
         state = self._state
-        state.check_idle("koi.step")
         if state.iteration >= self.settings.num_iterations:
             raise ConfigurationError(
                 [
@@ -225,7 +251,7 @@ class Koi(Adapting):
             kept.ranks, kept.ready, kept.watch, kept.draws = self._begin(tasks, (), None, False)
             start.let_go(state, saves=False)
             kept.tasks = tasks
-        with self._interrupts, state.training():
+        with self._interrupts, alone():
             kept.ready = self._ready(kept.ready)
             return self._meta_iteration(kept.draws, kept.ready, kept.watch, kept.ranks)
 

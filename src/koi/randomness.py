@@ -3,15 +3,18 @@
 With a seed, what is drawn depends on the seed and on where the draw stands (meta-iteration, task),
 never on how many draws came before. A resumed run, another engine and another rank then see the
 same tasks. Tasks draw from the global generators of Python, NumPy and torch; Koi sets those for
-the draw and puts them back.
+the draw and puts them back. Threads have these generators in common: of two that learn or evaluate,
+one waits while the other draws.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import random
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +25,24 @@ from torch import Tensor
 
 _HAS_NUMPY = importlib.util.find_spec("numpy") is not None
 _STATE_SIZE = 624  # words of a Mersenne twister, which all of them are on the CPU
+
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a fork has none of the threads, and so none to free the lock
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let no other thread draw from the global generators for a learner while the block runs."""
+    with _lock:
+        yield
 
 
 @dataclass(frozen=True)
@@ -154,12 +175,16 @@ def restore(states: States) -> None:
 
 @contextmanager
 def preserved_generators(seed: int | None) -> Iterator[None]:
-    """Leave the global generators as they were, where a seed makes Koi set them."""
-    if seed is None:
-        yield
-        return
-    states = capture()
-    try:
-        yield
-    finally:
-        restore(states)
+    """Leave the global generators as they were, where a seed makes Koi set them.
+
+    With or without a seed it is in the block `alone`.
+    """
+    with alone():
+        if seed is None:
+            yield
+            return
+        states = capture()
+        try:
+            yield
+        finally:
+            restore(states)

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from koi import errors, memory
-from koi.errors import ConfigurationError, KoiError, RankError, annotate
+from koi import memory
+from koi.errors import ConfigurationError, RankError, annotate
 from koi.phi.arithmetic import same_tensors
 from koi.phi.outcome import Outcome, Phi
 from koi.phi.shards import Shards
-from koi.ranks.exchange import Buffer, Form, share
+from koi.ranks.exchange import Buffer, Form, digest_of, error_of, share
 from koi.ranks.grid import Grid
 
 if TYPE_CHECKING:
@@ -388,20 +388,3 @@ class Ranks:
             return "all ranks are there, so the connection between them was cut"
         named = " and ".join(f"rank {rank}" for rank in missing)
         return f"{named} did not get here, so it hangs, has ended, or is cut off"
-
-
-def digest_of(phi: Phi) -> tuple[int, ...]:
-    """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
-    parts = *phi.params, *phi.learned_rates, *phi.buffers, *(phi.moments or [])
-    digest = memory.digest(*parts, size=6)
-    return tuple(int.from_bytes(digest[i : i + 2], "big") for i in (0, 2, 4))
-
-
-def error_of(rank: int, name: str, text: str) -> Exception:
-    """Return what the other ranks raise: Koi's own error, if it was one."""
-    kind = getattr(errors, name, None)
-    if kind is ConfigurationError:
-        return ConfigurationError([f"{text} (on rank {rank})"])
-    if isinstance(kind, type) and issubclass(kind, KoiError):
-        return kind(f"{text} (on rank {rank})")
-    return RankError(f"rank {rank} has stopped, φ is as it was before: {name}: {text}")

@@ -100,6 +100,26 @@ class ShardedFolder(Folder):
         """Remember the ranks that write."""
         self._ranks = ranks
 
+    def prepare(self) -> None:
+        """Make the folder, lock it and try to write there, once for all ranks.
+
+        Raises:
+            CheckpointError: it cannot be used.
+        """
+        with self._ranks.agreed():
+            if self._ranks.first:
+                super().prepare()
+
+    def check_unused(self, iteration: int) -> None:
+        """Check that a learner of so many meta-iterations would overwrite nothing.
+
+        Raises:
+            CheckpointError: a training that is further lies there.
+        """
+        with self._ranks.agreed():
+            if self._ranks.first:
+                super().check_unused(iteration)
+
     def file(self, number: int) -> Path:
         """Return the folder of a learner with so many meta-iterations behind it."""
         return self._path / f"iteration-{number:09d}.shards"
@@ -174,7 +194,8 @@ class ShardedFolder(Folder):
         Raises:
             CheckpointError: there are some, and none can be read, at the very beginning.
         """
-        ahead = [n for n in self._ranks.value_of_first(self._numbers()) if n >= iteration]
+        numbers = self._numbers() if self._ranks.first else []
+        ahead = [n for n in self._ranks.value_of_first(numbers) if n >= iteration]
         for number in reversed(ahead):
             try:
                 saved = self.read(koi, number)

@@ -6,6 +6,8 @@ callbacks and learner into the state that the training goes on from; `let_go` ha
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +22,8 @@ from koi.training.folder import Folder
 from koi.training.sharded import ShardedFolder
 from koi.training.state import TrainingState
 from koi.training.watch import warn
+
+log = logging.getLogger("koi")
 
 
 def begin(
@@ -61,6 +65,14 @@ def begin(
     elif ranks.size > 1:
         _become_the_first(koi, state, tasks, owners, ranks)
     state.callbacks = owners
+    thread = threading.current_thread()
+    if thread is not threading.main_thread() and state.seed(koi.settings) is not None:
+        log.warning(
+            "a training with a seed in the thread %s: what other threads draw meanwhile from the "
+            "global generators of Python, NumPy or torch changes it; let them draw from "
+            "generators of their own (another Koi waits its turn)",
+            thread.name,
+        )
 
 
 def let_go(state: TrainingState, saves: bool) -> None:
@@ -74,7 +86,8 @@ def let_go(state: TrainingState, saves: bool) -> None:
         _look_for_a_scheduler(state)
     pending, state.pending = state.pending, None
     if pending is not None and pending.mark.generators is not None:
-        randomness.restore(pending.mark.generators)
+        with randomness.alone():
+            randomness.restore(pending.mark.generators)
 
 
 def _resumed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ from koi.settings import Settings
 from koi.training import stateful
 
 log = logging.getLogger("koi")
+
+_beginning = threading.Lock()  # of two threads one is the first
 
 
 class Mark(NamedTuple):
@@ -86,6 +89,17 @@ class Owed:
 
 
 @dataclass(frozen=True)
+class Running:
+    """A method that trains, and the thread that it does so in; a copy of a learner has none."""
+
+    method: str
+    thread: str
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+@dataclass(frozen=True)
 class Pending:
     """What was loaded and only the next training can use."""
 
@@ -116,7 +130,7 @@ class TrainingState:
         owed: what the last record is still owed; None: nothing.
         pending: what was loaded, until the next training has begun.
         begun: the number of the meta-iteration that has begun, and where it draws from.
-        is_training: whether `train` is running.
+        running: the method that trains just now.
     """
 
     iteration: int = 0
@@ -137,7 +151,7 @@ class TrainingState:
     owed: Owed | None = None
     pending: Pending | None = None
     begun: tuple[int, Mark] | None = None
-    is_training: bool = False
+    running: Running | None = None
 
     def seed(self, settings: Settings) -> int | None:
         """Return what meta-iterations draw from: several ranks without a seed have drawn one."""
@@ -229,14 +243,16 @@ class TrainingState:
         if self.begun is not None and self.begun[0] == self.iteration:
             return self.begun[1]
         tasks = self.tasks.state_dict() if hasattr(self.tasks, "state_dict") else None
-        generators = randomness.capture() if settings.seed is None else None
+        with randomness.alone():
+            generators = randomness.capture() if settings.seed is None else None
         return Mark(copy.deepcopy(tasks), generators, self.drawn_seed)
 
     def go_back_to(self, mark: Mark) -> None:
         """Let tasks and generators draw from where they did."""
         stateful.give_state(self.tasks, mark.tasks)
         if mark.generators is not None:
-            randomness.restore(mark.generators)
+            with randomness.alone():
+                randomness.restore(mark.generators)
 
     def remember(self, settings: Settings) -> None:
         """Remember where the meta-iteration that begins draws from, should it not be completed."""
@@ -244,13 +260,21 @@ class TrainingState:
         self.begun = self.iteration, self.mark(settings)
 
     @contextmanager
-    def training(self) -> Iterator[None]:
-        """Let nothing be loaded while the block runs."""
-        before, self.is_training = self.is_training, True
+    def training(self, method: str) -> Iterator[None]:
+        """Let nothing else train or be loaded while the block runs, in any thread.
+
+        Raises:
+            CheckpointError: a training runs.
+        """
+        running = Running(method, threading.current_thread().name)
         try:
+            with _beginning:
+                self.check_idle(method)
+                self.running = running
             yield
         finally:
-            self.is_training = before
+            if self.running is running:
+                self.running = None
 
     def check_idle(self, method: str) -> None:
         """Check that no training runs, which another method would change in its midst.
@@ -258,10 +282,16 @@ class TrainingState:
         Raises:
             CheckpointError: one does.
         """
-        if self.is_training:
+        there, here = self.running, threading.current_thread().name
+        if there is not None and there.thread == here:
             raise CheckpointError(
-                f"{method} was called while koi.train runs, by a callback or a task: let the "
+                f"{method} was called while {there.method} runs, by a callback or a task: let the "
                 "training end first (a callback may return koi.STOP)"
+            )
+        if there is not None:
+            raise CheckpointError(
+                f"{method} was called in the thread {here} while {there.method} of the same Koi "
+                f"runs in {there.thread}: let it end first, or give each thread a Koi of its own"
             )
 
 
