@@ -43,6 +43,12 @@ CHOICES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rates learned, layer": (OURS, {"learn_step_size": "layer"}),
     "rates learned, layer, 2 steps": (replace(OURS, num_steps=2), {"learn_step_size": "layer"}),
     "rates learned, parameter": (OURS, {"learn_step_size": "parameter"}),
+    "10 tasks": (replace(OURS, meta_batch_size=10), {}),
+    "10 tasks, outer rate 0.006": (replace(OURS, meta_batch_size=10, meta_rate=0.006), {}),
+    "10 tasks, rates learned": (
+        replace(OURS, meta_batch_size=10),
+        {"learn_step_size": "layer"},
+    ),
     "mean of φ": (OURS, {"average": 0.99}),
     "tested after 1 step": (replace(OURS, adaptations={1: Adaptation(25, 1)}), {}),
     "tested after 10 steps": (replace(OURS, adaptations={1: Adaptation(25, 10)}), {}),
