@@ -20,6 +20,7 @@ PACKAGE = SRC / "koi"
 # lower in the table. Inside a room, files import each other freely. "koi" is koi/__init__.py, the
 # door; who imports names from the door, as a user does, has "koi" in its row.
 _TABLE = {
+    "__main__": "lab",
     "koi": "learner evaluation phi records supervised clients tasks errors",
     "lab": "koi plots recipes problems models fewshot "
     "training evaluation storage files randomness errors",
@@ -48,7 +49,7 @@ _TABLE = {
     "storage": "files memory errors",
     "files": "",
     "memory": "",
-    "supervised": "tasks",
+    "supervised": "tasks randomness",
     "clients": "errors",
     "tasks": "errors",
     "randomness": "",

@@ -96,6 +96,20 @@ def test_right_values(settings):
     Koi(nn.Linear(1, 1), **settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
+)
+@pytest.mark.parametrize("algorithm", ["reptile", "maml"])
+def test_a_name_is_torchs_optimizer_with_its_defaults(algorithm, name, optimizer):
+    named, given = small_net(), small_net()
+    given.load_state_dict(named.state_dict())
+    for model, inner_optimizer in ((named, name), (given, optimizer)):
+        koi = Koi(model, 0.1, 3, 2, algorithm=algorithm, inner_optimizer=inner_optimizer, seed=7)
+        koi.train(Regressions(split=True))
+    assert_same(named, given)
+
+
 @pytest.mark.parametrize("inner_optimizer", ["sgd", "adam", torch.optim.RMSprop])
 @pytest.mark.parametrize("algorithm", ["reptile", "fomaml"])
 def test_numbers_of_numpy_are_numbers(algorithm, inner_optimizer):

@@ -14,6 +14,7 @@ import rank_runs
 from engine_toys import ENGINES
 from koi import Koi
 from koi.inner.compiled.workers import threads
+from koi.training.lock import Lock
 from ranks import Failed, Pool
 
 # starting processes takes long where others keep the machine busy
@@ -134,6 +135,19 @@ def test_what_rank_0s_callbacks_owe_is_owed_on_all(victim, on_ranks, tmp_path):
     owed = [("second", 3)] if victim == 0 else []
     for seen in on_ranks(2, rank_runs.stopped_among_callbacks, victim, tmp_path):
         assert seen == owed + rest
+
+
+def test_folder_of_another_training_is_refused_on_all(on_ranks, tmp_path):
+    """Rank 0 alone looks at it, and all hear of it."""
+    lock = Lock(tmp_path)
+    lock.take()
+    settings, options = {"seed": 0}, {"checkpoint_dir": tmp_path, "resume": True}
+    for end in on_ranks(2, rank_runs.one_by_one, "plain", settings, **options):
+        assert end.kind == "CheckpointError"
+        assert f"in use by another training (process {os.getpid()} on" in end.text
+    lock.release()
+    for _, length in on_ranks(2, rank_runs.one_by_one, "plain", settings, **options):
+        assert length == 6
 
 
 @pytest.mark.parametrize("stops", [(1,), (0, 1)])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from koi import CheckpointError, ConfigurationError, DataError, Koi
 from koi.fewshot import Episodes, LabelledData, accuracy, labelled
@@ -89,6 +91,59 @@ def test_one_episode_is_a_batch_of_one():
     assert torch.equal(one.support_inputs, many.support_inputs[0])
     assert torch.equal(one.query_targets, many.query_targets[0])
     assert one.batch_size == 3
+
+
+class Operations(TorchDispatchMode):
+    """What torch was asked to do: the operation, and the type and device of what came out."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tensors:
+            assert given <= {x.device.type}, f"{function} copies from {given} to {x.device}"
+            self.done.append((str(function), x.dtype, x.device.type))
+        return found
+
+
+@pytest.mark.parametrize("counts", [[9] * 12, [7, 9, 8, 30]])
+def test_a_draw_on_a_device_is_that_on_the_cpu(counts):
+    """A "meta" device stands in for a GPU: it holds no numbers, so none can be read back.
+
+    One number of the CPU's generator, and then the same operations on whole numbers, which are
+    exact on every device.
+    """
+    images = torch.rand(sum(counts), 1, 3, 3) > 0.5
+    data = LabelledData(images, [f"class {i}" for i in range(len(counts))], counts)
+    done = {}
+    for device in ("cpu", "meta"):
+        episodes = Episodes(data, 3, 4, 2, batch_size=5, device=device)
+        with Operations() as operations:
+            task = episodes.sample_batch(6)
+        tensors = [x for x in vars(task).values() if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in tensors} == {device}
+        done[device] = operations.done
+        on_cpu = [each for each in operations.done if each[2] == "cpu"]
+        if device == "meta":
+            assert [name for name, *_ in on_cpu] == ["aten.randint.default"]
+    assert [each[:2] for each in done["cpu"]] == [each[:2] for each in done["meta"]]
+    floats = [name for name, dtype, _ in done["cpu"] if dtype.is_floating_point]
+    assert floats == ["aten._to_copy.default"] * 2  # the images alone
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_type_of_new_tensors_does_not_change_the_tasks():
+    data, _ = numbered([6] * 5)
+    drawn = []
+    for dtype in (torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        torch.manual_seed(3)
+        drawn.append(Episodes(data, 3, 2).sample_batch(4))
+    assert torch.equal(drawn[0].support_inputs, drawn[1].support_inputs)
 
 
 def test_a_small_support_set_is_cycled_through():

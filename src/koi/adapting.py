@@ -41,12 +41,12 @@ class Adapting(Stored):
             TaskError, NonFiniteError: as in `train`, also with ``on_nonfinite="skip"``.
         """
         settings = self.settings.at(step_size)
-        num_steps, ready = settings.steps(num_steps), self._ready(None, settings)
-        inner = replace(ready.inner, skip_nonfinite=False)
-        engine = EagerEngine(self.model, inner, share=False)
-        self._state.engine = "eager"
-        place = Place(settings.seed, "adaptation", 0)
+        num_steps, place = settings.steps(num_steps), Place(settings.seed, "adaptation", 0)
         with preserved_generators(settings.seed):
+            ready = self._ready(None, settings)
+            inner = replace(ready.inner, skip_nonfinite=False)
+            engine = EagerEngine(self.model, inner, share=False)
+            self._state.engine = "eager"
             return engine.adapt(self._phi(ready, settings, num_steps), task, num_steps, place)
 
     def evaluate(
@@ -128,15 +128,16 @@ class Adapting(Stored):
         """Draw tasks block by block; return what the engine makes of them, a row for each kept."""
         check_tasks(tasks)
         check_count("num_tasks", num_tasks)
-        num_steps, ready = settings.steps(num_steps), self._ready(None, settings)
-        inner, engine = ready.inner, ready.engines
-        phi = self._phi(ready, settings, num_steps)
+        num_steps = settings.steps(num_steps)
         kept: Tensors = []
         with preserved_generators(settings.seed):
+            ready = self._ready(None, settings)
+            inner, engine = ready.inner, ready.engines
+            phi = self._phi(ready, settings, num_steps)
             for place, batch in blocks(tasks, num_tasks, settings.seed):
                 rows = getattr(engine, what)(phi, batch, num_steps, place, *more)
                 kept += finite_rows(rows, place, inner) if what == "evaluate" else rows
-        self._state.engine = engine.name
+            self._state.engine = engine.name
         return stacked(kept, num_tasks)
 
     def _validation_loss(self, tasks: Any) -> float:

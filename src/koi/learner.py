@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -16,11 +17,11 @@ from koi.errors import ConfigurationError
 from koi.phi.outcome import Outcome
 from koi.phi.schedules import value_at
 from koi.phi.update import MetaUpdate, Moved
-from koi.randomness import Place, preserved_generators
+from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
 from koi.sampling import check_tasks, weighted
-from koi.settings import Settings
+from koi.settings import Settings, check_count
 from koi.training import start
 from koi.training.autosave import Autosave
 from koi.training.draws import Draws
@@ -118,6 +119,7 @@ class Koi(Adapting):
         validate_every: int = 500,
         keep_best: bool = True,
         patience: int | None = None,
+        workers: int = 0,
     ) -> nn.Module:
         """Run the meta-iterations that are left and return the model, its weights at φ.
 
@@ -147,22 +149,42 @@ class Koi(Adapting):
             keep_best: whether φ is at the end that of the best validation (`best` says which), and
                 is kept as best.safetensors in checkpoint_dir. Checkpoints go on from the last φ.
             patience: validations in a row without a new best, after which training ends.
+            workers: processes that draw the tasks of the next meta-iterations meanwhile (each
+                rank's own, with torch's DataLoader): the same tasks as without. 0: none.
 
         Raises:
-            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number, or
-                log_dir cannot be used.
-            CheckpointError: a checkpoint cannot be written, or does not fit model or settings.
-            TaskError: a loss that is no scalar or does not depend on the model.
+            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number,
+                log_dir cannot be used, or workers would draw other tasks.
+            CheckpointError: a checkpoint cannot be written, or does not fit model or settings;
+                another training uses the folder, or this learner.
+            TaskError: a loss that is no scalar or does not depend on the model, or a dead worker.
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        self._state.check_idle("koi.train")
+        check_count("workers", workers, least=0)
         folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
-        callbacks = tuple(callbacks)
+        validation = Validation(
+            *(self, self._state, validate, self._validation_loss),
+            *(validate_every, keep_best, patience, folder),
+        )
+        with self._state.training("koi.train"), folder or nullcontext():
+            arguments = tasks, tuple(callbacks), validation, progress
+            return self._train(*arguments, folder, checkpoint_every, resume, log_dir, workers)
+
+    def _train(
+        self,
+        tasks: Any,
+        callbacks: tuple[Callback, ...],
+        validation: Validation,
+        progress: bool | None,
+        folder: Folder | None,
+        checkpoint_every: int | None,
+        resume: bool,
+        log_dir: str | os.PathLike[str] | None,
+        workers: int,
+    ) -> nn.Module:
         state, total = self._state, self.settings.num_iterations
-        kept = validate_every, keep_best, patience, folder
-        validation = Validation(self, state, validate, self._validation_loss, *kept)
-        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume)
+        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume, workers)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
         duties = Duties(self, state, validation, callbacks, ranks)
@@ -170,15 +192,16 @@ class Koi(Adapting):
         with ranks.agreed():
             logged = log_dir if ranks.first else None
             log = Log(logged, state.history, total, resume, saver.first_line)
-        with bar, self._interrupts, ranks.training(update.phi), saver, log, state.training():
+        with bar, self._interrupts, ranks.training(update.phi), saver, log, draws:
             start.let_go(state, saves=saver.saves)
             duties.catch_up(bar)
             while state.iteration < self.settings.num_iterations:
                 if ranks.ending or validation.exhausted:
                     break
                 saver.before_iteration()
-                ready = self._ready(ready)  # a callback may have changed anything
-                self._meta_iteration(draws, ready, watch, ranks, duties.new())
+                with alone():
+                    ready = self._ready(ready)  # a callback may have changed anything
+                    self._meta_iteration(draws, ready, watch, ranks, duties.new())
                 duties.do(bar)
                 log.after_iteration(saver.due)
                 saver.after_iteration()
@@ -205,8 +228,11 @@ class Koi(Adapting):
         [0, 1, 2]
         """
         check_tasks(tasks)
+        with self._state.training("koi.step"):
+            return self._step(tasks)
+
+    def _step(self, tasks: Any) -> Record:
         state = self._state
-        state.check_idle("koi.step")
         if state.iteration >= self.settings.num_iterations:
             raise ConfigurationError(
                 [
@@ -219,7 +245,7 @@ class Koi(Adapting):
             kept.ranks, kept.ready, kept.watch, kept.draws = self._begin(tasks, (), None, False)
             start.let_go(state, saves=False)
             kept.tasks = tasks
-        with self._interrupts, state.training():
+        with self._interrupts, alone():
             kept.ready = self._ready(kept.ready)
             return self._meta_iteration(kept.draws, kept.ready, kept.watch, kept.ranks)
 
@@ -267,7 +293,12 @@ class Koi(Adapting):
         return record
 
     def _begin(
-        self, tasks: Any, callbacks: tuple[Callback, ...], folder: Folder | None, resume: bool
+        self,
+        tasks: Any,
+        callbacks: tuple[Callback, ...],
+        folder: Folder | None,
+        resume: bool,
+        workers: int = 0,
     ) -> tuple[Ranks, Ready, Watch, Draws]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
@@ -277,9 +308,11 @@ class Koi(Adapting):
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out
         watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
+        if workers:
+            self._state.draw_seed(settings)
         place = Place(self._state.seed(settings), "meta-iteration", self._state.iteration)
         with ranks.agreed():
-            draws = Draws(tasks, settings.meta_batch_size, ranks.share, place)
+            draws = Draws(self, tasks, ranks.share, place, workers)
         return ranks, ready, watch, draws
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:

@@ -72,8 +72,8 @@ class Settings:
     inner_optimizer: str | OptimizerFactory = setting(
         "sgd",
         allowed.one_of(FACTORIES, code="a callable (params, lr)"),
-        '"sgd", "adam" (both as torch.optim\'s defaults have them), or a callable (params, lr) '
-        "that returns a ``torch.optim.Optimizer``.",
+        '"sgd", "adam", "adamw" (each as torch.optim\'s defaults have it), or a callable '
+        "(params, lr) that returns a ``torch.optim.Optimizer``.",
         engines=True,
     )
     inner_state: str = setting(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from koi.randomness import split_mix
 from koi.tasks import tensor_task
 
 
@@ -32,20 +33,9 @@ def cycled_order(key: Tensor, size: int, batch_size: int, num_steps: int) -> Ten
     order = torch.arange(size, device=key.device).unsqueeze(0)
     if num_passes > 1:
         count = torch.arange(size, num_passes * size, device=key.device)
-        noise = _mixed(key + count * 0x9E3779B9).reshape(num_passes - 1, size)
+        noise = split_mix(key + count * 0x9E3779B9).reshape(num_passes - 1, size)
         order = torch.cat([order, noise.argsort(dim=1)])
     return order.reshape(-1)[:needed].reshape(num_steps, batch_size)
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """SplitMix64's output function (Steele, Lea, Flood 2014), in wrapping int64 arithmetic."""
-    x = (x ^ _shifted(x, 30)) * -4658895280553007687
-    x = (x ^ _shifted(x, 27)) * -7723592293110705685
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @tensor_task

@@ -38,6 +38,8 @@ class LabelledData:
         classes: the names of the classes, each once.
         counts: how many examples each class has.
 
+    ``device`` is where the examples are.
+
     >>> data = LabelledData(torch.arange(5), classes=("a", "b"), counts=[2, 3])
     >>> data.classes, data.counts, len(data)
     (('a', 'b'), [2, 3], 2)
@@ -60,7 +62,8 @@ class LabelledData:
         self.classes = tuple(classes)
         self.counts = list(counts)
         self._inputs = inputs
-        self._limits = torch.tensor(self.counts, dtype=torch.long)
+        self.device = inputs.device if isinstance(inputs, Tensor) else torch.device("cpu")
+        self._limits = torch.tensor(self.counts, dtype=torch.long, device=self.device)
         self._starts = self._limits.cumsum(0) - self._limits
         self._is_rotated = False
 
@@ -86,13 +89,40 @@ class LabelledData:
         Raises:
             DataError: there is no such class or example, or an example cannot be loaded.
         """
+        class_index, example_index = class_index.to(self.device), example_index.to(self.device)
         if len(self) == 0 or class_index.lt(0).any() or class_index.ge(len(self)).any():
             raise DataError(f"there is no such class: class_index goes from 0 to {len(self) - 1}")
         if (example_index.lt(0) | example_index.ge(self._limits[class_index])).any():
             raise DataError(
                 "there is no such example: example_index goes from 0 to the class's count − 1"
             )
+        return self.take_known(class_index, example_index)
+
+    def take_known(self, class_index: Tensor, example_index: Tensor) -> Tensor:
+        """Return the inputs of examples that are there, as `take` does.
+
+        Nothing is read back from a GPU to check it, which would wait for all that it has to do.
+        """
         return scaled(self._inputs[self._starts[class_index] + example_index])
+
+    def to(self, device: torch.device | str) -> LabelledData:
+        """Return the same data on a device, where examples are then taken.
+
+        Examples that are loaded when they are used stay where they are, as do those of more than
+        2 GiB.
+
+        >>> data = LabelledData(torch.rand(5, 1, 28, 28), classes=("a", "b"), counts=[2, 3])
+        >>> data.to("meta").device
+        device(type='meta')
+        """
+        if not isinstance(self._inputs, Tensor) or torch.device(device) == self.device:
+            return self
+        rows = self._rows()
+        if self._inputs[:1].nbytes * len(rows) > MAX_BYTES:
+            return self
+        other = LabelledData(self._inputs[rows].to(device), self.classes, self.counts)
+        other._is_rotated = self._is_rotated
+        return other
 
     def split(self, *sizes: int | float, seed: int = 0) -> tuple[LabelledData, ...]:
         """Return parts that have no class in common; they share the examples' memory.
@@ -163,13 +193,7 @@ class LabelledData:
             raise ConfigurationError(
                 [f"inputs of shape {tuple(shape)} cannot be rotated: must be square images, once"]
             )
-        rows = torch.cat(
-            [
-                torch.arange(s, s + n)
-                for s, n in zip(self._starts.tolist(), self.counts, strict=True)
-            ]
-            or [torch.arange(0)]
-        )
+        rows = self._rows()
         if isinstance(self._inputs, Tensor):
             upright = self._inputs[rows]
             inputs: Tensor | Lazy = torch.cat([torch.rot90(upright, k, (-2, -1)) for k in range(4)])
@@ -182,11 +206,16 @@ class LabelledData:
         other._is_rotated = True
         return other
 
+    def _rows(self) -> Tensor:
+        """Return the numbers of all examples, class after class."""
+        starts = zip(self._starts.tolist(), self.counts, strict=True)
+        return torch.cat([torch.arange(s, s + n) for s, n in starts] or [torch.arange(0)])
+
     def _part(self, index: list[int]) -> LabelledData:
         part = copy.copy(self)
         part.classes = tuple(self.classes[i] for i in index)
         part.counts = [self.counts[i] for i in index]
-        rows = torch.tensor(index, dtype=torch.long)
+        rows = torch.tensor(index, dtype=torch.long, device=self.device)
         part._limits, part._starts = self._limits[rows], self._starts[rows]
         return part
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, cast
 
 import torch
@@ -11,10 +12,12 @@ from torch.nn import functional as F
 
 from koi.errors import CheckpointError, ConfigurationError, DataError
 from koi.fewshot.data import labelled
+from koi.randomness import split_mix
 from koi.supervised import SupervisedTask
 from koi.tasks import TaskBatch
 
 _SHOWN = 3
+_GOLDEN = -7046029254386353131  # 2⁶⁴ times the golden ratio's fraction, the step of SplitMix64
 
 
 class Episodes:
@@ -35,7 +38,9 @@ class Episodes:
         num_shots: support examples of each class.
         num_queries: query examples of each class.
         batch_size: support examples in each inner step; None, or more than there are: all.
-        device: where the tasks' tensors go; None: where the data are.
+        device: where the tasks' tensors go, and with them the data, so that drawing a task copies
+            nothing (but see `LabelledData.to`); None: where the data are. A seed's tasks are the
+            same on every device.
 
     Raises:
         ConfigurationError: numbers that are no positive whole numbers, or too many ways.
@@ -59,14 +64,15 @@ class Episodes:
         batch_size: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.data = labelled(data)
+        self.data = labelled(data) if device is None else labelled(data).to(device)
         self.num_ways = num_ways
         self.num_shots = num_shots
         self.num_queries = num_queries
         self.batch_size = batch_size
         self.device = device
         self._check()
-        self._counts = torch.tensor(self.data.counts)
+        self._counts = torch.tensor(self.data.counts, device=self.data.device)
+        self._most = max(self.data.counts)
         # one string, since a training copies this state at every meta-iteration
         self._names = json.dumps(self.data.classes, ensure_ascii=False)
 
@@ -82,27 +88,30 @@ class Episodes:
         They are those from ``first`` on of the ``total`` (None: first + num_tasks) that are drawn
         together; of the others no example is loaded.
         """
-        ways, shots = self.num_ways, self.num_shots
-        rows, num_tasks = slice(first, first + num_tasks), total or first + num_tasks
-        # the largest of uniform numbers, in falling order, are a draw without replacement
-        classes = torch.rand(num_tasks, len(self.data)).topk(ways).indices
-        examples = self._examples(classes)
-        order = torch.rand(num_tasks, ways * shots).argsort(1)
-        support_targets = torch.arange(ways).repeat_interleave(shots)[order]
-        query_targets = torch.arange(ways).repeat_interleave(self.num_queries).repeat(num_tasks, 1)
+        ways, shots, device = self.num_ways, self.num_shots, self.data.device
+        # each row's largest numbers in falling order, or the order of all, are a draw without
+        # replacement
+        shapes = (len(self.data),), (ways, self._most), (ways * shots,), (ways * self.num_queries,)
+        noise = self._noise(total or first + num_tasks, *shapes, ())
+        by_class, by_example, by_support, by_query, key = (
+            part[first : first + num_tasks] for part in noise
+        )
+        classes = by_class.topk(ways).indices
+        examples = self._examples(classes, by_example)
+        order = by_support.argsort(1)
+        # a model that looks across the queries could tell the class by the place
+        shuffled = by_query.argsort(1)
+        numbers = torch.arange(ways, device=device)
+        support_targets = numbers.repeat_interleave(shots)[order]
+        query_targets = numbers.repeat_interleave(self.num_queries)[shuffled]
         support = classes.gather(1, support_targets), examples[..., :shots].flatten(1)
         query = classes.gather(1, query_targets), examples[..., shots:].flatten(1)
-        key = torch.randint(2**62, (num_tasks,))
-        # a model that looks across the queries could tell the class by the place
-        shuffled = torch.rand(query_targets.shape).argsort(1)
-        support = support[0], support[1].gather(1, order)
-        query = query[0].gather(1, shuffled), query[1].gather(1, shuffled)
         return SupervisedTask(
-            self._placed(self.data.take(*(numbers[rows] for numbers in support))),
-            self._placed(support_targets[rows]),
-            self._placed(self.data.take(*(numbers[rows] for numbers in query))),
-            self._placed(query_targets.gather(1, shuffled)[rows]),
-            self._placed(key[rows]),
+            self._placed(self.data.take_known(support[0], support[1].gather(1, order))),
+            self._placed(support_targets),
+            self._placed(self.data.take_known(query[0], query[1].gather(1, shuffled))),
+            self._placed(query_targets),
+            self._placed(key),
             criterion=F.cross_entropy,
             batch_size=self.batch_size,
         )
@@ -128,14 +137,26 @@ class Episodes:
             "that no class that was kept for a test is trained on"
         )
 
-    def _examples(self, classes: Tensor) -> Tensor:
+    def _noise(self, num_tasks: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Return random whole numbers, of each task in these shapes, no two alike.
+
+        They follow from one number of torch's generator of the CPU, so that the tasks are the same
+        wherever the data are, and nothing is copied there.
+        """
+        sizes = [num_tasks * math.prod(shape) for shape in shapes]
+        start = int(torch.randint(2**62, ()))
+        places = torch.arange(sum(sizes), device=self.data.device)
+        noise = split_mix(start + places * _GOLDEN).split(sizes)
+        return [part.reshape(num_tasks, *shape) for part, shape in zip(noise, shapes, strict=True)]
+
+    def _examples(self, classes: Tensor, noise: Tensor) -> Tensor:
         """Draw the support and query examples of each class, shape (tasks, ways, shots + queries).
 
         Support comes first.
         """
         counts = self._counts[classes].unsqueeze(-1)
-        noise = torch.rand(*classes.shape, int(self._counts.max()))
-        noise[torch.arange(noise.shape[-1]) >= counts] = -1
+        missing = torch.arange(self._most, device=counts.device) >= counts
+        noise = noise.masked_fill(missing, torch.iinfo(torch.long).min)
         return noise.topk(self.num_shots + self.num_queries).indices
 
     def _placed(self, tensor: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _head(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> st
             dataset_name=data["name"],
             dataset_config=result["task"],  # results are told apart by it, not by task_name
             metric_type=result["metric"],
-            metric_value=result["value"],
+            metric_value=_rounded(result["value"]),
         )
         for result in results
     ]
@@ -128,7 +128,7 @@ def _use(config: Mapping[str, Any]) -> str:
     """Return how to load the weights and to adapt them."""
     settings = config["settings"]
     given = {name: settings[name] for name in ("step_size", "num_steps") if name in settings}
-    if settings.get("inner_optimizer") in ("sgd", "adam"):
+    if settings.get("inner_optimizer") in ("sgd", "adam", "adamw"):
         given["inner_optimizer"] = settings["inner_optimizer"]
     arguments = "".join(f", {name}={value!r}" for name, value in given.items())
     learner = config.get("learner", f"koi.Koi(model{arguments})")
@@ -169,6 +169,15 @@ def _training(config: Mapping[str, Any]) -> str:
         versions = (f"{name} {version}" for name, version in config["versions"].items())
         lines += ["", "Versions: " + ", ".join(versions) + "."]
     return "\n".join(lines)
+
+
+def _rounded(value: Any) -> Any:
+    """Return a float without the digits that only its bits have.
+
+    >>> _rounded(0.8399999999999999), _rounded(3)
+    (0.84, 3)
+    """
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _cell(value: Any) -> str:

@@ -68,6 +68,8 @@ class FewShotRecipe:
         inner_optimizer: "adam", with β1 = 0, or "sgd".
         learn_step_size: as in `koi.Koi`: whether the inner rates are learned.
         torch_defaults: whether the network's initial values are PyTorch's, not the paper's.
+        patience: validations in a row without a better one that end the training; None: nothing
+            but ``num_iterations`` does.
     """
 
     name: str
@@ -89,6 +91,7 @@ class FewShotRecipe:
     inner_optimizer: str = "adam"
     learn_step_size: str | None = None
     torch_defaults: bool = False
+    patience: int | None = None
 
     def model(self) -> nn.Module:
         """Return the network, its weights fresh from the global generator."""

@@ -173,10 +173,10 @@ def saved_from(data: Mapping[str, Any], path: Path | str) -> Saved:
         kept["owed"] = None if data.get("owed") is None else Owed(**data["owed"])
         return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint {path} is not whole ({type(error).__name__}: {error}): use an "
-            "earlier one"
-        ) from error
+        problem = f"is not whole ({type(error).__name__}: {error}): use an earlier one"
+        if not {"params", "settings"} & set(data):
+            problem = "holds no learner: give a file that koi.save or koi.train wrote"
+        raise CheckpointError(f"the checkpoint {path} {problem}") from error
 
 
 def arguments(saved: Saved, given: Data, known: Collection[str]) -> Data:

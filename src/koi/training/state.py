@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+
+import torch
 
 from koi import randomness
 from koi.errors import CheckpointError
@@ -24,6 +27,8 @@ from koi.settings import Settings
 from koi.training import stateful
 
 log = logging.getLogger("koi")
+
+_beginning = threading.Lock()  # of two threads one is the first
 
 
 class Mark(NamedTuple):
@@ -84,6 +89,17 @@ class Owed:
 
 
 @dataclass(frozen=True)
+class Running:
+    """A method that trains, and the thread that it does so in; a copy of a learner has none."""
+
+    method: str
+    thread: str
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+@dataclass(frozen=True)
 class Pending:
     """What was loaded and only the next training can use."""
 
@@ -108,13 +124,13 @@ class TrainingState:
         update: the meta-update, which has the meta-optimizer.
         mean: the exponential mean of φ; empty without ``average``.
         best: what validation has found; None: it has not measured yet.
-        drawn_seed: of several ranks that were given none.
+        drawn_seed: of several ranks, or workers, that were given none.
         tasks: of the last training, for their state.
         callbacks: likewise, those that have a state.
         owed: what the last record is still owed; None: nothing.
         pending: what was loaded, until the next training has begun.
         begun: the number of the meta-iteration that has begun, and where it draws from.
-        is_training: whether `train` is running.
+        running: the method that trains just now.
     """
 
     iteration: int = 0
@@ -135,11 +151,16 @@ class TrainingState:
     owed: Owed | None = None
     pending: Pending | None = None
     begun: tuple[int, Mark] | None = None
-    is_training: bool = False
+    running: Running | None = None
 
     def seed(self, settings: Settings) -> int | None:
         """Return what meta-iterations draw from: several ranks without a seed have drawn one."""
         return self.drawn_seed if settings.seed is None else settings.seed
+
+    def draw_seed(self, settings: Settings) -> None:
+        """Draw a seed where there is none, so that several processes see the same tasks."""
+        if self.seed(settings) is None:
+            self.drawn_seed = int(torch.randint(2**62, ()))
 
     def carried(self, settings: Settings) -> Tensors | None:
         """Return the moments that live on; None: there are none, or of another optimizer."""
@@ -222,14 +243,16 @@ class TrainingState:
         if self.begun is not None and self.begun[0] == self.iteration:
             return self.begun[1]
         tasks = self.tasks.state_dict() if hasattr(self.tasks, "state_dict") else None
-        generators = randomness.capture() if settings.seed is None else None
+        with randomness.alone():
+            generators = randomness.capture() if settings.seed is None else None
         return Mark(copy.deepcopy(tasks), generators, self.drawn_seed)
 
     def go_back_to(self, mark: Mark) -> None:
         """Let tasks and generators draw from where they did."""
         stateful.give_state(self.tasks, mark.tasks)
         if mark.generators is not None:
-            randomness.restore(mark.generators)
+            with randomness.alone():
+                randomness.restore(mark.generators)
 
     def remember(self, settings: Settings) -> None:
         """Remember where the meta-iteration that begins draws from, should it not be completed."""
@@ -237,13 +260,21 @@ class TrainingState:
         self.begun = self.iteration, self.mark(settings)
 
     @contextmanager
-    def training(self) -> Iterator[None]:
-        """Let nothing be loaded while the block runs."""
-        before, self.is_training = self.is_training, True
+    def training(self, method: str) -> Iterator[None]:
+        """Let nothing else train or be loaded while the block runs, in any thread.
+
+        Raises:
+            CheckpointError: a training runs.
+        """
+        running = Running(method, threading.current_thread().name)
         try:
+            with _beginning:
+                self.check_idle(method)
+                self.running = running
             yield
         finally:
-            self.is_training = before
+            if self.running is running:
+                self.running = None
 
     def check_idle(self, method: str) -> None:
         """Check that no training runs, which another method would change in its midst.
@@ -251,10 +282,16 @@ class TrainingState:
         Raises:
             CheckpointError: one does.
         """
-        if self.is_training:
+        there, here = self.running, threading.current_thread().name
+        if there is not None and there.thread == here:
             raise CheckpointError(
-                f"{method} was called while koi.train runs, by a callback or a task: let the "
+                f"{method} was called while {there.method} runs, by a callback or a task: let the "
                 "training end first (a callback may return koi.STOP)"
+            )
+        if there is not None:
+            raise CheckpointError(
+                f"{method} was called in the thread {here} while {there.method} of the same Koi "
+                f"runs in {there.thread}: let it end first, or give each thread a Koi of its own"
             )
 
 

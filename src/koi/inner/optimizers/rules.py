@@ -30,6 +30,7 @@ OptimizerFactory = Callable[[Any, float], torch.optim.Optimizer]
 FACTORIES: dict[str, OptimizerFactory] = {
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr),
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
+    "adamw": lambda params, lr: torch.optim.AdamW(params, lr=lr),
 }
 
 
