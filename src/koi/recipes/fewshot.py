@@ -217,7 +217,8 @@ FOMAML_5WAY, MAML_5WAY = (
 )
 
 # Ours: MAML through a single large step on one example of each class, at learned rates, on as many
-# images in a meta-iteration as the paper's recipe sees; and more steps in the test. What each choice is worth, on validation characters, is told in docs/results.md.
+# images in a meta-iteration as the paper's recipe sees; and more steps in the test. What each
+# choice is worth, on validation characters, is told in docs/results.md.
 OMNIGLOT_5WAY_KOI = replace(
     MAML_5WAY,
     name="omniglot-5way-koi",
