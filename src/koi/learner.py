@@ -19,10 +19,11 @@ from koi.phi.schedules import value_at
 from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
-from koi.records import STOP, Record, mean_ends
+from koi.records import STOP, History, Record, mean_ends
 from koi.sampling import check_tasks, weighted
 from koi.settings import Settings, check_count
 from koi.training import start
+from koi.training.arguments import check_options, checked_callbacks
 from koi.training.autosave import Autosave
 from koi.training.draws import Draws
 from koi.training.duties import Duties
@@ -82,9 +83,10 @@ class Koi(Adapting):
         self._interrupts = Interrupts()
         self._engines = Engines()
         self._stepping = Stepping()
-        self._find_engines(
-            None, settings
-        )  # so that a mistake shows here, not after the first sampling
+        # so that a mistake shows here, not after the first sampling
+        ready = self._ready()
+        if settings.meta_optimizer is not None:
+            self._meta_update(ready)
 
     @property
     def iteration(self) -> int:
@@ -92,8 +94,8 @@ class Koi(Adapting):
         return self._state.iteration
 
     @property
-    def history(self) -> list[Record]:
-        """What is remembered of each of them."""
+    def history(self) -> History:
+        """What is remembered of each of them, read like a list."""
         return self._state.history
 
     @property
@@ -110,7 +112,7 @@ class Koi(Adapting):
         self,
         tasks: Any,
         progress: bool | None = None,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] | None = (),
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
@@ -130,11 +132,11 @@ class Koi(Adapting):
             tasks: a task distribution, anything with ``sample() -> task``; a task is anything
                 with ``loss(model) -> scalar tensor``.
             progress: whether to show a progress bar; None: where there is a terminal.
-            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. One
-                that returns ``koi.STOP`` ends the training there (on several ranks one later), as
-                if no iterations were left. Those with ``state_dict`` and ``load_state_dict`` go on
-                from a checkpoint as they were. One that is stopped is called again, and those
-                after it are, as the next training begins.
+            callbacks: one or several; each is called as ``callback(koi, record)`` after each
+                meta-iteration. One that returns ``koi.STOP`` ends the training there (on several
+                ranks one later), as if no iterations were left. Those with ``state_dict`` and
+                ``load_state_dict`` go on from a checkpoint as they were. One that is stopped is
+                called again, and those after it are, as the next training begins.
             checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
                 is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
@@ -161,14 +163,16 @@ class Koi(Adapting):
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        check_count("workers", workers, least=0)
+        check_options(progress, checkpoint_dir, resume, log_dir)
+        callbacks = checked_callbacks(callbacks)
+        check_count("workers", workers, least=0, most=1000)
         folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
         validation = Validation(
             *(self, self._state, validate, self._validation_loss),
             *(validate_every, keep_best, patience, folder),
         )
         with self._state.training("koi.train"), folder or nullcontext():
-            arguments = tasks, tuple(callbacks), validation, progress
+            arguments = tasks, callbacks, validation, progress
             return self._train(*arguments, folder, checkpoint_every, resume, log_dir, workers)
 
     def _train(
@@ -191,7 +195,7 @@ class Koi(Adapting):
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
             logged = log_dir if ranks.first else None
-            log = Log(logged, state.history, total, resume, saver.first_line)
+            log = Log(logged, state, total, resume, saver.first_line)
         with bar, self._interrupts, ranks.training(update.phi), saver, log, draws:
             start.let_go(state, saves=saver.saves)
             duties.catch_up(bar)

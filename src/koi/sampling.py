@@ -29,6 +29,18 @@ def check_tasks(tasks: Any) -> None:
         raise ConfigurationError([problem + (hint if hasattr(tasks, "loss") else "")])
 
 
+def check_task(task: Any) -> None:
+    """Check that ``task`` is a task.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if not callable(getattr(task, "loss", None)):
+        hint = " (this looks like many tasks: give one that they sample)"
+        problem = wrong("task", task, "an object with a method loss(model) -> scalar tensor")
+        raise ConfigurationError([problem + (hint if hasattr(task, "sample") else "")])
+
+
 def draw(
     distribution: Any,
     num_tasks: int,

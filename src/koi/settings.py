@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from koi import allowed
-from koi.algorithms import Algorithm, schedule_of
-from koi.errors import ConfigurationError, wrong
+from koi.algorithms import Algorithm, checked, schedule_of
+from koi.errors import ConfigurationError
 from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, make_optimizer
 from koi.phi.learned import Learned
 from koi.phi.rates import LearnedRates, StepSize, rates
@@ -64,7 +64,7 @@ class Settings:
         "of which the first that fits counts.",
         engines=True,
     )
-    num_steps: int = setting(10, allowed.count(1), "inner steps on each task.")
+    num_steps: int = setting(10, allowed.count(1, allowed.MOST_STEPS), "inner steps on each task.")
     num_iterations: int = setting(1000, allowed.count(0), "meta-iterations.")
     _: KW_ONLY
 
@@ -107,7 +107,7 @@ class Settings:
     # the meta-update
     algorithm: str | Algorithm = setting(
         "reptile",
-        allowed.algorithm,
+        checked,
         '"reptile"; "eigen-reptile", which moves φ along the main direction of the way to φ̃; '
         '"fomaml" and "maml", which move φ against the gradient of the query loss at φ̃, taken with '
         "respect to φ̃ or, through all inner steps, to φ; or a `koi.algorithms.Algorithm`.",
@@ -124,7 +124,7 @@ class Settings:
     )
     meta_optimizer: MetaOptimizerFactory | None = setting(
         None,
-        allowed.optional(allowed.code),
+        allowed.optional(allowed.code("(params)")),
         "None, or a callable (params) that returns a ``torch.optim.Optimizer``; it is fed the "
         "meta-gradient, φ − mean(φ̃) or the mean gradient, and steps by its own rate times ε. "
         "Buffers follow ε, at most 1.",
@@ -186,7 +186,7 @@ class Settings:
     )
     seed: int | None = setting(
         None,
-        allowed.optional(allowed.count(0)),
+        allowed.optional(allowed.count(0, most=2**64)),
         "makes runs repeatable, bit for bit on one machine, and independent of the global random "
         "state. None: tasks draw from the global generators as they are.",
     )
@@ -206,15 +206,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        problems = []
-        for each in fields(self):
-            value = getattr(self, each.name)
-            try:
-                object.__setattr__(self, each.name, each.metadata["check"](value))
-            except allowed.Refused as refused:
-                problems.append(wrong(each.name, value, str(refused)))
-        if problems:
-            raise ConfigurationError(problems)
+        allowed.check_fields(self)
 
     def changed(self) -> dict[str, Any]:
         """Return the settings that are not at their defaults."""
@@ -248,7 +240,7 @@ class Settings:
         """Return the inner steps that a method was given, checked; None: those of training."""
         if num_steps is None:
             return self.num_steps
-        check_count("num_steps", num_steps, least=0)
+        check_count("num_steps", num_steps, least=0, most=allowed.MOST_STEPS)
         return num_steps
 
     @property
@@ -316,16 +308,13 @@ class Settings:
         return make_optimizer(self.optimizer_factory, params, self.nominal_rate)
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
+def check_count(name: str, value: Any, least: int = 1, most: int = allowed.MOST) -> None:
     """Check one whole number that a method was given.
 
     Raises:
-        ConfigurationError: it is none of at least ``least``.
+        ConfigurationError: it is none from ``least`` to ``most``.
     """
-    try:
-        allowed.count(least)(value)
-    except allowed.Refused as refused:
-        raise ConfigurationError([wrong(name, value, str(refused))]) from None
+    allowed.check(**{name: (value, allowed.count(least, most))})
 
 
 def as_data(value: Any) -> Any:

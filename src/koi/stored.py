@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from koi import allowed
 from koi.configured import Configured
 from koi.errors import ConfigurationError
 from koi.phi.arithmetic import copy_
@@ -97,6 +98,7 @@ class Stored(Configured):
         Tasks, callbacks and generators take theirs as the next training begins.
 
         Raises:
+            ConfigurationError: ``state`` is no dictionary.
             CheckpointError: the model or any setting is another: all differences are named, and
                 nothing has changed.
 
@@ -108,6 +110,7 @@ class Stored(Configured):
         True
         """
         self._state.check_idle("load_state_dict")
+        allowed.check(state=(state, allowed.instance(Mapping, "what state_dict gave")))
         saved = checkpoint.saved_from(state, "given to load_state_dict")
         checkpoint.go_on(self, self._state, saved)
 
@@ -118,8 +121,10 @@ class Stored(Configured):
             path: the file; it appears under this name whole or not at all.
 
         Raises:
+            ConfigurationError: ``path`` is no path.
             CheckpointError: it cannot be written.
         """
+        allowed.check(path=(path, allowed.path))
         checkpoint.save(self, self._state, Path(path))
 
     @classmethod
@@ -136,6 +141,7 @@ class Stored(Configured):
                 those in the file.
 
         Raises:
+            ConfigurationError: an argument that cannot work.
             CheckpointError: the file cannot be read, does not fit the model, or needs settings.
 
         >>> import tempfile, torch
@@ -147,6 +153,7 @@ class Stored(Configured):
         >>> same.step_size, torch.equal(same.model.weight, koi.model.weight)
         (0.1, True)
         """
+        allowed.check(path=(path, allowed.path))
         saved, known = checkpoint.read_or_offer(Path(path)), inspect.signature(cls).parameters
         koi = cls(model, **checkpoint.arguments(saved, settings, known))
         checkpoint.begin_with(koi, koi._state, saved)

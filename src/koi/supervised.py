@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from koi import allowed
+from koi.errors import ConfigurationError
 from koi.randomness import split_mix
 from koi.tasks import tensor_task
 
@@ -56,6 +58,9 @@ class SupervisedTask:
         batch_size: examples in each inner step; None, or more than there are: all of them.
         weight: what the task counts in the means of its meta-batch, a scalar; None: 1.
 
+    Raises:
+        ConfigurationError: sets that are empty, or no tensors, or whose lengths differ.
+
     >>> x = torch.linspace(-1, 1, 6).unsqueeze(1)
     >>> task = SupervisedTask(x, 2 * x, x, 2 * x, torch.tensor(0), batch_size=4)
     >>> task.loss(torch.nn.Identity())
@@ -73,6 +78,32 @@ class SupervisedTask:
     batch_size: int | None = None
     weight: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Check what can be seen from outside: many tasks in one have their number in the key."""
+        sets = ("support_inputs", "support_targets", "query_inputs", "query_targets", "key")
+        allowed.check(
+            **{name: (getattr(self, name), allowed.tensor) for name in sets},
+            criterion=(self.criterion, allowed.code("(predictions, targets)")),
+            batch_size=(self.batch_size, allowed.optional(allowed.count(1))),
+        )
+        if self.key.dtype != torch.int64:
+            raise ConfigurationError([f"key is of type {self.key.dtype}: must be int64"])
+        for name in ("support", "query"):
+            inputs, targets = getattr(self, f"{name}_inputs"), getattr(self, f"{name}_targets")
+            depth = self.key.dim() + 1
+            if (
+                inputs.dim() < depth
+                or 0 in inputs.shape
+                or inputs.shape[:depth] != targets.shape[:depth]
+            ):
+                raise ConfigurationError(
+                    [
+                        f"{name}_inputs of shape {tuple(inputs.shape)} and {name}_targets of shape "
+                        f"{tuple(targets.shape)}: must have one entry each for each example, and "
+                        "at least one example"
+                    ]
+                )
+
     def loss(self, model: nn.Module) -> Tensor:
         """Return the criterion on the support set (of a minibatch: on the minibatch)."""
         return self.criterion(model(self.support_inputs), self.support_targets)
@@ -84,6 +115,7 @@ class SupervisedTask:
 
     def minibatches(self, num_steps: int) -> list[SupervisedTask]:
         """Return the task as each of ``num_steps`` inner steps sees it."""
+        allowed.check(num_steps=(num_steps, allowed.count(0, allowed.MOST_STEPS)))
         size = len(self.support_inputs)
         if self.batch_size is None or self.batch_size >= size:
             return [self] * num_steps

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from koi import allowed
 from koi.errors import ConfigurationError, DataError, did_you_mean
 from koi.fewshot import LabelledData
 from koi.fewshot.sources import class_folders
@@ -47,7 +48,7 @@ def own_folder(
         seed: chooses the classes of each part.
 
     Raises:
-        ConfigurationError: there is no such network.
+        ConfigurationError: there is no such network, or an argument that cannot work.
         DataError: the folder cannot be read, or has too few classes or images.
 
     >>> import tempfile
@@ -62,6 +63,12 @@ def own_folder(
     >>> {part: len(names) for part, names in parts.items()}
     {'train': 4, 'validation': 2, 'test': 2}
     """
+    allowed.check(
+        folder=(folder, allowed.path),
+        num_ways=(num_ways, allowed.count(1)),
+        num_shots=(num_shots, allowed.count(1)),
+        network=(network, allowed.text),
+    )
     if network not in NETWORKS:
         near, known = did_you_mean(network, NETWORKS), ", ".join(NETWORKS)
         raise ConfigurationError([f"there is no network {network!r}{near} (networks: {known})"])

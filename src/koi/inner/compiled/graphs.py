@@ -33,6 +33,7 @@ from koi.tasks import (
     settings_of,
     stack,
     tensors_of,
+    unstack,
     views,
     with_tensors,
 )
@@ -180,7 +181,9 @@ class Graphs:
         key = kind, size, forms, num_steps
         if self._last is None or self._last[0] != key:
             if key not in self._known:
-                self._known[key] = self._trace(kind, chunk.tasks[0], size, num_steps)
+                # which padding may have made another
+                first = unstack(chunk.stacked)[0] if self._together else chunk.tasks[0]
+                self._known[key] = self._trace(kind, first, size, num_steps)
             self._last = key, self._known[key]
         return self._last[1]
 

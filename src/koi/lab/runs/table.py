@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from koi.errors import DataError
+from koi.lab.markdown import text
 from koi.lab.runs.folder import Run
 from koi.recipes.fewshot import BESIDE, PAPER, RECIPES
 
@@ -79,8 +80,8 @@ def _rows(run: Run) -> Iterator[tuple[str, ...]]:
         for way, paper in zip(("inductive", "transductive"), published, strict=True):
             mean, interval = (100 * value for value in result[way])
             yield (
-                str(run.folder),
-                recipe.name,
+                text(run.folder),
+                text(recipe.name),
                 length,
                 str(num_shots),
                 tasks + (f" ({skipped:,} left out)" if skipped else ""),
