@@ -256,7 +256,7 @@ def torchrun(folder: Path, victim: int, at: int, module=mortal_run, size: int = 
         [sys.executable, "-m", *command, script, folder, str(victim), str(at)],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
             "OMP_NUM_THREADS": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # for a group that the script makes itself
         },
@@ -321,8 +321,8 @@ FAULTS = [
     Fault("Ctrl-C among the callbacks", among_callbacks, 300, 5),
     Fault("two processes in one folder", in_one_folder, 20, 1),
     Fault("two trainings in two threads", in_two_threads, 50, 3),
-    Fault("checkpoint cut anywhere", cut, 4000, 200),
-    Fault("checkpoint with a flipped bit", flipped, 4000, 200),
+    Fault("checkpoint cut anywhere", cut, 5000, 200),
+    Fault("checkpoint with a flipped bit", flipped, 5000, 200),
     Fault("disk full in the middle of a checkpoint", full_disk, 100, 10),
     Fault("folder that vanishes", vanishing_folder, 100, 10),
     Fault("folder that cannot be written", read_only_folder, 100, 10),

@@ -14,6 +14,7 @@ from koi.settings import check_count
 from koi.training import checkpoint
 from koi.training.checkpoint import Saved
 from koi.training.lock import Lock
+from koi.training.past import NAME, Past
 from koi.training.state import Owed, TrainingState
 from koi.training.watch import warn
 
@@ -35,6 +36,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = Lock(path)
+        self.past = Past(path / NAME)
         self._damaged: set[int] = set()
         self.newest: int | None = None  # read or written in this training
         self.owed: Owed | None = None  # by what is in it
@@ -112,7 +114,7 @@ class Folder:
         Raises:
             CheckpointError: it cannot be written.
         """
-        checkpoint.save(koi, state, self.file(number))
+        checkpoint.save(koi, state, self.file(number), self.past)
 
     def newest_good(self, _: Configured, iteration: int) -> Saved | None:
         """Return the newest file that can be read, of those that are not behind ``iteration``.
