@@ -19,7 +19,7 @@ from koi.phi.schedules import value_at
 from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
-from koi.records import STOP, Record, mean_ends
+from koi.records import STOP, History, Record, mean_ends
 from koi.sampling import check_tasks, weighted
 from koi.settings import Settings, check_count
 from koi.training import start
@@ -94,8 +94,8 @@ class Koi(Adapting):
         return self._state.iteration
 
     @property
-    def history(self) -> list[Record]:
-        """What is remembered of each of them."""
+    def history(self) -> History:
+        """What is remembered of each of them, read like a list."""
         return self._state.history
 
     @property
@@ -195,7 +195,7 @@ class Koi(Adapting):
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
             logged = log_dir if ranks.first else None
-            log = Log(logged, state.history, total, resume, saver.first_line)
+            log = Log(logged, state, total, resume, saver.first_line)
         with bar, self._interrupts, ranks.training(update.phi), saver, log, draws:
             start.let_go(state, saves=saver.saves)
             duties.catch_up(bar)
