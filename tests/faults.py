@@ -252,7 +252,11 @@ def torchrun(folder: Path, victim: int, at: int) -> int:
     script = Path(mortal_run.__file__)
     return subprocess.run(
         [sys.executable, "-m", *command, script, folder, str(victim), str(at)],
-        env={**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         timeout=300,
         check=False,

@@ -188,7 +188,9 @@ class Koi(Adapting):
         workers: int,
     ) -> nn.Module:
         state, total = self._state, self.settings.num_iterations
-        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume, workers)
+        ranks, ready, watch, draws = self._begin(
+            tasks, callbacks, folder, resume, workers, validation
+        )
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
         duties = Duties(self, state, validation, callbacks, ranks)
@@ -303,11 +305,13 @@ class Koi(Adapting):
         folder: Folder | None,
         resume: bool,
         workers: int = 0,
+        validation: Validation | None = None,
     ) -> tuple[Ranks, Ready, Watch, Draws]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
         device, carry = self._phi(ready, settings).params[0].device, settings.inner_state == "carry"
-        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts)
+        alike = settings.in_words() | ({} if validation is None else validation.in_words())
+        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts, alike)
         start.begin(self, self._state, tasks, callbacks, folder, resume, ranks)
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out

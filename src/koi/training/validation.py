@@ -65,6 +65,12 @@ class Validation:
         self._every, self._keep_best, self._patience = every, keep_best, patience
         self._folder = folder
 
+    def in_words(self) -> dict[str, str]:
+        """Return what must be the same on all ranks."""
+        numbers = {"validate_every": self._every, "keep_best": self._keep_best}
+        measures = {"validate": self._validate is not None, "patience": self._patience}
+        return {name: str(value) for name, value in (numbers | measures).items()}
+
     @property
     def exhausted(self) -> bool:
         """Whether patience has run out."""
