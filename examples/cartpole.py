@@ -15,7 +15,7 @@ from torch import nn
 
 from koi import Koi
 
-ITERATIONS, NUM_TASKS, MOST_UPDATES = 40, 10, 100
+ITERATIONS, NUM_TASKS, MOST_UPDATES = 20, 10, 100
 if os.environ.get("KOI_EXAMPLE_SHORT"):
     ITERATIONS, NUM_TASKS, MOST_UPDATES = 1, 1, 2
 EPISODES = 8  # in an update

@@ -13,7 +13,7 @@ from torch import nn
 
 from koi import Koi
 
-ITERATIONS, NUM_TASKS, STEPS = 60, 20, (0, 5, 10, 20, 40, 80)
+ITERATIONS, NUM_TASKS, STEPS = 30, 10, (0, 5, 10, 20, 40)
 if os.environ.get("KOI_EXAMPLE_SHORT"):
     ITERATIONS, NUM_TASKS, STEPS = 2, 2, (0, 5)
 POINTS = torch.linspace(0, 1, 33).unsqueeze(1)  # where the residual is looked at
