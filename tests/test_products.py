@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from koi.inner.compiled.layers import layers_as_products, linear_product, patches_product
-from koi.inner.compiled.torch_internals import small_products
+from koi.inner.compiled.torch_internals import graph_pass
 
 pytestmark = pytest.mark.usefixtures("float64")
 small = partial(st.integers, 1)
@@ -152,7 +152,7 @@ def test_small_products_are_written_out(sizes, remaining):
         return left @ right, left[0] @ right[0]
 
     traced = make_fx(products, tracing_mode="fake")(left, right)
-    small_products()["post_grad_custom_pre_pass"](traced.graph)
+    graph_pass(products=True)["post_grad_custom_pre_pass"](traced.graph)
     traced.recompile()
     targets = [node.target for node in traced.graph.nodes]
     matrix_products = torch.ops.aten.mm.default, torch.ops.aten.bmm.default

@@ -86,7 +86,7 @@ class TestMissing:
         assert torch_internals.options_of("reduce-overhead") == {"triton.cudagraphs": True}
         with pytest.raises(EngineError, match="mode 'max-autotune' means: use compile=True"):
             torch_internals.options_of("max-autotune")
-        assert torch_internals.small_products() == {}
+        assert torch_internals.graph_pass(products=True) == {}
 
     @pytest.mark.timeout(300)
     @pytest.mark.usefixtures("float64")
