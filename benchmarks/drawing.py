@@ -1,18 +1,21 @@
-"""What drawing tasks costs on ranks.
+"""What drawing tasks costs on ranks, and what workers that draw ahead gain.
 
     python benchmarks/drawing.py            prints
-    python benchmarks/drawing.py --write    writes results/drawing.* and a table in docs/scaling.md
+    python benchmarks/drawing.py --write    writes results/drawing.* and the tables in docs/
 
 On four ranks: a meta-batch of 16 tasks, each of which takes 10 ms to draw, by sleeping, so that
-ranks do not wait for each other's processor.
+ranks do not wait for each other's processor. Ahead: 5-way 1-shot episodes of a folder of JPEGs,
+which are read, decoded and made smaller as they are drawn, with 0, 1 and 2 workers by turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,13 @@ from unittest.mock import patch
 import harness
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from koi import Koi, SupervisedTask
+from koi.fewshot import Episodes, labelled
+from koi.models import mini_imagenet_net
 from koi.training.draws import Draws
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -31,6 +38,9 @@ SECONDS = 0.01  # of each draw
 NUM_TASKS = 16
 NUM_RANKS = 4
 ITERATIONS = 5
+WORKERS = (0, 1, 2)
+# A folder of JPEGs: classes, images of each, pixels of a side.
+CLASSES, IMAGES, SIDE = 20, 30, 400
 
 
 class Slow:
@@ -128,21 +138,67 @@ def ranks_table(timings: dict[str, harness.Timing]) -> str:
     return harness.markdown_table(["16 tasks of 10 ms each", "ms to draw them"], rows)
 
 
+def make_folder(folder: Path) -> None:
+    """Write JPEGs of noise, as smooth as a photograph is."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(CLASSES * IMAGES):
+        small = torch.rand(3, SIDE // 8, SIDE // 8, generator=generator).unsqueeze(0)
+        image = F.interpolate(small, (SIDE, SIDE), mode="bilinear")[0].mul(255).byte()
+        path = folder / f"class-{number % CLASSES}" / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, quality=90)
+
+
+def ahead(repetitions: int) -> dict[str, harness.Timing]:
+    """Time meta-iterations on a folder of JPEGs, by the number of workers."""
+    with tempfile.TemporaryDirectory() as name:
+        make_folder(Path(name))
+        data = labelled(name, image_size=84, max_bytes=0)
+        seconds: dict[str, list[float]] = {str(workers): [] for workers in WORKERS}
+        learners = {}
+        for workers in WORKERS:
+            torch.manual_seed(0)
+            net = mini_imagenet_net(5)
+            learners[workers] = Koi(net, 0.001, 5, 0, meta_batch_size=2, seed=0)
+
+        def turn(workers: int) -> None:
+            koi = learners[workers]
+            koi.num_iterations += ITERATIONS + 1
+            koi.train(Episodes(data, 5, 1, num_queries=5), workers=workers)
+            mean = sum(record.seconds for record in koi.history[-ITERATIONS:]) / ITERATIONS
+            seconds[str(workers)].append(mean)
+
+        torch.set_num_threads(1)
+        turns = {str(workers): partial(turn, workers) for workers in WORKERS}
+        harness.by_turns(turns, repetitions)
+    return {name: harness.Timing(tuple(each[-repetitions:])) for name, each in seconds.items()}
+
+
+def ahead_table(timings: dict[str, harness.Timing]) -> str:
+    rows = []
+    for workers, timing in timings.items():
+        gain, low, high = harness.ratio(timings["0"], timing)
+        shown = "1" if workers == "0" else f"**{gain:.2f}** ({low:.2f}–{high:.2f})"
+        rows.append([workers, f"{1e3 * timing.median:.0f}", shown])
+    return harness.markdown_table(["workers", "ms of a meta-iteration", "times as fast"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write results and the pages")
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     facts = harness.environment()
-    drawn = on_ranks(arguments.repetitions)
+    timings = {"ranks": on_ranks(arguments.repetitions), "workers": ahead(arguments.repetitions)}
     facts["load average after"] = harness.load_average()
-    table = ranks_table(drawn)
-    print(table)
+    tables = {"ranks": ranks_table(timings["ranks"]), "workers": ahead_table(timings["workers"])}
+    print(*tables.values(), sep="\n\n")
     if arguments.write:
-        harness.write("drawing", "Drawing tasks", table, facts, {"ranks": drawn})
+        harness.write("drawing", "Drawing tasks", "\n\n".join(tables.values()), facts, timings)
         listed = ", ".join(f"{key} {value}" for key, value in facts.items())
-        command = "`python benchmarks/drawing.py --write`"
-        harness.refresh(DOCS / "scaling.md", "drawing", f"{table}\n\n{command}: {listed}.")
+        said = f"`python benchmarks/drawing.py --write`: {listed}."
+        harness.refresh(DOCS / "scaling.md", "drawing", f"{tables['ranks']}\n\n{said}")
+        harness.refresh(DOCS / "long-runs.md", "ahead", f"{tables['workers']}\n\n{said}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every benchmark here shares: timing by turns, facts of the machine, results on disk."""
 
+import csv
 import json
 import os
 import platform
@@ -101,24 +102,42 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
+def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for programs."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+
+
+def facts_list(facts: Mapping[str, Any]) -> str:
+    """The facts as a Markdown list."""
+    return "\n".join(f"- {key}: {value}" for key, value in facts.items())
+
+
 def write(
     name: str,
     title: str,
     text: str,
     facts: Mapping[str, Any],
     timings: Mapping[str, Mapping[str, Timing]],
+    folder: Path = RESULTS,
     **more: Any,
 ) -> None:
-    """Write results/NAME.md for readers and results/NAME.json with every repetition, and more."""
-    RESULTS.mkdir(exist_ok=True)
-    listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{text}\n\n{listed}\n", encoding="utf-8")
+    """Write NAME.md for readers, NAME.csv of medians, NAME.json of every repetition, and more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page = f"# {title}\n\n{text}\n\n{facts_list(facts)}\n"
+    (folder / f"{name}.md").write_text(page, encoding="utf-8")
+    medians = [
+        [case, contestant, f"{timing.median:.6g}"]
+        for case, contestants in timings.items()
+        for contestant, timing in contestants.items()
+    ]
+    write_csv(folder / f"{name}.csv", ["rows", "contestant", "median seconds"], medians)
     measured = {
         case: {contestant: asdict(timing) for contestant, timing in contestants.items()}
         for case, contestants in timings.items()
     }
     content = json.dumps({"environment": facts, "timings": measured, **more}, indent=1)
-    (RESULTS / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(content + "\n", encoding="utf-8")
 
 
 def refresh(page: Path, name: str, text: str) -> None:

@@ -234,7 +234,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="5 repetitions of shorter turns")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--write", action="store_true", help="write to benchmarks/results")
+    parser.add_argument(
+        "--write", action="store_true", help="write to benchmarks/results and docs/engines.md"
+    )
+    parser.add_argument("--out", type=Path, help="write the tables to this folder, and no page")
     return parser.parse_args()
 
 
@@ -264,6 +267,8 @@ def main() -> None:
             print("  " + " | ".join(cells), flush=True)
         found.lines += lines
         facts["load average after"] = harness.load_average()
+        if arguments.out is not None:
+            write(found, facts, device, threads, arguments.out)
         if arguments.write:
             publish(found, facts, device, threads)
     print(found.report(), *(f"{key}: {value}" for key, value in facts.items()), sep="\n")
@@ -305,14 +310,26 @@ def measure(name: str, found: Found, device: str, span: float) -> list[list[str]
     return [line(row, result) for row in ROWS if row.group == name]
 
 
-def publish(found: Found, facts: Mapping[str, Any], device: str, threads: int) -> None:
-    """Write the results, the pictures, and the table of the documentation."""
+def write(
+    found: Found, facts: Mapping[str, Any], device: str, threads: int, folder: Path
+) -> dict[str, dict[str, Timing]]:
+    """Write the tables to a folder; return the timings."""
     timings = {name: result.timings for name, result in found.results.items()}
-    name = f"speed-{threads}threads" if device == "cpu" else "speed-cuda"
+    name = name_of(device, threads)
     title = f"Speed with {threads} thread{'s' * (threads > 1)}"
     memory = None if found.memory is None else asdict(found.memory)
-    harness.write(name, title, found.report(), facts, timings, memory=memory)
-    pictures = []
+    harness.write(name, title, found.report(), facts, timings, folder, memory=memory)
+    return timings
+
+
+def name_of(device: str, threads: int) -> str:
+    return f"speed-{threads}threads" if device == "cpu" else "speed-cuda"
+
+
+def publish(found: Found, facts: Mapping[str, Any], device: str, threads: int) -> None:
+    """Write the results, the pictures, and the table of the documentation."""
+    timings = write(found, facts, device, threads, harness.RESULTS)
+    name, pictures = name_of(device, threads), []
     if "tasks" in timings:
         scaling.draw_cost(scaling.per_task(timings["tasks"]), f"{name}-tasks.png")
         pictures.append(

@@ -67,6 +67,14 @@ class Walk(Fit):
         return F.mse_loss(prediction, self.y)
 
 
+@koi.tensor_task
+@dataclass
+class Weighted(Split):
+    """A task that counts more or less than another."""
+
+    weight: Tensor
+
+
 class Shadowed(Fit):
     """An attribute that is no field stands before that of the class."""
 
@@ -212,6 +220,12 @@ def shadowing(stream):
 
 def split(stream):
     return Split(*stream.data(), *stream.data(4))
+
+
+def weighted(stream):
+    stream.count += 1
+    weight = torch.tensor((3.0, 0.25, 1.0)[stream.count % 3])
+    return Weighted(*stream.data(), *stream.data(4), weight)
 
 
 def supervised(batch_size):

@@ -179,6 +179,7 @@ TASKS = {
     "split": Task(tasks.split),
     "fit": Task(tasks.of(tasks.Fit)),
     "plain": Task(tasks.of(tasks.Plain), (NO_TENSORS,)),
+    "weighted": Task(tasks.weighted),
     "supervised, in minibatches": Task(tasks.supervised(4)),
     "supervised, all at once": Task(tasks.supervised(10)),
     "assigns a field": Task(tasks.of(tasks.Walk), (Refusal("field 'x'", FAST),), differences=False),
@@ -265,6 +266,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PAIRS = [
     ("conv", "supervised, in minibatches", "momentum", "chunks"),
     ("conv", "fit", "adamw", "meta-optimizer"),
+    ("conv", "weighted", "adam", "chunks"),
+    ("counter", "weighted", "momentum", "chunks"),
+    ("mlp", "weighted", "rmsprop", "as they are"),
     ("embedding", "fit", "adam", "as they are"),
     ("embedding", "split", "momentum", "chunks"),
     ("tied", "fit", "adam", "as they are"),

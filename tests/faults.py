@@ -6,13 +6,11 @@ end result, which must be that of a training to which nothing happened. `test_fa
 shorter round.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,114 +23,15 @@ from typing import NamedTuple
 
 import torch
 
-import long_run
 import mortal_run
-from koi import CheckpointError, Koi, KoiWarning, NonFiniteError, storage
+from faults_among_callbacks import among_callbacks
+from faults_long import interrupted, killed, same, terminated
+from faults_together import in_one_folder, in_two_threads
+from koi import CheckpointError, Koi, KoiWarning, NonFiniteError, TaskError, storage
 from toys import Regression, Regressions, small_net, snapshot
 
 _draw = random.SystemRandom()
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["faults"])
-
 SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 12, "meta_batch_size": 2}
-LENGTH = 200  # meta-iterations of a long run
-
-
-def run_long(folder: Path, seen) -> None:
-    """Train in a process of its own, which is to be stopped from outside."""
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # tracebacks that are meant to be
-    koi, tasks = long_run.make()
-
-    def tell(koi, record):
-        seen.value = record.iteration
-
-    options = {"checkpoint_every": 1, "resume": True, "log_dir": folder}
-    koi.train(tasks, callbacks=[tell], checkpoint_dir=folder, **options)
-
-
-def stopped(folder: Path, stop: Callable[[int], None]) -> tuple[int | None, int]:
-    """Start a training, or let it go on, and stop it at some moment.
-
-    Returns its exit code, None if it has not ended, and the last meta-iteration that was seen.
-    """
-    seen = _context.RawValue("i", -1)
-    process = _context.Process(target=run_long, args=(folder, seen))
-    process.start()
-    while seen.value < 0 and process.is_alive():
-        time.sleep(0.002)
-    time.sleep(_draw.uniform(0, 0.2))
-    with contextlib.suppress(ProcessLookupError):  # it may have ended by itself, or by the first
-        stop(process.pid)
-    process.join(60)
-    return process.exitcode, seen.value
-
-
-def long_ends() -> dict:
-    koi, tasks = long_run.make()
-    koi.train(tasks)
-    return snapshot(koi.model)
-
-
-def same(one: dict, other: dict) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in other)
-
-
-def stops(times: int, stop: Callable[[int], None], codes: set[int], saves: bool) -> int:
-    """Stop trainings again and again; each goes on, to its end, and another begins."""
-    end, lost = long_ends(), 0
-    folder = None
-    for _ in range(times):
-        folder = folder or Path(tempfile.mkdtemp())
-        code, seen = stopped(folder, stop)
-        newest = max(folder.glob("iteration-*.safetensors"), default=None)
-        reached = 0 if newest is None else Koi.load(newest, small_net()).iteration
-        # what a callback has seen was not yet saved where the process was killed
-        lost += code not in codes or reached < seen + saves
-        if reached > 0.8 * LENGTH or _draw.random() < 0.1:
-            lost += not ends_well(folder, end)
-            folder = None
-    if folder is not None:
-        lost += not ends_well(folder, end)
-    return lost
-
-
-def ends_well(folder: Path, end: dict) -> bool:
-    """Let the training go on to its end; return whether φ and the log are as they must be."""
-    koi, tasks = long_run.make()
-    koi.train(tasks, checkpoint_dir=folder, resume=True, log_dir=folder)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    half_written = list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
-    good = [line["iteration"] for line in lines] == list(range(LENGTH)) and not half_written
-    shutil.rmtree(folder)
-    return good and same(snapshot(koi.model), end)
-
-
-def killed(times: int) -> int:
-    """kill -9 at random moments."""
-    return stops(times, lambda pid: os.kill(pid, signal.SIGKILL), {-9, 0}, saves=False)
-
-
-def terminated(times: int) -> int:
-    """Up to 20 SIGTERMs, close upon each other."""
-
-    def storm(pid: int) -> None:
-        for _ in range(_draw.randint(1, 20)):
-            os.kill(pid, signal.SIGTERM)
-            time.sleep(_draw.uniform(0, 0.002))
-
-    return stops(times, storm, {143, 0, -15}, saves=True)
-
-
-def interrupted(times: int) -> int:
-    """Up to 5 times Ctrl-C, close upon each other."""
-
-    def storm(pid: int) -> None:
-        for _ in range(_draw.randint(1, 5)):
-            os.kill(pid, signal.SIGINT)
-            time.sleep(_draw.uniform(0, 0.01))
-
-    return stops(times, storm, {1, 0, -2}, saves=False)
 
 
 class Run:
@@ -143,12 +42,12 @@ class Run:
         self.folder = folder
         self.koi = Koi(small_net(), **SETTINGS | {"seed": 0} | settings)
 
-    def train(self, tasks=None, callbacks=()) -> dict:
+    def train(self, tasks=None, callbacks=(), workers=0) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KoiWarning)
             tasks = Regressions() if tasks is None else tasks
             options = {"checkpoint_every": 1, "resume": True}
-            self.koi.train(tasks, None, callbacks, self.folder, **options)
+            self.koi.train(tasks, None, callbacks, self.folder, **options, workers=workers)
         return snapshot(self.koi.model)
 
 
@@ -319,6 +218,34 @@ def raising_task(times: int) -> int:
     return in_a_task(times, fail, ZeroDivisionError)
 
 
+def dead_worker(times: int) -> int:
+    """kill -9 of a worker that draws ahead; the training stops with its name, and goes on."""
+    lost = 0
+    with tempfile.TemporaryDirectory() as name:
+        end = Run(Path(name) / "whole").train()
+        for number in range(times):
+            run, phi, at = Run(Path(name) / str(number)), {}, _draw.randrange(10)
+            killed = []
+
+            def kill(koi, record, at=at, phi=phi, killed=killed):
+                phi.update(snapshot(koi.model))
+                if record.iteration == at:
+                    process = _draw.choice(multiprocessing.active_children())
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+
+            try:
+                run.train(callbacks=[kill], workers=2)
+                lost += 1  # its tasks are missing
+            except TaskError as error:
+                lost += f"worker process {killed[0]}," not in str(error)
+            lost += (
+                not same(snapshot(run.koi.model), phi) or multiprocessing.active_children() != []
+            )
+            lost += not same(run.train(workers=1), end)
+    return lost
+
+
 def torchrun(folder: Path, victim: int, at: int) -> int:
     """Run the script whose rank dies once; return torchrun's exit code."""
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -371,6 +298,9 @@ FAULTS = [
     Fault("kill -9 at a random moment", killed, 60, 2),
     Fault("a storm of SIGTERMs", terminated, 40, 2),
     Fault("a storm of Ctrl-Cs", interrupted, 40, 2),
+    Fault("Ctrl-C among the callbacks", among_callbacks, 300, 5),
+    Fault("two processes in one folder", in_one_folder, 20, 1),
+    Fault("two trainings in two threads", in_two_threads, 50, 3),
     Fault("checkpoint cut anywhere", cut, 4000, 200),
     Fault("checkpoint with a flipped bit", flipped, 4000, 200),
     Fault("disk full in the middle of a checkpoint", full_disk, 100, 10),
@@ -378,6 +308,7 @@ FAULTS = [
     Fault("folder that cannot be written", read_only_folder, 100, 10),
     Fault("loss that is NaN", nan_task, 100, 10),
     Fault("loss that raises", raising_task, 100, 10),
+    Fault("worker that draws ahead dies", dead_worker, 40, 2),
     Fault("rank that dies under torchrun", dead_rank, 4, 0),
     Fault("link cut between two nodes", cut_link, 1, 0),
 ]

@@ -29,23 +29,32 @@ def meta_train(
     learns=None,
     inner_schedule=None,
     clip_inner=None,
+    learn_step_size=None,
     state=None,
 ):
     """Meta-train ``model`` in place; the arguments mean what they mean in `koi.Koi`.
 
     Returns the inner optimizer's moments, shared by all tasks, for a training that goes on as
-    ``state``; None where every task starts afresh. With ``average``, the mean of φ, too.
+    ``state``; None where every task starts afresh. With ``average``, the mean of φ instead; with
+    ``learn_step_size``, the learned rates.
     """
     means, weights = [0.0 for _ in learned(model, learns)], 0.0
-    outer = meta_optimizer(learned(model, learns)) if meta_optimizer else None
+    own_rates = first_rates(model, step_size, num_steps, learn_step_size, adapts)
+    everything = [*learned(model, learns), *own_rates.values()]
+    outer = meta_optimizer(everything) if meta_optimizer else None
     for iteration in range(num_iterations):
-        inner_rates = Rates(step_size, iteration / num_iterations, inner_schedule, clip_inner)
+        fraction = iteration / num_iterations
+        inner_rates = Rates(
+            step_size, fraction, inner_schedule, clip_inner, own_rates, learn_step_size
+        )
         epsilon = meta_step_size
         if callable(meta_step_size):
             epsilon = meta_step_size(iteration / num_iterations)
 
         gradients, adapted_models, states = [], [], []
-        for task in [tasks.sample() for _ in range(meta_batch_size)]:
+        batch = [tasks.sample() for _ in range(meta_batch_size)]
+        counts = [count_of(task) for task in batch]
+        for task in batch:
             steps = views(task, num_steps)
             query = task.query if hasattr(task, "query") else steps[-1]
             if algorithm == "maml":  # first, since a loss may change what is the task's own
@@ -64,14 +73,15 @@ def meta_train(
                 gradient = against_main_direction(path)
             elif algorithm == "fomaml":
                 gradient = gradient_of(query, adapted, learns)
+                gradient += inner_rates.slopes(gradient_of(query, adapted), adapted)
             gradients.append(gradient)
             adapted_models.append(adapted)
             states.append(final_state)
 
-        for param, *grads in zip(learned(model, learns), *gradients, strict=True):
-            param.grad = sum(grads) / meta_batch_size
+        for param, *grads in zip(everything, *gradients, strict=True):
+            param.grad = mean(grads, counts)
         if clip_meta is not None:
-            torch.nn.utils.clip_grad_norm_(learned(model, learns), clip_meta)
+            torch.nn.utils.clip_grad_norm_(everything, clip_meta)
         if outer is not None:
             rates = [group["lr"] for group in outer.param_groups]
             for group, rate in zip(outer.param_groups, rates, strict=True):
@@ -81,17 +91,34 @@ def meta_train(
                 group["lr"] = rate
         else:
             with torch.no_grad():
-                for param in learned(model, learns):
+                for param in everything:
                     param -= epsilon * param.grad
         model.zero_grad()
-        move_buffers(model, adapted_models, min(epsilon, 1.0) if outer else epsilon)
+        move_buffers(model, adapted_models, counts, min(epsilon, 1.0) if outer else epsilon)
         if inner_state == "carry":
-            state = mean_state(states)
+            state = mean_state(states, counts)
         if average is not None:
             weights = average * weights + 1
             pairs = zip(means, learned(model, learns), strict=True)
             means = [average * mean + p.detach() for mean, p in pairs]
+    if learn_step_size is not None:
+        return own_rates
     return state if average is None else [mean / weights for mean in means]
+
+
+def first_rates(model, step_size, num_steps, kind, adapts=None):
+    """Return the rates that are learned: of each number, or of each inner step."""
+    if kind is None:
+        return {}
+    given, names = Rates(step_size), {id(p): name for name, p in model.named_parameters()}
+    return {
+        names[id(p)]: torch.full(
+            p.shape if kind == "parameter" else (num_steps,),
+            given.of(names[id(p)], 0),
+            dtype=p.dtype,
+        )
+        for p in learned(model, adapts)
+    }
 
 
 def evaluate(
@@ -122,18 +149,21 @@ def evaluate(
 class Rates:
     """The rate of each parameter at each inner step, at a fraction of the training."""
 
-    def __init__(self, step_size, fraction=0.0, schedule=None, clip=None):
+    def __init__(self, step_size, fraction=0.0, schedule=None, clip=None, own=None, kind=None):
         self.step_size, self.fraction, self.schedule, self.clip = (
             step_size,
             fraction,
             schedule,
             clip,
         )
-        self.vary = schedule is not None or not isinstance(step_size, int | float)
+        self.own, self.by_step, self.ways = own or {}, kind == "layer", []
+        self.vary = bool(own) or schedule is not None or not isinstance(step_size, int | float)
 
-    def step(self, optimizer, model, fraction):
+    def step(self, optimizer, model, fraction, step):
         """Step with one group for each parameter, each with its rate."""
         names = {id(p): name for name, p in model.named_parameters()}
+        if self.own:
+            return self.step_by_own(optimizer, model, fraction, step)
         groups = optimizer.param_groups
         optimizer.param_groups = [
             {**group, "params": [p], "lr": group["lr"] * self.of(names[id(p)], fraction)}
@@ -142,6 +172,40 @@ class Rates:
         ]
         optimizer.step()
         optimizer.param_groups = groups
+
+    def step_by_own(self, optimizer, model, fraction, step):
+        """Step as far as the learned rates say of the way at a rate of 1."""
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        factor = self.schedule(fraction) if self.schedule else 1
+        if step == 0:
+            self.ways = []
+        self.ways.append({})
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if name in self.own:
+                    self.ways[-1][name] = factor * (param - before[name])
+                    param.copy_(before[name] + self.at(name, step) * self.ways[-1][name])
+
+    def at(self, name, step):
+        rate = self.own[name]
+        return rate[min(step, len(rate) - 1)] if self.by_step else rate
+
+    def slopes(self, gradient, model):
+        """Return ⟨∇L(φ̃), d_j⟩ for each learned rate."""
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        of = dict(zip(names, gradient, strict=True))
+        found = []
+        for name, rate in self.own.items():
+            products = [ways[name] * of[name] for ways in self.ways]
+            slope = torch.zeros_like(rate)
+            for j, product in enumerate(products):
+                if self.by_step:
+                    slope[min(j, len(rate) - 1)] += product.sum()
+                else:
+                    slope += product
+            found.append(slope)
+        return found
 
     def of(self, name, fraction):
         rate = self.step_size
@@ -182,7 +246,7 @@ def adapt(
         if rates.clip is not None:
             torch.nn.utils.clip_grad_norm_(learned(model, adapts), rates.clip)
         if rates.vary:
-            rates.step(optimizer, model, j / len(steps))
+            rates.step(optimizer, model, j / len(steps), j)
         else:
             optimizer.step()
         after_each(model)
@@ -233,7 +297,8 @@ def maml_gradient(
         return held_out.loss(end).item()
 
     gradient = []
-    for param in learned(model, learns):
+    own_rates = step_size.own.values() if isinstance(step_size, Rates) else ()
+    for param in [*learned(model, learns), *own_rates]:
         gradient.append(torch.zeros_like(param))
         values, slopes = coordinates(param.data), coordinates(gradient[-1])
         for i in range(len(values)):
@@ -253,17 +318,28 @@ def coordinates(tensor):
 
 
 @torch.no_grad()
-def move_buffers(model, adapted_models, epsilon):
+def move_buffers(model, adapted_models, counts, epsilon):
     """φ_b ← φ_b + ε · mean(φ̃_b − φ_b); what no task changed stays, and what is infinite with it.
 
-    Integers and flags, which have no mean, become what the last task left.
+    Integers and flags, which have no mean, become what the last task that counts left.
     """
     for mine, *theirs in zip(model.buffers(), *(m.buffers() for m in adapted_models), strict=True):
         if mine.is_floating_point() or mine.is_complex():
             moves = [torch.where(its == mine, 0, its - mine) for its in theirs]
-            mine += epsilon * sum(moves) / len(moves)
+            mine += epsilon * mean(moves, counts)
         elif epsilon > 0:
-            mine.copy_(theirs[-1])
+            mine.copy_([its for its, count in zip(theirs, counts, strict=True) if count > 0][-1])
+
+
+def count_of(task):
+    """Return what a task counts in the mean."""
+    weight = getattr(task, "weight", None)
+    return 1 if weight is None else float(weight)
+
+
+def mean(values, counts):
+    """Return the mean of values of which each counts so much."""
+    return sum(c * v for c, v in zip(counts, values, strict=True)) / sum(counts)
 
 
 def moved_numbers(fresh, after):
@@ -280,27 +356,28 @@ def moved_numbers(fresh, after):
     }
 
 
-def mean_state(states):
+def mean_state(states, counts):
     """Return the mean over tasks of what their optimizers keep, zero where one keeps nothing.
 
     That is {parameter: {name: value}}, and {name: value} for every parameter group.
     """
     kept = [s["state"] for s in states]
     slots = {(index, name) for one in kept for index in one for name in one[index]}
-    mean = {index: {} for index, _ in sorted(slots)}
+    means = {index: {} for index, _ in sorted(slots)}
     for index, name in slots:
-        mean[index][name] = sum(s.get(index, {}).get(name, 0) for s in kept) / len(states)
+        means[index][name] = mean([s.get(index, {}).get(name, 0) for s in kept], counts)
     groups = []
     for each in zip(*(s["groups"] for s in states), strict=True):
         names = set().union(*each)
-        groups.append({name: mean_number([group[name] for group in each]) for name in names})
-    return {"state": mean, "groups": groups}
+        values = {name: [group[name] for group in each] for name in names}
+        groups.append({name: mean_number(each, counts) for name, each in values.items()})
+    return {"state": means, "groups": groups}
 
 
-def mean_number(values):
+def mean_number(values, counts):
     """Return the mean; a number that all tasks agree on, such as a count, stays what it is."""
     same = all(bool(value == values[0]) for value in values)
-    return values[0] if same else sum(values) / len(values)
+    return values[0] if same else mean(values, counts)
 
 
 def learned(model, names=None):

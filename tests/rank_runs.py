@@ -89,6 +89,15 @@ class Noises(Regressions):
         return Noisy(task.inputs, task.targets)
 
 
+class Weighted(Regressions):
+    """Weights of 0, 1 and 2."""
+
+    def sample(self):
+        task = super().sample()
+        task.weight = torch.randint(3, ())
+        return task
+
+
 class Together(Regressions):
     """Draws many at once, and a part of them alone, each from a seed of its own."""
 
@@ -177,7 +186,13 @@ def clients(rank, secret=False):
     return snapshot(koi.model)
 
 
-KINDS = {"plain": Regressions, "own": Own, "counted": Counted, "noise": Noises}
+KINDS = {
+    "plain": Regressions,
+    "own": Own,
+    "counted": Counted,
+    "noise": Noises,
+    "weighted": Weighted,
+}
 
 
 def one_by_one(rank, kind, settings, **options):
@@ -417,3 +432,28 @@ def sharded(rank):
         except ModelError as error:
             texts.append(str(error))
     return texts
+
+
+def stopped_among_callbacks(rank, victim, folder):
+    """Train with two callbacks, of which the second stops the victim once, and go on.
+
+    Returns what they were called for since.
+    """
+    seen = []
+
+    def first(koi, record):
+        seen.append(("first", record.iteration))
+
+    def second(koi, record):
+        if rank == victim and record.iteration == 3:
+            fail()
+        seen.append(("second", record.iteration))
+
+    for _ in range(2):
+        torch.manual_seed(0)  # a frozen parameter is not in a checkpoint
+        koi = learner(seed=0)
+        try:
+            koi.train(Regressions(), callbacks=[first, second], checkpoint_dir=folder, resume=True)
+        except Exception:
+            seen, victim = [], None
+    return seen

@@ -20,38 +20,40 @@ PACKAGE = SRC / "koi"
 # lower in the table. Inside a room, files import each other freely. "koi" is koi/__init__.py, the
 # door; who imports names from the door, as a user does, has "koi" in its row.
 _TABLE = {
-    "koi": "learner evaluation phi records supervised clients tasks errors",
-    "lab": "koi plots recipes problems models fewshot "
-    "training evaluation storage files randomness errors",
-    "plots": "evaluation records",
-    "recipes": "problems models fewshot phi tasks errors",
-    "problems": "fewshot storage files memory supervised tasks errors",
-    "models": "",
-    "fewshot": "evaluation files memory supervised tasks randomness errors",
+    "__main__": "lab",
+    "koi": "learner evaluation ragged phi records supervised clients tasks errors",
+    "lab": "koi plots recipes problems models fewshot training evaluation storage "
+    "files randomness allowed errors",
+    "plots": "evaluation records allowed errors",
+    "recipes": "problems models fewshot algorithms phi tasks allowed errors",
+    "problems": "fewshot storage files memory supervised tasks allowed errors",
+    "models": "allowed",
+    "fewshot": "evaluation files memory ragged supervised tasks randomness allowed errors",
     "learner": "adapting engines training ranks configured settings "
     "sampling phi records randomness errors",
-    "adapting": "stored engines settings evaluation sampling inner phi randomness",
-    "stored": "training configured phi errors",
+    "adapting": "stored engines settings evaluation sampling inner phi randomness allowed",
+    "stored": "training configured phi allowed errors",
     "engines": "settings inner algorithms phi errors",
-    "training": "ranks configured settings sampling inner algorithms phi records "
-    "storage files memory clients tasks randomness errors",
+    "training": "ranks configured settings sampling inner algorithms phi records storage "
+    "files memory clients tasks randomness allowed errors",
     "ranks": "phi memory errors",
     "configured": "settings errors",
     "settings": "allowed inner algorithms phi errors",
-    "allowed": "algorithms errors",
-    "evaluation": "sampling tasks randomness errors",
+    "evaluation": "sampling tasks randomness allowed errors",
     "sampling": "tasks randomness errors",
-    "inner": "algorithms phi tasks randomness errors",
-    "algorithms": "phi errors",
-    "phi": "errors",
+    "inner": "algorithms phi ragged tasks randomness errors",
+    "algorithms": "phi allowed errors",
+    "phi": "allowed errors",
     "records": "",
     "storage": "files memory errors",
     "files": "",
     "memory": "",
-    "supervised": "tasks",
+    "ragged": "supervised tasks randomness allowed errors",
+    "supervised": "tasks randomness allowed errors",
     "clients": "errors",
     "tasks": "errors",
     "randomness": "",
+    "allowed": "errors",
     "errors": "",
 }
 IMPORTS = {here: set(theirs.split()) for here, theirs in _TABLE.items()}

@@ -49,6 +49,13 @@ def test_the_hub_reads_it():
     assert {r.dataset_name for r in head.eval_results} == {"Omniglot"}
 
 
+def test_numbers_are_rounded():
+    results = [{"task": "5-way", "metric": "accuracy", "value": 0.8399999999999999}]
+    card = model_card(CONFIG, results)
+    assert "0.839999" not in card
+    assert ModelCard(card).data.eval_results[0].metric_value == 0.84
+
+
 def test_the_hub_reads_it_before_anything_is_measured():
     head = ModelCard(model_card({**CONFIG, "data": {"name": "ours", "license": "none"}})).data
     assert head.eval_results is None

@@ -234,6 +234,8 @@ class TestRefused:
     def test_other_data(self, tmp_path):
         storage.write(tmp_path / "koi", {"settings": 3})
         assert_refused(tmp_path / "koi", "is not whole")
+        storage.write(tmp_path / "other", {"classifier": 3, "weights": {}})
+        assert_refused(tmp_path / "other", "holds no learner: give a file that koi.save or koi.tr")
 
 
 class TestMisfit:

@@ -5,8 +5,11 @@ import sys
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from koi import Koi
+from koi.lab.cli.commands import app
 from koi.lab.cli.sine import _adapted
 from koi.models import sine_mlp
 from koi.problems import Sines
@@ -14,7 +17,7 @@ from koi.problems import Sines
 
 def koi(*arguments, cwd):
     """Run the command and return what it did."""
-    command = [sys.executable, "-c", "from koi.lab.cli import main; main()", *arguments]
+    command = [sys.executable, "-m", "koi", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
@@ -52,3 +55,13 @@ def test_the_wave_that_is_drawn_runs_from_left_to_right():
     points = zip(task.query_inputs.flatten().tolist(), task.query_targets, strict=True)
     assert torch.equal(wave.truth, torch.stack([y for _, y in sorted(points, key=lambda p: p[0])]))
     torch.testing.assert_close(wave.predictions[0], model(wave.inputs))
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in typer.main.get_command(app).commands)]
+)
+def test_help_names_no_type_beside_a_flag(command):
+    shown = CliRunner().invoke(app, [*command, "--help"], terminal_width=200)
+    assert shown.exit_code == 0
+    assert "--help" in shown.output
+    assert "bool" not in shown.output.lower()

@@ -151,11 +151,11 @@ class TestLoading:
         assert Classifier.load(tmp_path).num_tasks == 4
 
     def test_a_folder_without_checkpoints(self, tmp_path):
-        with pytest.raises(CheckpointError, match="no checkpoint"):
+        with pytest.raises(CheckpointError, match="is a folder without a run"):
             Classifier.load(tmp_path)
 
     def test_a_file_that_is_not_there(self, tmp_path):
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="is not there: give the folder of a run"):
             Classifier.load(tmp_path / "nothing.safetensors")
 
     @pytest.mark.parametrize(

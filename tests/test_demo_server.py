@@ -10,19 +10,22 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import typer
 import uvicorn
 
 import koi.lab.demo
 from koi import Koi
 from koi.lab.cli import main
+from koi.lab.demo import guards
 from koi.lab.demo.classifier import Classifier
 from koi.lab.demo.messages import MAX_BYTES, MAX_POINTS, MAX_STEPS, MAX_STROKES
-from koi.lab.demo.server import application, listen
+from koi.lab.demo.server import application, listen, serve
 from koi.models import omniglot_net
 
 LINE = [[[0.1, 0.1], [0.9, 0.2]]]
@@ -159,7 +162,7 @@ def test_no_more_is_read_of_a_huge_question_than_is_allowed(client):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/answer", "query_string": b""}
-    headers = [(b"content-type", b"application/json")]
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
     asyncio.run(client.application({**scope, "headers": headers}, receive, send))
     assert sent[0]["status"] == 413
     assert MAX_BYTES < size <= MAX_BYTES + len(part)
@@ -223,6 +226,84 @@ def test_every_response_forbids_what_comes_from_elsewhere(client, address):
     assert headers["X-Content-Type-Options"] == "nosniff"
 
 
+def ask(port, head, host="127.0.0.1"):
+    """Return what comes back for a request of any form."""
+    with socket.create_connection((host, port), timeout=30) as connection:
+        connection.sendall(head)
+        connection.settimeout(30)
+        return b"".join(iter(lambda: connection.recv(1000), b""))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *[("localhost", 200), ("LOCALHOST:8000", 200), ("127.0.0.1:80", 200), ("[::1]:8000", 200)],
+        *[("192.0.2.7", 200), ("evil.example", 421), ("localhost.evil.example", 421), ("", 421)],
+        *[("127.0.0.1.evil.example", 421), ("[evil]", 421), ("[::1].evil.example", 421)],
+    ],
+)
+def test_hosts_that_others_can_give_a_name(client, host, status):
+    given, _, content = client.request("GET", "/limits", headers={"Host": host})
+    assert given == status
+    assert (b"error" in content) == (status == 421)
+
+
+class TestPatience:
+    """As it is served: with little patience, here."""
+
+    @pytest.fixture
+    def served(self, monkeypatch):
+        monkeypatch.setattr(guards, "HEAD_SECONDS", 0.5)
+        monkeypatch.setattr(guards, "BODY_SECONDS", 0.5)
+        made, listening = [], listen("127.0.0.1", 0)
+        with monkeypatch.context() as changed:
+            keep = lambda self, sockets: made.append((self, sockets))  # noqa: E731
+            changed.setattr(uvicorn.Server, "run", keep)
+            serve(Classifier(Koi(omniglot_net(5), 1e-3)), listening)
+        ((server, sockets),) = made
+        thread = threading.Thread(target=server.run, args=(sockets,))
+        thread.start()
+        yield server, listening.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+    def test_silent_connections_make_room(self, served):
+        """Seventy of them gave everybody 503 for as long as they stayed."""
+        _, port = served
+        request = b"GET /limits HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        with contextlib.ExitStack() as stack:
+            for number in range(70):
+                silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                silent.sendall(b"GET /" if number % 2 else b"")
+            until = time.monotonic() + 20
+            while b"200 OK" not in ask(port, request):
+                assert time.monotonic() < until
+                time.sleep(0.1)
+
+    def test_a_question_that_does_not_end(self, served, caplog):
+        _, port = served
+        head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        assert b" 408 " in ask(port, head + b"Content-Length: 99\r\n\r\n{")
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.sendall(head + b"Content-Length: 99\r\n\r\n{")
+        assert b" 408 " in ask(port, head + b"Content-Length: 99\r\n\r\n{")
+        assert "Traceback" not in caplog.text
+
+    def test_the_end_during_a_slow_question(self, served, caplog, monkeypatch):
+        server, port = served
+        monkeypatch.setattr(guards, "BODY_SECONDS", 30)
+        head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(head + b"Content-Length: 99\r\n\r\n{")
+            while not server.server_state.tasks:
+                time.sleep(0.01)
+            server.should_exit = True
+            slow.settimeout(30)
+            assert b" 503 " in slow.recv(1000)
+        assert "Traceback" not in caplog.text
+
+
 class TestCommand:
     @pytest.fixture
     def checkpoint(self, tmp_path):
@@ -238,7 +319,7 @@ class TestCommand:
                 host, port = said.split("//")[1].split("/")[0].split(":")
                 assert host == "127.0.0.1"
                 with socket.create_connection((host, int(port)), timeout=30) as connection:
-                    connection.sendall(b"GET /limits HTTP/1.1\r\nHost: koi\r\n\r\n")
+                    connection.sendall(b"GET /limits HTTP/1.1\r\nHost: localhost\r\n\r\n")
                     connection.settimeout(30)
                     assert b"200 OK" in connection.recv(1000)
                     # with a connection that is still open
@@ -288,12 +369,20 @@ class TestCommand:
     def test_the_page_is_opened_unless_told_otherwise(self, koi_demo, flag, opened, monkeypatch):
         addresses = queue.Queue()
         monkeypatch.setattr(webbrowser, "open", addresses.put)
-        monkeypatch.setattr("koi.lab.demo.server.serve", lambda classifier, listening: None)
+        monkeypatch.setattr("koi.lab.demo.server.serve", lambda classifier, listening, names: None)
         assert koi_demo("--port", "0", flag)[0] == 0
         if opened:
             assert addresses.get(timeout=10).startswith("http://127.0.0.1:")
         else:
             assert addresses.empty()
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "", "127.0.0.1"])
+    def test_others_are_spoken_of_aloud(self, koi_demo, host, monkeypatch):
+        monkeypatch.setattr("koi.lab.demo.server.serve", lambda classifier, listening, names: None)
+        said = []
+        monkeypatch.setattr(typer, "echo", said.append)
+        assert koi_demo("--port", "0", "--host", host)[0] == 0
+        assert any("Others can reach" in line for line in said) == (host != "127.0.0.1")
 
     def test_without_the_extra_it_says_what_to_install(self, koi_demo, monkeypatch):
         monkeypatch.delitem(sys.modules, "koi.lab.demo.server")

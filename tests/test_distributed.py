@@ -14,6 +14,7 @@ import rank_runs
 from engine_toys import ENGINES
 from koi import Koi
 from koi.inner.compiled.workers import threads
+from koi.training.lock import Lock
 from ranks import Failed, Pool
 
 # starting processes takes long where others keep the machine busy
@@ -59,9 +60,9 @@ def test_same_as_one_process(engine, size, on_ranks):
             assert_close(rank, together[0], tolerance=0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise"])
+@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise", "weighted"])
 def test_tasks_of_every_kind(kind, on_ranks):
-    """With a generator of their own, with a state, with a loss that draws."""
+    """With a generator of their own, with a state, with a loss that draws, with weights."""
     alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
     torch.manual_seed(100)  # as rank 0 of the pool
     alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
@@ -126,6 +127,27 @@ def test_callbacks_with_a_state_go_on_where_they_are(ranks, on_ranks, tmp_path):
     on_ranks(2, rank_runs.counting, ranks, 3, tmp_path)
     counted = on_ranks(2, rank_runs.counting, ranks, 5, tmp_path)
     assert counted == [[5] if rank in ranks else [] for rank in range(2)]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_what_rank_0s_callbacks_owe_is_owed_on_all(victim, on_ranks, tmp_path):
+    rest = [(name, iteration) for iteration in (4, 5) for name in ("first", "second")]
+    owed = [("second", 3)] if victim == 0 else []
+    for seen in on_ranks(2, rank_runs.stopped_among_callbacks, victim, tmp_path):
+        assert seen == owed + rest
+
+
+def test_folder_of_another_training_is_refused_on_all(on_ranks, tmp_path):
+    """Rank 0 alone looks at it, and all hear of it."""
+    lock = Lock(tmp_path)
+    lock.take()
+    settings, options = {"seed": 0}, {"checkpoint_dir": tmp_path, "resume": True}
+    for end in on_ranks(2, rank_runs.one_by_one, "plain", settings, **options):
+        assert end.kind == "CheckpointError"
+        assert f"in use by another training (process {os.getpid()} on" in end.text
+    lock.release()
+    for _, length in on_ranks(2, rank_runs.one_by_one, "plain", settings, **options):
+        assert length == 6
 
 
 @pytest.mark.parametrize("stops", [(1,), (0, 1)])
@@ -237,12 +259,13 @@ def test_checksums_on_request(on_ranks):
 
 
 def test_one_buffer_for_each_meta_iteration(on_ranks):
-    """3 → 4 → 2: 26 parameters; 5 × 2 losses; counts, failures, checksums of 2 ranks; three flags.
+    """3 → 4 → 2: 26 parameters; 5 × 2 losses and 5 weights; counts, failures and checksums of 2
+    ranks; three flags.
 
     Adam adds two moments for each parameter and four counts, for each of its tensors one. Each is
     reduced twice: in the meta-iteration, and to part.
     """
-    figures = 10 + 2 + 2 + 6 + 3
+    figures = 10 + 5 + 2 + 2 + 6 + 3
     for sizes in on_ranks(2, rank_runs.bytes_sent):
         assert sizes == 2 * [4 * (26 + figures)] + 2 * [4 * (3 * 26 + 4 + figures)]
 

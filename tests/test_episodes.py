@@ -1,15 +1,21 @@
 """Episodes: what every one of them must be, and how they are drawn."""
 
+import copy
 from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from koi import CheckpointError, ConfigurationError, DataError, Koi
 from koi.fewshot import Episodes, LabelledData, accuracy, labelled
 from koi.fewshot.accuracy import both_ways
+from koi.randomness import Place, preserved_generators
+from koi.sampling import draw
+from koi.training.draws import alike
 
 
 def numbered(counts):
@@ -46,6 +52,72 @@ def test_every_episode_is_one(drawn):
         assert [set(c) for c in classes] == [
             set(owner[query[task.query_targets[row] == k]].tolist()) for k in range(num_ways)
         ]
+
+
+class TestVarying:
+    """Ways from 2 to 4 and shots from 1 to 3."""
+
+    def episodes(self, **more):
+        data, _ = numbered([4, 6, 5, 5, 4])
+        return Episodes(data, (2, 4), (1, 3), num_queries=1, **more)
+
+    def test_each_is_an_episode_of_its_own_size(self):
+        seen = Counter()
+        for _ in range(300):
+            task = self.episodes().sample()
+            counts = Counter(task.support_targets.tolist())
+            (shots,) = set(counts.values())
+            assert sorted(counts) == list(range(task.num_ways))
+            assert task.query_targets.sort().values.tolist() == list(range(task.num_ways))
+            inputs = torch.cat([task.support_inputs, task.query_inputs]).flatten()
+            assert len(inputs.unique()) == len(inputs) == task.num_ways * (shots + 1)
+            seen[task.num_ways, shots] += 1
+        assert len(seen) == 9
+        # 8 degrees of freedom: above 40 once in 100,000 times
+        assert sum((count - 300 / 9) ** 2 / (300 / 9) for count in seen.values()) < 40
+
+    def test_a_function_of_seed_and_place(self):
+        """Whatever was drawn before, and however many tasks are drawn beside."""
+        place = Place(7, "meta-iteration", 3)
+        with preserved_generators(7):
+            many = draw(self.episodes(), 6, place).tasks
+            part = draw(self.episodes(), 6, place, (4, 6), whole=False).tasks
+            others = draw(self.episodes(), 6, Place(7, "meta-iteration", 4)).tasks
+        for one, other in zip(many[4:], part, strict=True):
+            assert alike(one, other)
+        assert not alike(many, others)
+
+    def test_all_at_once_as_one_by_one(self, float64):
+        inputs, labels = torch.randn(60, 3), torch.arange(60) % 6
+        start, found = torch.nn.Linear(3, 5), []
+        for vectorize in (True, False):
+            episodes = Episodes((inputs, labels), (2, 5), (1, 4), 2, batch_size=3)
+            model = copy.deepcopy(start)
+            learner = Koi(model, 0.1, 4, 3, meta_batch_size=4, vectorize=vectorize, seed=0)
+            learner.train(episodes)
+            found.append((model.weight, accuracy(learner, episodes, num_tasks=5).fractions))
+        torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+    def test_accuracy_looks_at_the_ways_of_the_episode(self):
+        """A model that likes class 3 best and class 0 next says 0 where there are two."""
+        task = next(t for t in iter(self.episodes().sample, None) if t.num_ways == 2)
+
+        class Constant(torch.nn.Module):
+            def forward(self, x):
+                return torch.tensor([1.0, 0.0, 0.0, 9.0]).repeat(len(x), 1)
+
+        assert both_ways(Constant(), task).tolist() == [0.5, 0.5]
+
+    @pytest.mark.parametrize("wrong", [(4, 2), (0, 2), (2,), (2, 3.0), [2, 3], "2"])
+    def test_what_is_no_range(self, wrong):
+        with pytest.raises(ConfigurationError, match=r"pair .*\(fewest, most\)"):
+            Episodes(numbered([4, 4])[0], wrong, 1)
+
+    def test_the_most_must_be_there(self):
+        with pytest.raises(ConfigurationError, match=r"num_ways = \(2, 4\): the data have 2"):
+            Episodes(numbered([4, 4])[0], (2, 4), 1)
+        with pytest.raises(DataError, match=r"an episode needs 5 \(4 shots and 1 queries\)"):
+            Episodes(numbered([4, 4])[0], 2, (1, 4))
 
 
 def test_draws_are_uniform():
@@ -89,6 +161,59 @@ def test_one_episode_is_a_batch_of_one():
     assert torch.equal(one.support_inputs, many.support_inputs[0])
     assert torch.equal(one.query_targets, many.query_targets[0])
     assert one.batch_size == 3
+
+
+class Operations(TorchDispatchMode):
+    """What torch was asked to do: the operation, and the type and device of what came out."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tensors:
+            assert given <= {x.device.type}, f"{function} copies from {given} to {x.device}"
+            self.done.append((str(function), x.dtype, x.device.type))
+        return found
+
+
+@pytest.mark.parametrize("counts", [[9] * 12, [7, 9, 8, 30]])
+def test_a_draw_on_a_device_is_that_on_the_cpu(counts):
+    """A "meta" device stands in for a GPU: it holds no numbers, so none can be read back.
+
+    One number of the CPU's generator, and then the same operations on whole numbers, which are
+    exact on every device.
+    """
+    images = torch.rand(sum(counts), 1, 3, 3) > 0.5
+    data = LabelledData(images, [f"class {i}" for i in range(len(counts))], counts)
+    done = {}
+    for device in ("cpu", "meta"):
+        episodes = Episodes(data, 3, 4, 2, batch_size=5, device=device)
+        with Operations() as operations:
+            task = episodes.sample_batch(6)
+        tensors = [x for x in vars(task).values() if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in tensors} == {device}
+        done[device] = operations.done
+        on_cpu = [each for each in operations.done if each[2] == "cpu"]
+        if device == "meta":
+            assert [name for name, *_ in on_cpu] == ["aten.randint.default"]
+    assert [each[:2] for each in done["cpu"]] == [each[:2] for each in done["meta"]]
+    floats = [name for name, dtype, _ in done["cpu"] if dtype.is_floating_point]
+    assert floats == ["aten._to_copy.default"] * 2  # the images alone
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_type_of_new_tensors_does_not_change_the_tasks():
+    data, _ = numbered([6] * 5)
+    drawn = []
+    for dtype in (torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        torch.manual_seed(3)
+        drawn.append(Episodes(data, 3, 2).sample_batch(4))
+    assert torch.equal(drawn[0].support_inputs, drawn[1].support_inputs)
 
 
 def test_a_small_support_set_is_cycled_through():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data_toys import Pairs, assert_same, by_hand, everything
 from koi import ConfigurationError, DataError
-from koi.fewshot import LabelledData, Splits, labelled
+from koi.fewshot import Episodes, LabelledData, Splits, labelled
 
 labels_of_several = st.lists(st.integers(-3, 12), min_size=2, max_size=30).filter(
     lambda labels: len(set(labels)) > 1
@@ -176,3 +176,30 @@ class TestParts:
 
 
 ENDS = ("@90", "@180", "@270")
+
+
+class TestDevice:
+    """The "meta" device, which holds no numbers, stands in for a GPU."""
+
+    def test_the_examples_of_a_part_and_no_others_are_moved(self):
+        whole = LabelledData(torch.rand(6, 1, 2, 2), ["a", "b", "c"], [1, 2, 3])
+        part = whole.subset(["c", "a"]).to("meta")
+        assert (part.classes, part.counts, part.device.type) == (("c", "a"), [3, 1], "meta")
+        assert part._inputs.shape == (4, 1, 2, 2)
+        taken = part.take_known(torch.zeros(5, device="meta", dtype=torch.long), torch.tensor(0))
+        assert (taken.shape, taken.device.type) == ((5, 1, 2, 2), "meta")
+        assert whole.device.type == "cpu"
+        with pytest.raises(ConfigurationError, match="first split, then rotate"):
+            whole.rotated().to("meta").split(2)
+
+    def test_what_is_loaded_when_used_or_is_large_stays(self, monkeypatch):
+        pairs = Pairs(torch.rand(6, 3), [1, 0, 1, 0, 1, 0])
+        lazy, held = labelled(pairs, max_bytes=10), labelled(pairs)
+        assert lazy.to("meta") is lazy
+        assert held.to("cpu") is held
+        monkeypatch.setattr("koi.fewshot.data.MAX_BYTES", 6 * 3 * 4 - 1)
+        assert held.to("meta") is held
+        monkeypatch.setattr("koi.fewshot.data.MAX_BYTES", 6 * 3 * 4)
+        assert held.to("meta").device.type == "meta"
+        episodes = Episodes(lazy, 2, 1, device="meta")
+        assert episodes.sample().support_inputs.device.type == "meta"

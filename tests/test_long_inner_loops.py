@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine_toys import ENGINES, NETS, Fit, Fits, assert_agree, trained
-from koi import linear
+from koi import Koi, linear
 from toys import Regressions, small_net, snapshot
 
 pytestmark = pytest.mark.usefixtures("float64", "one_thread", "untraced")
@@ -38,6 +38,8 @@ INNER = {
     "head alone": {"adapts": lambda name, p: name.startswith(("2.", "4.", "head"))},
     "crosswise": {"adapts": "*.weight", "learns": lambda name, p: p.dim() == 1},
     "skipping": {"on_nonfinite": "skip"},
+    "in chunks": {"chunk_size": 2},
+    "learned rates": {"learn_step_size": "layer", "chunk_size": 1},
 }
 
 
@@ -58,6 +60,38 @@ def test_both_ways_agree(inner, engine, monkeypatch):
     torch.manual_seed(0)
     one, other = both_ways(monkeypatch, engine, make(), Fits(shape), **INNER[inner])
     assert_agree(one, other, 1e-12)
+
+
+@pytest.mark.parametrize("engine", ["eager", "vectorized"])
+def test_in_lower_precision(engine, monkeypatch):
+    """In bfloat16, whose rounding is 1/256, both ways compute the same by other sums."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+    one, other = both_ways(monkeypatch, engine, net, Fits(), autocast=torch.bfloat16)
+    before, one, other = map(snapshot, (net, one.model, other.model))
+    moved = max((one[name] - before[name]).abs().max() for name in before)
+    apart = max((one[name] - other[name]).abs().max() for name in before)
+    assert apart <= moved / 64
+
+
+def test_resumed_bit_for_bit(monkeypatch, tmp_path):
+    monkeypatch.setattr("koi.inner.second_order.MOST_IN_ONE_GRAPH", 0)
+    torch.manual_seed(0)
+    net = NETS["conv"][0]()
+    tasks, whole = Fits(NETS["conv"][1]), Koi(deepcopy(net), **SETTINGS)
+    whole.train(tasks)
+    stop = lambda koi, record: Koi.STOP  # noqa: E731
+    Koi(deepcopy(net), **SETTINGS).train(tasks, callbacks=[stop], checkpoint_dir=tmp_path)
+    resumed = Koi(deepcopy(net), **SETTINGS)
+    resumed.train(tasks, checkpoint_dir=tmp_path, resume=True)
+    torch.testing.assert_close(snapshot(resumed.model), snapshot(whole.model), rtol=0, atol=0)
+
+
+def test_the_log_says_which_way(monkeypatch, caplog):
+    with caplog.at_level("INFO", "koi"):
+        both_ways(monkeypatch, "eager", NETS["mlp"][0](), Fits(), num_iterations=2)
+    said = [message for message in caplog.messages if "step by step" in message]
+    assert said == ["MAML goes back through 4 inner steps step by step, in the memory of one"]
 
 
 class Dropped(nn.Sequential):

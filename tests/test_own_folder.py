@@ -112,6 +112,23 @@ def adapted(place, trained):
     return trained / "adapted-support.safetensors"
 
 
+@pytest.fixture(scope="module")
+def files(place, trained, adapted):
+    (place / "folder").mkdir()
+    (place / "text").write_text("no file of Koi's")
+    return {
+        "run": trained,
+        "checkpoint": newest_checkpoint(Run(trained)),
+        "learner": trained / "learner.safetensors",
+        "weights": trained / "model.safetensors",
+        "classifier": adapted,
+        "image": place / "new" / "bar" / "0.png",
+        "folder": place / "folder",
+        "text": place / "text",
+        "nothing": place / "nothing",
+    }
+
+
 def predictions(stdout):
     return [json.loads(line) for line in stdout.splitlines()]
 
@@ -148,7 +165,7 @@ class TestTrain:
         )
         code, _, said = koi(*command, *out)
         assert code == 2
-        assert "the classes in the folder have changed since" in said
+        assert "(the images in the folder have changed since)" in said
 
     def test_a_folder_by_the_other_network_is_in_colour(self, place):
         recipe, classes = own_folder(place / "shapes", num_ways=3, network="mini-imagenet")
@@ -165,9 +182,15 @@ class TestTrain:
             (["omniglot-5way", "--ways", "5"], "--ways: the recipe omniglot-5way has its own"),
             (["omniglot-5way", "--shots", "5", "--network", "x"], "--shots, --network: the rec"),
             (["--data", "nowhere"], "nowhere"),
-            (["--data", "shapes"], "shapes has 8 classes and 5-way episodes need 10, 5 to learn"),
+            (
+                ["--data", "shapes"],
+                "5-way episodes need 10, 5 to learn from and 5 others",
+            ),
+            (["--data", "shapes"], "add classes, or take at most 4 ways"),
+            (["--data", "new"], "new has 3 classes"),
             (["--data", "shapes", "--ways", "1"], "--ways"),
             (["--data", "shapes", "--ways", "4", "--shots", "4"], "8 of 8 classes have fewer than"),
+            (["--data", "shapes", "--ways", "4", "--shots", "9"], "or take at most 3 shots"),
             (["--data", "shapes", "--network", "omniglott"], 'did you mean "omniglot"?'),
             (["--data", "new/ring"], "lies beside the class folders"),
         ],
@@ -225,8 +248,9 @@ class TestOwnFolder:
     def test_settings_are_those_of_the_nearest_recipe(self, tmp_path, network, num_ways, nearest):
         folder = empty_folder(tmp_path / "images", {str(n): 30 for n in range(30)})
         recipe, _ = own_folder(folder, num_ways, network=network)
-        for name in ("step_size", "batch_size", "num_steps", "num_iterations", "num_shots"):
+        for name in ("step_size", "batch_size", "num_steps", "num_shots"):
             assert getattr(recipe, name) == getattr(RECIPES[nearest], name)
+        assert (recipe.num_iterations, recipe.patience) == (10_000, 6)
         assert recipe.adaptation(1) == RECIPES[nearest].adaptation(1)
         assert recipe.num_ways == num_ways
 
@@ -345,7 +369,7 @@ class TestAdaptAndPredict:
     def test_a_folder_that_is_no_run(self, place, koi):
         code, _, stderr = koi("adapt", place / "new", place / "support")
         assert code == 2
-        assert "is no folder of a run" in stderr
+        assert "is a folder without a run: give the folder of a run" in stderr
 
     def test_a_damaged_support_image_is_named_and_nothing_is_written(self, trained, tmp_path, koi):
         folder = draw_folder(tmp_path / "support", ("bar", "ring"), 1)
@@ -364,9 +388,102 @@ class TestAdaptAndPredict:
     def test_files_that_hold_no_classifier(self, trained, adapted, tmp_path):
         content = adapted.read_bytes()
         (tmp_path / "cut").write_bytes(content[:-10])
-        with pytest.raises(CheckpointError, match="damaged"):
+        with pytest.raises(CheckpointError, match="is no file of Koi's, or damaged: give a fi"):
             Classifier.load(tmp_path / "cut")
-        with pytest.raises(CheckpointError, match=r"holds no classifier .* koi adapt wrote"):
+        with pytest.raises(
+            CheckpointError, match=r"is a learner, .*: give a file that koi adapt w"
+        ):
             Classifier.load(newest_checkpoint(Run(trained)))
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="is not there"):
             Classifier.load(tmp_path / "nowhere")
+
+
+class TestEachOthersFiles:
+    """Each command on what the others write: what it is, what is wanted, and how to get that."""
+
+    KINDS = {  # noqa: RUF012
+        "run": "is the folder of a run",
+        "checkpoint": "is a learner, as checkpoints are and what koi export writes",
+        "learner": "is a learner, as checkpoints are and what koi export writes",
+        "weights": "is a file of plain weights",
+        "classifier": "is a classifier, which koi adapt wrote",
+        "image": "is an image",
+        "folder": "is a folder without a run",
+        "text": "is no file of Koi's, or damaged",
+        "nothing": "is not there",
+    }
+
+    @pytest.mark.parametrize(
+        ("command", "rightly", "wanted"),
+        [
+            (["evaluate"], ["run"], "give the folder of a run, which koi train makes"),
+            (["table"], ["run"], "give the folder of a run, which koi train makes"),
+            (["export", None, "out"], ["run"], "give the folder of a run, which koi train makes"),
+            (["adapt", None, "support"], ["run"], "give the folder of a run, which koi train mak"),
+            (["predict", None, "new"], ["classifier"], "give a file that koi adapt wrote"),
+            (
+                ["demo", "--no-open", "--checkpoint"],
+                ["run", "checkpoint", "learner"],
+                "give the folder of a run, a checkpoint in it, or what koi export wrote",
+            ),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) else "",
+    )
+    def test_what_is_given_and_what_is_wanted(
+        self, files, place, koi, monkeypatch, command, rightly, wanted
+    ):
+        monkeypatch.chdir(place)
+        for kind, path in files.items():
+            if kind in rightly:
+                continue
+            words = [path if word is None else word for word in command]
+            code, stdout, stderr = koi(*words, *([] if None in command else [path]))
+            end = f"adapt it first, by koi adapt {path} SUPPORT_FOLDER"
+            end = end if kind == "run" and command[0] == "predict" else wanted
+            if kind == "folder":
+                end = "give the folder of a run, which koi train makes"
+                end = wanted if command[0] == "predict" else end
+            assert (code, stdout) == (2, "")
+            assert stderr.startswith(f"koi: {path} {self.KINDS[kind]}: {end}"), stderr
+            assert len(stderr.splitlines()) == 1
+        assert not (place / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["export", "run", "missing/folder/x"], "(No such file or directory): φ and earlier"),
+            (["export", "run", "missing/folder/x"], "; make its folder, or choose another"),
+            (["export", "run", "new"], "(Is a directory): φ and earlier"),
+            (["adapt", "run", "support", "--out", "text/x"], "what should be its folder is a file"),
+            (["train", "--data", "shapes", "--ways", "3", "--out", "text"], "a file of that name"),
+            (
+                ["train", "--data", "shapes", "--ways", "3", "--out", "text/x"],
+                "should be its folder",
+            ),
+            (["evaluate", "run", "--shots", "20", "--tasks", "2"], "has 4: take 3 or fewer"),
+        ],
+    )
+    def test_what_cannot_be_done_has_a_mend(self, files, place, koi, monkeypatch, words, said):
+        monkeypatch.chdir(place)
+        code, _, stderr = koi(*words)
+        assert code == 2
+        assert said in stderr
+        assert len(stderr.splitlines()) == 1
+
+    def test_a_run_without_a_result_is_named_after_the_others(self, files, place, trained, koi):
+        bare = place / "bare"
+        bare.mkdir(exist_ok=True)
+        (bare / "config.json").write_bytes((trained / "config.json").read_bytes())
+        code, stdout, stderr = koi("table", bare, trained)
+        assert code == 2
+        assert stdout.splitlines()[2].startswith(f"| {trained} | folder-3way | 5 | 1 | 4 |")
+        assert "–" not in stdout
+        assert stderr == f"koi: {bare} has no result yet: measure it by koi evaluate {bare}\n"
+
+    def test_on_a_terminal_a_table_is_for_people(self, trained, koi, monkeypatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "200")
+        code, stdout, _ = koi("table", trained)
+        assert code == 0
+        assert "┃" in stdout
+        assert "the paper" not in stdout

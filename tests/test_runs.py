@@ -3,17 +3,19 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import koi.lab.runs.training
-from koi import CheckpointError, ConfigurationError, Koi, NonFiniteError
+from koi import CheckpointError, ConfigurationError, DataError, Koi, NonFiniteError
 from koi.fewshot import Episodes, LabelledData, Splits
 from koi.lab.runs import Config, Run, export, markdown_table, measure, train, write_card
 from koi.lab.runs.folder import environment
-from koi.lab.runs.measuring import measuring_learner, newest_checkpoint
+from koi.lab.runs.measuring import chosen_checkpoint, measuring_learner, newest_checkpoint
+from koi.lab.runs.training import Forecast
 from koi.models import omniglot_net
 from koi.recipes import RECIPES, Adaptation, FewShotRecipe
 
@@ -90,17 +92,52 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
 
 
 def test_another_configuration_does_not_mix_with_a_run(tmp_path):
-    Run.begun(tmp_path, Config(SMALL))
-    longer = replace(SMALL, num_iterations=5)
+    run = Run.begun(tmp_path, Config(SMALL))
+    longer = Config(replace(SMALL, num_iterations=5), seed=1)
+    run.checkpoints.mkdir()
+    (run.checkpoints / "iteration-000000001.safetensors").touch()
     with pytest.raises(ConfigurationError) as caught:
-        Run.begun(tmp_path, Config(longer, seed=1))
-    assert "num_iterations: 4 there, 5 here" in str(caught.value)
-    assert "seed: 0 there, 1 here" in str(caught.value)
-    assert "step_size" not in str(caught.value)
+        Run.begun(tmp_path, longer)
+    assert str(caught.value) == (
+        f"{tmp_path} holds another run (--iterations 4 there, 5 here; --seed 0 there, 1 here): "
+        "choose another folder by --out, or go on as it began"
+    )
+    assert run.config() == Config(SMALL)
+    with pytest.raises(ConfigurationError, match="omniglot-5way there, omniglot-20way here"):
+        Run.begun(tmp_path, Config(RECIPES["omniglot-20way"]))
+    with pytest.raises(ConfigurationError, match=r"\(step_size 0.001 there, 0.1 here\)"):
+        Run.begun(tmp_path, Config(replace(SMALL, step_size=0.1)))
+
+
+@pytest.mark.parametrize("was_read", [False, True])
+def test_a_folder_in_which_nothing_was_trained_is_nobodys_run(tmp_path, monkeypatch, was_read):
+    """It failed before its first meta-iteration: at its data, or at its first loss."""
+
+    def fail(*_):
+        raise DataError("images that cannot be read")
+
+    with monkeypatch.context() as patch:
+        owner, name = (FewShotRecipe, "training_episodes") if was_read else (Config, "splits")
+        patch.setattr(owner, name, fail)
+        with pytest.raises(DataError):
+            train(Run.begun(tmp_path, Config(SMALL)))
+    other = Config(replace(SMALL, num_shots=1), seed=3)
+    learner = train(Run.begun(tmp_path, other))
+    assert learner.iteration == 4
+    assert Run(tmp_path).config() == other
+    with pytest.raises(ConfigurationError, match="holds another run"):
+        Run.begun(tmp_path, Config(SMALL))
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_is_somebodys(tmp_path):
+    run = Run.begun(tmp_path, Config(SMALL))
+    (run.folder / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigurationError, match="holds another run"):
+        Run.begun(tmp_path, Config(SMALL, seed=1))
 
 
 def test_what_is_no_run(tmp_path):
-    with pytest.raises(ConfigurationError, match="is no folder of a run"):
+    with pytest.raises(ConfigurationError, match="is not there: give the folder of a run"):
         Run(tmp_path / "nothing").config()
     (tmp_path / "config.json").write_text('{"recipe": 3}')
     with pytest.raises(ConfigurationError, match="is no folder of a run"):
@@ -129,22 +166,28 @@ def test_the_table_states_its_distance_from_the_paper(tmp_path):
     found = {"inductive": [0.8, 0.01], "transductive": [0.9, 0.02], "iteration": 4, "num_tasks": 9}
     run.add_result(1, found)
     run.add_result(3, found)
-    rows = [line.strip("| ").split(" | ") for line in markdown_table([run]).splitlines()[2:]]
-    length = "4 of 100,000 (shortened)"
-    assert rows == [
-        ["omniglot-5way", length, "1", "9", "inductive", "80.00 ± 1.00", "95.39 ± 0.09", "-15.39"],
-        [
-            "omniglot-5way",
-            length,
-            "1",
-            "9",
-            "transductive",
-            "90.00 ± 2.00",
-            "97.68 ± 0.04",
-            "-7.68",
-        ],
-        ["omniglot-5way", length, "3", "9", "inductive", "80.00 ± 1.00", "–", "–"],
-        ["omniglot-5way", length, "3", "9", "transductive", "90.00 ± 2.00", "–", "–"],
+    rows = [line.strip("| ").split(" | ") for line in markdown_table([run]).splitlines()]
+    assert rows[0] == ["run", "recipe", "meta-iterations", "shots", "tasks", *rows[0][5:]]
+    begin = [str(tmp_path), "omniglot-5way", "4 of 100,000 (shortened)"]
+    assert rows[2:] == [
+        [*begin, "1", "9", "inductive", "80.00 ± 1.00", "95.39 ± 0.09", "-15.39"],
+        [*begin, "1", "9", "transductive", "90.00 ± 2.00", "97.68 ± 0.04", "-7.68"],
+        [*begin, "3", "9", "inductive", "80.00 ± 1.00", "–", "–"],
+        [*begin, "3", "9", "transductive", "90.00 ± 2.00", "–", "–"],
+    ]
+
+
+def test_a_table_has_no_empty_columns_and_names_runs_by_their_folders(tmp_path):
+    found = {"inductive": [0.8, 0.01], "transductive": [0.9, 0.02], "iteration": 4, "num_tasks": 9}
+    own = replace(SMALL, name="folder-5way", problem="folder")
+    opened = [Run.begun(tmp_path / name, Config(own)) for name in ("one", "a|b")]
+    for run in opened:
+        run.add_result(1, found)
+    head, _, *rows = markdown_table(opened).splitlines()
+    assert head == "| run | recipe | meta-iterations | shots | tasks | accuracy, % | this run |"
+    assert [row.split(" | ")[0] for row in rows[::2]] == [
+        f"| {tmp_path / 'one'}",
+        f"| {tmp_path}/a\\|b",
     ]
 
 
@@ -219,3 +262,45 @@ def test_an_exported_run_is_small_and_adapts_as_the_run_does(tmp_path):
     adapted = [koi.adapt(task).state_dict() for koi in (learner, loaded)]
     assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
     assert loaded.history == []
+
+
+def test_validation_decides_when_to_end_and_what_is_kept(tmp_path, monkeypatch):
+    """A folder of one's own: the best φ is what is measured, adapted from and exported."""
+    monkeypatch.setattr(koi.lab.runs.training, "_DISTANCE_OF_PATIENCE", 1)
+    values = iter([0.5, 0.2, 0.3, 0.4, 0.1])
+    monkeypatch.setattr(koi.lab.runs.training.Validation, "__call__", lambda *_: next(values))
+    recipe = replace(SMALL, problem="folder", num_iterations=9, patience=2)
+    run = Run.begun(tmp_path, Config(recipe))
+    monkeypatch.setattr(koi.lab.runs.training, "_NUM_TIMED", 1)
+    said = []
+    learner = train(run, say=said.append)
+    assert (learner.iteration, learner.best.iteration) == (4, 2)
+    (line,) = said
+    assert line.startswith("The other 8 meta-iterations will take about")
+    kept = Koi.load(chosen_checkpoint(run), SMALL.model(), **SMALL.code())
+    assert kept.iteration == 2
+    weights = load_file(run.weights)
+    assert all(torch.equal(value, weights[name]) for name, value in kept.model.state_dict().items())
+    assert measure(run, 1, 2)["iteration"] == 2
+    assert export(run, tmp_path / "learner.safetensors") == 2
+    assert train(Run.begun(tmp_path, Config(recipe))).iteration == 4  # it stays ended
+
+
+def test_how_long_it_will_take_is_said_once():
+    """After ten meta-iterations, of which the first ones took longer."""
+    said = []
+    forecast = Forecast(replace(SMALL, num_iterations=100_010, patience=6), said.append)
+    for number, seconds in enumerate([9.0, 5.0, *[0.288] * 18], 1):
+        forecast(SimpleNamespace(iteration=number), SimpleNamespace(seconds=seconds))
+    assert said == [
+        "The other 100,000 meta-iterations will take about 8 hours (at most, 0.29 s each, "
+        "validation aside)"
+    ]
+
+
+def test_shots_that_there_are_no_images_for(tmp_path):
+    run = Run.begun(tmp_path, Config(SMALL))
+    train(run)
+    with pytest.raises(DataError, match=r"20 shots need 21 .* has 7: take 6 or fewer"):
+        measure(run, 20, 2)
+    assert run.results() == {}

@@ -119,8 +119,8 @@ def test_arguments_that_there_are_not(arguments, named, says):
 def test_repr_has_what_is_not_as_usual():
     koi = Koi(small_net(), 0.1, meta_step_size=linear(1.0, 0.0), inner_optimizer=torch.optim.SGD)
     assert repr(koi) == (
-        "Koi(Sequential, step_size=0.1, meta_step_size=linear(start=1.0, end=0.0), "
-        "inner_optimizer=code (SGD), iteration=0)"
+        "Koi(Sequential, step_size=0.1, inner_optimizer=code (SGD), "
+        "meta_step_size=linear(start=1.0, end=0.0), iteration=0)"
     )
 
 

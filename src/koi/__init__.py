@@ -18,6 +18,7 @@ from koi.errors import (
 from koi.evaluation import Evaluation
 from koi.learner import Koi
 from koi.phi.schedules import cosine, linear, warmup
+from koi.ragged import RaggedTask
 from koi.records import STOP, Record
 from koi.supervised import SupervisedTask
 from koi.tasks import Task, TaskDistribution, stack, tensor_task
@@ -37,6 +38,7 @@ __all__ = [
     "KoiWarning",
     "ModelError",
     "NonFiniteError",
+    "RaggedTask",
     "RankError",
     "Record",
     "SupervisedTask",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koi import allowed
 from koi.engines import Engines, Ready, check_surroundings
 from koi.evaluation import Evaluation, blocks, stacked
 from koi.inner.base import Metric, finite_rows
@@ -17,7 +18,7 @@ from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Phi
 from koi.phi.rates import StepSize
 from koi.randomness import Place, preserved_generators
-from koi.sampling import check_tasks
+from koi.sampling import check_task, check_tasks
 from koi.settings import Settings, check_count
 from koi.stored import Stored
 
@@ -38,15 +39,17 @@ class Adapting(Stored):
             step_size: the inner rate, as the setting; None: that of the last meta-iteration.
 
         Raises:
+            ConfigurationError: ``task`` is none.
             TaskError, NonFiniteError: as in `train`, also with ``on_nonfinite="skip"``.
         """
+        check_task(task)
         settings = self.settings.at(step_size)
-        num_steps, ready = settings.steps(num_steps), self._ready(None, settings)
-        inner = replace(ready.inner, skip_nonfinite=False)
-        engine = EagerEngine(self.model, inner, share=False)
-        self._state.engine = "eager"
-        place = Place(settings.seed, "adaptation", 0)
+        num_steps, place = settings.steps(num_steps), Place(settings.seed, "adaptation", 0)
         with preserved_generators(settings.seed):
+            ready = self._ready(None, settings)
+            inner = replace(ready.inner, skip_nonfinite=False)
+            engine = EagerEngine(self.model, inner, share=False)
+            self._state.engine = "eager"
             return engine.adapt(self._phi(ready, settings, num_steps), task, num_steps, place)
 
     def evaluate(
@@ -113,6 +116,7 @@ class Adapting(Stored):
         >>> koi.measure(Lines(), worst, num_tasks=3).shape
         torch.Size([3])
         """
+        allowed.check(metric=(metric, allowed.code("(model, task) that returns a tensor")))
         settings = self.settings.at(step_size)
         return self._over_tasks("measure", tasks, num_tasks, num_steps, settings, metric)
 
@@ -127,16 +131,17 @@ class Adapting(Stored):
     ) -> Tensor:
         """Draw tasks block by block; return what the engine makes of them, a row for each kept."""
         check_tasks(tasks)
-        check_count("num_tasks", num_tasks)
-        num_steps, ready = settings.steps(num_steps), self._ready(None, settings)
-        inner, engine = ready.inner, ready.engines
-        phi = self._phi(ready, settings, num_steps)
+        check_count("num_tasks", num_tasks, most=10**9)
+        num_steps = settings.steps(num_steps)
         kept: Tensors = []
         with preserved_generators(settings.seed):
+            ready = self._ready(None, settings)
+            inner, engine = ready.inner, ready.engines
+            phi = self._phi(ready, settings, num_steps)
             for place, batch in blocks(tasks, num_tasks, settings.seed):
                 rows = getattr(engine, what)(phi, batch, num_steps, place, *more)
                 kept += finite_rows(rows, place, inner) if what == "evaluate" else rows
-        self._state.engine = engine.name
+            self._state.engine = engine.name
         return stacked(kept, num_tasks)
 
     def _validation_loss(self, tasks: Any) -> float:

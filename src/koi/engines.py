@@ -16,7 +16,7 @@ from koi.inner.base import InnerLoop
 from koi.inner.checks.granted import ClassLook, Look, Same, environment, frozen
 from koi.inner.dispatch import Dispatch
 from koi.inner.optimizers.recognition import update_rule, why_no_rule
-from koi.inner.optimizers.rules import layout_of, of_part
+from koi.inner.optimizers.rules import UpdateRule, layout_of, of_part
 from koi.inner.scaling import LossScale
 from koi.phi.arithmetic import Tensors
 from koi.phi.learned import Learned
@@ -165,7 +165,10 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
     optimizer = settings.optimizer(learned.those_adapted(params))
     algorithm = algorithm_of(settings.algorithm)
     _check_roles(learned, algorithm)
-    settings.rates(learned, 0, settings.num_steps)  # says which name is unknown
+    settings.at(settings.step_size).rates(
+        learned, 0, settings.num_steps
+    )  # says which name is unknown
+    learned_rates = settings.learned_rates(learned)
     if algorithm.second_order:
         _check_differentiable(algorithm, optimizer)
     _check_sparse(model, algorithm, optimizer)
@@ -178,6 +181,8 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
                 "each with its rate"
             ]
         )
+    if learned_rates is not None:
+        _check_learned_rates(algorithm, rule, optimizer)
     return InnerLoop(
         learned,
         algorithm,
@@ -189,7 +194,32 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
         skip_nonfinite=settings.on_nonfinite == "skip",
         layout=layout_of(optimizer, params),
         clip=settings.clip_inner,
+        learned_rates=learned_rates,
     )
+
+
+def _check_learned_rates(
+    algorithm: Algorithm, rule: UpdateRule | None, optimizer: torch.optim.Optimizer
+) -> None:
+    """Check that rates have a gradient to be learned by.
+
+    Raises:
+        ConfigurationError: the algorithm has none, or the optimizer no rule.
+    """
+    if not algorithm.query_gradient:
+        raise ConfigurationError(
+            [
+                f"algorithm={named(algorithm)} has no gradient of the query loss, by which "
+                "learn_step_size could learn: choose 'fomaml' or 'maml', or leave it out"
+            ]
+        )
+    if rule is None:
+        raise ConfigurationError(
+            [
+                "learn_step_size works with torch.optim's SGD, Adam and AdamW as they come, and "
+                f"here {why_no_rule(optimizer)}: choose one of these, or leave it out"
+            ]
+        )
 
 
 def _check_roles(learned: Learned, algorithm: Algorithm) -> None:

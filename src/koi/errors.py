@@ -29,7 +29,8 @@ class ConfigurationError(KoiError, ValueError):
     """Arguments that cannot work; the message lists every mistake found, a line each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+        # the whole message, where another process or a copy makes it anew
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
 
 

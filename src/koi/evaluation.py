@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from koi import allowed
 from koi.errors import NonFiniteError
 from koi.randomness import Place
 from koi.sampling import draw
@@ -96,6 +97,9 @@ class Evaluation:
     losses: Tensor
     num_skipped: int = 0
 
+    def __post_init__(self) -> None:
+        allowed.check(losses=(self.losses, _rows), num_skipped=(self.num_skipped, allowed.count(0)))
+
     @property
     def num_tasks(self) -> int:
         """How many tasks the means are over."""
@@ -133,6 +137,15 @@ class Evaluation:
         for step in doubling(self.num_steps):
             rows.append(f"{step:>5}   {mean[step]:>10.4g}   {f'± {interval[step]:.2g}':>13}")
         return "\n".join([*rows, f"(mean over {counted(self.num_tasks, self.num_skipped)})"])
+
+
+_rows = allowed.that(
+    lambda value: (
+        isinstance(value, Tensor)
+        and (value.dim() == 2 and value.numel() > 0 and value.dtype.is_floating_point)
+    ),
+    "a tensor of losses, shape (num_tasks, num_steps + 1)",
+)
 
 
 def doubling(last: int) -> list[int]:

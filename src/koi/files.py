@@ -69,6 +69,25 @@ def replacing(path: Path) -> Iterator[io.BufferedIOBase]:
             temporary.unlink(missing_ok=True)
 
 
+def mend(error: OSError) -> str:
+    """Return what to do about a file that cannot be written.
+
+    >>> mend(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+    'make its folder, or choose another'
+    """
+    known = {
+        errno.ENOENT: "make its folder, or choose another",
+        errno.ENOTDIR: "what should be its folder is a file: choose another",
+        errno.EEXIST: "a file of that name is there: choose another",
+        errno.EISDIR: "it is a folder: choose another name",
+        errno.ENAMETOOLONG: "choose a shorter name",
+    }
+    full = dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room or choose another folder"
+    )
+    return (known | full).get(error.errno or 0, "choose a folder that can be written to")
+
+
 def temporary_name(target: Path) -> Path:
     """Return where this process writes a file before it takes its name."""
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -16,19 +17,21 @@ from koi.errors import ConfigurationError
 from koi.phi.outcome import Outcome
 from koi.phi.schedules import value_at
 from koi.phi.update import MetaUpdate, Moved
-from koi.randomness import Place, preserved_generators
+from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
 from koi.records import STOP, Record, mean_ends
-from koi.sampling import check_tasks
-from koi.settings import Settings
+from koi.sampling import check_tasks, weighted
+from koi.settings import Settings, check_count
 from koi.training import start
+from koi.training.arguments import check_options, checked_callbacks
 from koi.training.autosave import Autosave
 from koi.training.draws import Draws
+from koi.training.duties import Duties
 from koi.training.folder import Folder
 from koi.training.interrupts import Interrupts
 from koi.training.logs import Log
 from koi.training.progress import ProgressBar
-from koi.training.state import Best, TrainingState
+from koi.training.state import Best, Owed, TrainingState
 from koi.training.stepping import Stepping
 from koi.training.validation import Validation
 from koi.training.watch import Watch
@@ -80,9 +83,10 @@ class Koi(Adapting):
         self._interrupts = Interrupts()
         self._engines = Engines()
         self._stepping = Stepping()
-        self._find_engines(
-            None, settings
-        )  # so that a mistake shows here, not after the first sampling
+        # so that a mistake shows here, not after the first sampling
+        ready = self._ready()
+        if settings.meta_optimizer is not None:
+            self._meta_update(ready)
 
     @property
     def iteration(self) -> int:
@@ -108,7 +112,7 @@ class Koi(Adapting):
         self,
         tasks: Any,
         progress: bool | None = None,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] | None = (),
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         resume: bool = False,
@@ -117,6 +121,7 @@ class Koi(Adapting):
         validate_every: int = 500,
         keep_best: bool = True,
         patience: int | None = None,
+        workers: int = 0,
     ) -> nn.Module:
         """Run the meta-iterations that are left and return the model, its weights at φ.
 
@@ -127,10 +132,11 @@ class Koi(Adapting):
             tasks: a task distribution, anything with ``sample() -> task``; a task is anything
                 with ``loss(model) -> scalar tensor``.
             progress: whether to show a progress bar; None: where there is a terminal.
-            callbacks: each is called as ``callback(koi, record)`` after each meta-iteration. One
-                that returns ``koi.STOP`` ends the training there (on several ranks one later), as
-                if no iterations were left. Those with ``state_dict`` and ``load_state_dict`` go on
-                from a checkpoint as they were.
+            callbacks: one or several; each is called as ``callback(koi, record)`` after each
+                meta-iteration. One that returns ``koi.STOP`` ends the training there (on several
+                ranks one later), as if no iterations were left. Those with ``state_dict`` and
+                ``load_state_dict`` go on from a checkpoint as they were. One that is stopped is
+                called again, and those after it are, as the next training begins.
             checkpoint_dir: a folder for checkpoints, of which the last two are kept. The training
                 is saved at its end, and where an error, Ctrl-C or SIGTERM stops it.
             checkpoint_every: meta-iterations from one checkpoint to the next as well.
@@ -145,43 +151,64 @@ class Koi(Adapting):
             keep_best: whether φ is at the end that of the best validation (`best` says which), and
                 is kept as best.safetensors in checkpoint_dir. Checkpoints go on from the last φ.
             patience: validations in a row without a new best, after which training ends.
+            workers: processes that draw the tasks of the next meta-iterations meanwhile (each
+                rank's own, with torch's DataLoader): the same tasks as without. 0: none.
 
         Raises:
-            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number, or
-                log_dir cannot be used.
-            CheckpointError: a checkpoint cannot be written, or does not fit model or settings.
-            TaskError: a loss that is no scalar or does not depend on the model.
+            ConfigurationError: ``tasks`` cannot be sampled from, a schedule gave no number,
+                log_dir cannot be used, or workers would draw other tasks.
+            CheckpointError: a checkpoint cannot be written, or does not fit model or settings;
+                another training uses the folder, or this learner.
+            TaskError: a loss that is no scalar or does not depend on the model, or a dead worker.
             NonFiniteError: a loss that is NaN or infinite (with ``on_nonfinite="raise"``).
         """
         check_tasks(tasks)
-        self._state.check_idle("koi.train")
+        check_options(progress, checkpoint_dir, resume, log_dir)
+        callbacks = checked_callbacks(callbacks)
+        check_count("workers", workers, least=0, most=1000)
         folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
-        callbacks = tuple(callbacks)
+        validation = Validation(
+            *(self, self._state, validate, self._validation_loss),
+            *(validate_every, keep_best, patience, folder),
+        )
+        with self._state.training("koi.train"), folder or nullcontext():
+            arguments = tasks, callbacks, validation, progress
+            return self._train(*arguments, folder, checkpoint_every, resume, log_dir, workers)
+
+    def _train(
+        self,
+        tasks: Any,
+        callbacks: tuple[Callback, ...],
+        validation: Validation,
+        progress: bool | None,
+        folder: Folder | None,
+        checkpoint_every: int | None,
+        resume: bool,
+        log_dir: str | os.PathLike[str] | None,
+        workers: int,
+    ) -> nn.Module:
         state, total = self._state, self.settings.num_iterations
-        kept = validate_every, keep_best, patience, folder
-        validation = Validation(self, state, validate, self._validation_loss, *kept)
-        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume)
+        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume, workers)
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
+        duties = Duties(self, state, validation, callbacks, ranks)
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
             logged = log_dir if ranks.first else None
             log = Log(logged, state.history, total, resume, saver.first_line)
-        with bar, self._interrupts, ranks.training(update.phi), saver, log, state.training():
+        with bar, self._interrupts, ranks.training(update.phi), saver, log, draws:
             start.let_go(state, saves=saver.saves)
-            validation.catch_up(ranks)
-            while state.iteration < self.settings.num_iterations and not validation.exhausted:
+            duties.catch_up(bar)
+            while state.iteration < self.settings.num_iterations:
+                if ranks.ending or validation.exhausted:
+                    break
                 saver.before_iteration()
-                ready = self._ready(ready)  # a callback may have changed anything
-                record = self._meta_iteration(draws, ready, watch, ranks)
-                record = validation.after(record, ranks)
-                bar.advance(record)
-                for callback in callbacks:
-                    ranks.wants_to_end |= callback(self, record) is STOP
+                with alone():
+                    ready = self._ready(ready)  # a callback may have changed anything
+                    self._meta_iteration(draws, ready, watch, ranks, duties.new())
+                duties.do(bar)
                 log.after_iteration(saver.due)
                 saver.after_iteration()
-                if ranks.ending:
-                    break
         validation.finish()
         return self.model
 
@@ -205,8 +232,11 @@ class Koi(Adapting):
         [0, 1, 2]
         """
         check_tasks(tasks)
+        with self._state.training("koi.step"):
+            return self._step(tasks)
+
+    def _step(self, tasks: Any) -> Record:
         state = self._state
-        state.check_idle("koi.step")
         if state.iteration >= self.settings.num_iterations:
             raise ConfigurationError(
                 [
@@ -219,7 +249,7 @@ class Koi(Adapting):
             kept.ranks, kept.ready, kept.watch, kept.draws = self._begin(tasks, (), None, False)
             start.let_go(state, saves=False)
             kept.tasks = tasks
-        with self._interrupts, state.training():
+        with self._interrupts, alone():
             kept.ready = self._ready(kept.ready)
             return self._meta_iteration(kept.draws, kept.ready, kept.watch, kept.ranks)
 
@@ -227,7 +257,9 @@ class Koi(Adapting):
         """Call the model at φ."""
         return self.model(*args, **kwargs)
 
-    def _meta_iteration(self, draws: Draws, ready: Ready, watch: Watch, ranks: Ranks) -> Record:
+    def _meta_iteration(
+        self, draws: Draws, ready: Ready, watch: Watch, ranks: Ranks, owed: Owed | None = None
+    ) -> Record:
         began = time.perf_counter()
         settings, state, engine = self.settings, self._state, ready.engines
         seed, carry = state.seed(settings), settings.inner_state == "carry"
@@ -238,6 +270,7 @@ class Koi(Adapting):
 
         def adapt(start: int, end: int) -> Outcome:
             batch = draws.take(settings.meta_batch_size, place, (start, end))
+            batch = weighted(batch, place)
             return engine.meta_batch(update.phi, batch, settings.num_steps, place)
 
         with preserved_generators(seed):
@@ -245,11 +278,13 @@ class Koi(Adapting):
         state.engine, state.ruled_out = engine.name, engine.refused
         with self._interrupts.held():
             outcome = ranks.mean(own)
+            outcome.check_weight(place)
             moved = Moved(0.0, 0.0)
-            if outcome.losses:
+            if outcome.weight > 0:
                 moved = update.apply(outcome, epsilon, settings.clip_meta)
                 state.keep_after(update.phi, outcome.moments if carry else None, settings)
-            losses, seconds = mean_ends(outcome.losses), time.perf_counter() - began
+            losses = mean_ends(outcome.losses, outcome.weights)
+            seconds = time.perf_counter() - began
             record = Record(
                 *(state.iteration, *losses, epsilon, moved.update, seconds),
                 num_skipped=outcome.num_skipped,
@@ -257,11 +292,17 @@ class Koi(Adapting):
             )
             state.history.append(record)
             state.iteration += 1
+            state.owed = owed
         watch.look(outcome, epsilon, moved.update, settings.num_steps)
         return record
 
     def _begin(
-        self, tasks: Any, callbacks: tuple[Callback, ...], folder: Folder | None, resume: bool
+        self,
+        tasks: Any,
+        callbacks: tuple[Callback, ...],
+        folder: Folder | None,
+        resume: bool,
+        workers: int = 0,
     ) -> tuple[Ranks, Ready, Watch, Draws]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
@@ -271,9 +312,11 @@ class Koi(Adapting):
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out
         watch = Watch(ready.inner.algorithm, settings.num_steps, silent=not ranks.first)
+        if workers:
+            self._state.draw_seed(settings)
         place = Place(self._state.seed(settings), "meta-iteration", self._state.iteration)
         with ranks.agreed():
-            draws = Draws(tasks, settings.meta_batch_size, ranks.share, place)
+            draws = Draws(self, tasks, ranks.share, place, workers)
         return ranks, ready, watch, draws
 
     def _meta_update(self, ready: Ready) -> MetaUpdate:

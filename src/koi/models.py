@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from koi import allowed
+
+# With more scores, the last layer alone would have gigabytes.
+MOST_CLASSES = 10**6
+
 
 def sine_mlp() -> nn.Sequential:
     """Return the net of the sine waves: 1 → 64 → 64 → 1 with tanh, 4,353 parameters.
@@ -29,9 +34,16 @@ def omniglot_net(num_classes: int, torch_defaults: bool = False) -> nn.Sequentia
         num_classes: how many scores.
         torch_defaults: whether initial values and BatchNorm's ε are PyTorch's instead.
 
+    Raises:
+        ConfigurationError: arguments that cannot work.
+
     >>> sum(p.numel() for p in omniglot_net(num_classes=5).parameters())
     113221
     """
+    allowed.check(
+        num_classes=(num_classes, allowed.count(1, MOST_CLASSES)),
+        torch_defaults=(torch_defaults, allowed.truth),
+    )
     layers: list[nn.Module] = []
     for num_channels in (1, 64, 64, 64):
         layers += [
@@ -51,9 +63,16 @@ def mini_imagenet_net(num_classes: int) -> nn.Sequential:
     code). Pooling keeps the last row and column of odd sizes, as "same" padding does: 84 → 42 →
     21 → 11 → 6. Initial values and BatchNorm are as in `omniglot_net`.
 
+    Args:
+        num_classes: how many scores.
+
+    Raises:
+        ConfigurationError: num_classes is no positive whole number.
+
     >>> sum(p.numel() for p in mini_imagenet_net(num_classes=5).parameters())
     34661
     """
+    allowed.check(num_classes=(num_classes, allowed.count(1, MOST_CLASSES)))
     layers: list[nn.Module] = []
     for num_channels in (3, 32, 32, 32):
         layers += [

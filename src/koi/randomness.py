@@ -3,15 +3,18 @@
 With a seed, what is drawn depends on the seed and on where the draw stands (meta-iteration, task),
 never on how many draws came before. A resumed run, another engine and another rank then see the
 same tasks. Tasks draw from the global generators of Python, NumPy and torch; Koi sets those for
-the draw and puts them back.
+the draw and puts them back. Threads have these generators in common: of two that learn or evaluate,
+one waits while the other draws.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import random
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +25,24 @@ from torch import Tensor
 
 _HAS_NUMPY = importlib.util.find_spec("numpy") is not None
 _STATE_SIZE = 624  # words of a Mersenne twister, which all of them are on the CPU
+
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a fork has none of the threads, and so none to free the lock
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let no other thread draw from the global generators for a learner while the block runs."""
+    with _lock:
+        yield
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,24 @@ def mix(seed: int, *where: int | str | None) -> int:
     """
     text = repr((seed, *where)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def split_mix(numbers: Tensor) -> Tensor:
+    """Return SplitMix64's output function (Steele, Lea, Flood 2014) of int64 numbers.
+
+    A bijection: different numbers have different values, so that an order of the values is a draw
+    without replacement. Whole numbers, which wrap, are the same on every device.
+
+    >>> split_mix(torch.tensor([1, 2])).tolist()
+    [6238072747940578789, -2606959012126976886]
+    """
+    numbers = (numbers ^ _shifted(numbers, 30)) * -4658895280553007687
+    numbers = (numbers ^ _shifted(numbers, 27)) * -7723592293110705685
+    return numbers ^ _shifted(numbers, 31)
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def set_generators(seed: int) -> None:
@@ -136,12 +175,16 @@ def restore(states: States) -> None:
 
 @contextmanager
 def preserved_generators(seed: int | None) -> Iterator[None]:
-    """Leave the global generators as they were, where a seed makes Koi set them."""
-    if seed is None:
-        yield
-        return
-    states = capture()
-    try:
-        yield
-    finally:
-        restore(states)
+    """Leave the global generators as they were, where a seed makes Koi set them.
+
+    With or without a seed it is in the block `alone`.
+    """
+    with alone():
+        if seed is None:
+            yield
+            return
+        states = capture()
+        try:
+            yield
+        finally:
+            restore(states)

@@ -12,7 +12,8 @@ class Record:
 
     Args:
         iteration: its number, from 0.
-        loss_before: mean over tasks of the loss at the first inner step, thus at φ.
+        loss_before: mean over tasks of the loss at the first inner step, thus at φ. Tasks count as
+            their ``weight`` says.
         loss_after: mean over tasks of the last loss that was computed: at the last inner step,
             before its update (Reptile), or the query loss at φ̃ (FOMAML, MAML). No loss is
             evaluated for the record's sake.
@@ -36,12 +37,22 @@ class Record:
     validation: float | None = None
 
 
-def mean_ends(losses: list[list[float]]) -> tuple[float, float]:
-    """Return the means over tasks of the first and of the last loss; NaN where there is no task."""
-    if not losses:
+def mean_ends(losses: list[list[float]], weights: list[float] | None = None) -> tuple[float, float]:
+    """Return the means over tasks of the first and of the last loss; NaN where there is no task.
+
+    Args:
+        losses: of each task.
+        weights: what each counts; None: all the same.
+
+    >>> mean_ends([[4.0, 1.0], [1.0, 1.0]], [2.0, 1.0])
+    (3.0, 1.0)
+    """
+    weights = [1] * len(losses) if weights is None else weights
+    total = sum(weights)
+    if total == 0:
         return math.nan, math.nan
-    count = len(losses)
-    return sum(row[0] for row in losses) / count, sum(row[-1] for row in losses) / count
+    pairs = list(zip(weights, losses, strict=True))
+    return sum(w * row[0] for w, row in pairs) / total, sum(w * row[-1] for w, row in pairs) / total
 
 
 class _Stop:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from koi.errors import ConfigurationError, TaskError, annotate, is_end, wrong
 from koi.randomness import Place
-from koi.tasks import TaskBatch, is_tensor_task, tensors_of
+from koi.tasks import TaskBatch, everything_of, is_tensor_task, tensors_of
+
+# Means are sums in the parameters' own precision, of which a larger weight would leave nothing.
+_LARGEST = 1e18
 
 
 def check_tasks(tasks: Any) -> None:
@@ -21,6 +27,18 @@ def check_tasks(tasks: Any) -> None:
         hint = " (this looks like one task: give the object that samples them)"
         problem = wrong("tasks", tasks, "an object with a method sample() -> task")
         raise ConfigurationError([problem + (hint if hasattr(tasks, "loss") else "")])
+
+
+def check_task(task: Any) -> None:
+    """Check that ``task`` is a task.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if not callable(getattr(task, "loss", None)):
+        hint = " (this looks like many tasks: give one that they sample)"
+        problem = wrong("task", task, "an object with a method loss(model) -> scalar tensor")
+        raise ConfigurationError([problem + (hint if hasattr(task, "sample") else "")])
 
 
 def draw(
@@ -56,6 +74,38 @@ def draw(
         tasks = [_drawn_apart(distribution, number, place) for number in range(first, last)]
         batch = TaskBatch(tasks=tasks, first=first)
     return batch.part(start - first, end - first)
+
+
+def weighted(batch: TaskBatch, place: Place) -> TaskBatch:
+    """Return the batch, each task to count in the means as its ``weight`` says; without one, as 1.
+
+    Raises:
+        TaskError: a weight that is no number, negative, not finite, or out of range.
+    """
+    example = batch.example  # which may be many in one, of which a property would be another
+    declared = hasattr(type(example), "weight")
+    if is_tensor_task(example) and not (declared or "weight" in everything_of(example)):
+        return batch
+    given = [getattr(task, "weight", None) for task in batch.tasks]
+    if any(weight is not None for weight in given):
+        batch.weights = [
+            1.0 if weight is None else _number(weight, f"task {number} of {place}")
+            for number, weight in enumerate(given, start=batch.first)
+        ]
+    return batch
+
+
+def _number(weight: Any, task: str) -> float:
+    value = weight.detach() if isinstance(weight, Tensor) else weight
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
+        number = float(value.real)
+        if number == value and (number == 0 or 1 / _LARGEST <= number <= _LARGEST):
+            return number
+    shown = f"of shape {tuple(value.shape)}" if getattr(value, "shape", ()) else repr(value)
+    raise TaskError(
+        f"{task} has a weight {shown}: what a task counts in the mean must be 0, or a number from "
+        f"{1 / _LARGEST:g} to {_LARGEST:g}; if the attribute means something else, rename it"
+    )
 
 
 def takes_first(distribution: Any) -> bool:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from koi import allowed
-from koi.algorithms import Algorithm, schedule_of
-from koi.errors import ConfigurationError, wrong
+from koi.algorithms import Algorithm, checked, schedule_of
+from koi.errors import ConfigurationError
 from koi.inner.optimizers.rules import FACTORIES, OptimizerFactory, make_optimizer
 from koi.phi.learned import Learned
-from koi.phi.rates import StepSize, rates
+from koi.phi.rates import LearnedRates, StepSize, rates
 from koi.phi.roles import Names
 from koi.phi.schedules import KNOWN, Schedule
 from koi.phi.update import MetaOptimizerFactory
@@ -45,6 +45,9 @@ def setting(
 class Settings:
     """How a learner learns: all that `koi.Koi` is given besides the model, checked.
 
+    In this order: how long and how fast; the inner loop; the meta-update; what adapts, and what
+    learns; how it runs.
+
     Raises:
         ConfigurationError: listing every setting that is wrong, with what is allowed.
 
@@ -61,24 +64,23 @@ class Settings:
         "of which the first that fits counts.",
         engines=True,
     )
-    num_steps: int = setting(10, allowed.count(1), "inner steps on each task.")
+    num_steps: int = setting(10, allowed.count(1, allowed.MOST_STEPS), "inner steps on each task.")
     num_iterations: int = setting(1000, allowed.count(0), "meta-iterations.")
     _: KW_ONLY
-    meta_step_size: float | Schedule | None = setting(
-        None,
-        allowed.schedule,
-        "ε, a number or a schedule of the fraction done in [0, 1] (``koi.linear``, ``koi.cosine``, "
-        "``koi.warmup``, any callable); None: ``koi.linear(1.0, 0.0)`` where an algorithm moves φ "
-        "towards a point, step_size where against a gradient. It scales the rate of a "
-        "meta_optimizer, for which None is 1.",
-    )
-    meta_batch_size: int = setting(1, allowed.count(1), "tasks in each meta-iteration.")
+
+    # the inner loop
     inner_optimizer: str | OptimizerFactory = setting(
         "sgd",
         allowed.one_of(FACTORIES, code="a callable (params, lr)"),
-        '"sgd", "adam" (both as torch.optim\'s defaults have them), or a callable (params, lr) '
-        "that returns a ``torch.optim.Optimizer``.",
+        '"sgd", "adam", "adamw" (each as torch.optim\'s defaults have it), or a callable '
+        "(params, lr) that returns a ``torch.optim.Optimizer``.",
         engines=True,
+    )
+    inner_state: str = setting(
+        "carry",
+        allowed.one_of(("carry", "reset")),
+        'whether momentum and adaptive moments live on from task to task ("carry", as in the '
+        'paper\'s code; over a meta-batch they are averaged) or start afresh ("reset").',
     )
     inner_schedule: Schedule | None = setting(
         None,
@@ -93,15 +95,36 @@ class Settings:
         "the largest Euclidean norm of each task's inner gradient; a longer one is scaled down.",
         engines=True,
     )
-    inner_state: str = setting(
-        "carry",
-        allowed.one_of(("carry", "reset")),
-        'whether momentum and adaptive moments live on from task to task ("carry", as in the '
-        'paper\'s code; over a meta-batch they are averaged) or start afresh ("reset").',
+    learn_step_size: str | None = setting(
+        None,
+        allowed.one_of((None, "parameter", "layer")),
+        "inner rates that are a part of φ, learned by FOMAML and MAML from step_size on: "
+        '"parameter", one for each number in each parameter (Meta-SGD); "layer", one for each '
+        "parameter and inner step (MAML++).",
+        engines=True,
+    )
+
+    # the meta-update
+    algorithm: str | Algorithm = setting(
+        "reptile",
+        checked,
+        '"reptile"; "eigen-reptile", which moves φ along the main direction of the way to φ̃; '
+        '"fomaml" and "maml", which move φ against the gradient of the query loss at φ̃, taken with '
+        "respect to φ̃ or, through all inner steps, to φ; or a `koi.algorithms.Algorithm`.",
+        engines=True,
+    )
+    meta_batch_size: int = setting(1, allowed.count(1), "tasks in each meta-iteration.")
+    meta_step_size: float | Schedule | None = setting(
+        None,
+        allowed.schedule,
+        "ε, a number or a schedule of the fraction done in [0, 1] (``koi.linear``, ``koi.cosine``, "
+        "``koi.warmup``, any callable); None: ``koi.linear(1.0, 0.0)`` where an algorithm moves φ "
+        "towards a point, step_size where against a gradient. It scales the rate of a "
+        "meta_optimizer, for which None is 1.",
     )
     meta_optimizer: MetaOptimizerFactory | None = setting(
         None,
-        allowed.optional(allowed.code),
+        allowed.optional(allowed.code("(params)")),
         "None, or a callable (params) that returns a ``torch.optim.Optimizer``; it is fed the "
         "meta-gradient, φ − mean(φ̃) or the mean gradient, and steps by its own rate times ε. "
         "Buffers follow ε, at most 1.",
@@ -117,33 +140,8 @@ class Settings:
         "None, or the decay β of an exponential mean of φ, such as 0.999, that "
         "`Koi.averaged` gives.",
     )
-    algorithm: str | Algorithm = setting(
-        "reptile",
-        allowed.algorithm,
-        '"reptile"; "eigen-reptile", which moves φ along the main direction of the way to φ̃; '
-        '"fomaml" and "maml", which move φ against the gradient of the query loss at φ̃, taken with '
-        "respect to φ̃ or, through all inner steps, to φ; or a `koi.algorithms.Algorithm`.",
-        engines=True,
-    )
-    vectorize: str | bool = setting(
-        "auto",
-        allowed.one_of(("auto", True, False)),
-        "True: all tasks of a meta-batch at once, or an `EngineError`; False: one by one; "
-        '"auto": at once where it can be and, by the sizes, is not slower.',
-        engines=True,
-    )
-    compile: bool | str = setting(
-        False,
-        allowed.mode,
-        "True, or a mode of `torch.compile`: the inner loop becomes one graph.",
-        engines=True,
-    )
-    seed: int | None = setting(
-        None,
-        allowed.optional(allowed.count(0)),
-        "makes runs repeatable, bit for bit on one machine, and independent of the global random "
-        "state. None: tasks draw from the global generators as they are.",
-    )
+
+    # what adapts, and what learns
     adapts: Names = setting(
         None,
         allowed.names,
@@ -159,10 +157,19 @@ class Settings:
         "is.",
         engines=True,
     )
-    on_nonfinite: str = setting(
-        "raise",
-        allowed.one_of(("raise", "skip")),
-        'what a NaN or infinite loss does: "raise" an error, or "skip" the task.',
+
+    # how it runs
+    vectorize: str | bool = setting(
+        "auto",
+        allowed.one_of(("auto", True, False)),
+        "True: all tasks of a meta-batch at once, or an `EngineError`; False: one by one; "
+        '"auto": at once where it can be and, by the sizes, is not slower.',
+        engines=True,
+    )
+    compile: bool | str = setting(
+        False,
+        allowed.mode,
+        "True, or a mode of `torch.compile`: the inner loop becomes one graph.",
         engines=True,
     )
     chunk_size: int | None = setting(
@@ -177,6 +184,18 @@ class Settings:
         "`torch.bfloat16` or `torch.float16`: losses are computed in it, weights stay as they are.",
         engines=True,
     )
+    seed: int | None = setting(
+        None,
+        allowed.optional(allowed.count(0, most=2**64)),
+        "makes runs repeatable, bit for bit on one machine, and independent of the global random "
+        "state. None: tasks draw from the global generators as they are.",
+    )
+    on_nonfinite: str = setting(
+        "raise",
+        allowed.one_of(("raise", "skip")),
+        'what a NaN or infinite loss does: "raise" an error, or "skip" the task.',
+        engines=True,
+    )
     check: bool = setting(
         True,
         allowed.one_of((True, False)),
@@ -187,15 +206,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        problems = []
-        for each in fields(self):
-            value = getattr(self, each.name)
-            try:
-                object.__setattr__(self, each.name, each.metadata["check"](value))
-            except allowed.Refused as refused:
-                problems.append(wrong(each.name, value, str(refused)))
-        if problems:
-            raise ConfigurationError(problems)
+        allowed.check_fields(self)
 
     def changed(self) -> dict[str, Any]:
         """Return the settings that are not at their defaults."""
@@ -221,13 +232,15 @@ class Settings:
 
     def at(self, step_size: StepSize | None) -> Settings:
         """Return the settings with another step_size, that of one call; None: as they are."""
-        return self if step_size is None else replace(self, step_size=step_size)
+        if step_size is None:
+            return self
+        return replace(self, step_size=step_size, learn_step_size=None)
 
     def steps(self, num_steps: int | None) -> int:
         """Return the inner steps that a method was given, checked; None: those of training."""
         if num_steps is None:
             return self.num_steps
-        check_count("num_steps", num_steps, least=0)
+        check_count("num_steps", num_steps, least=0, most=allowed.MOST_STEPS)
         return num_steps
 
     @property
@@ -242,14 +255,14 @@ class Settings:
             raise ConfigurationError(
                 ["meta_step_size is step_size by default, which is no single number: give one"]
             )
-        return schedule_of(self.meta_step_size, self.algorithm, self.nominal_rate)
+        one = self.step_size if isinstance(self.step_size, float) else math.nan
+        return schedule_of(self.meta_step_size, self.algorithm, one)
 
     @property
     def nominal_rate(self) -> float:
         """The rate that the inner optimizer is made with: 1 where others multiply it."""
-        if self.inner_schedule is None and isinstance(self.step_size, float):
-            return self.step_size
-        return 1.0
+        alone = self.inner_schedule is None and self.learn_step_size is None
+        return self.step_size if alone and isinstance(self.step_size, float) else 1.0
 
     def rates(self, learned: Learned, iteration: int, num_steps: int) -> Tensor | None:
         """Return the rate of each inner step and parameter; None where all are `nominal_rate`.
@@ -259,10 +272,30 @@ class Settings:
             iteration: the number of the meta-iteration.
             num_steps: inner steps.
         """
-        if self.inner_schedule is None and isinstance(self.step_size, float):
+        learns = self.learn_step_size is not None
+        if self.inner_schedule is None and (learns or isinstance(self.step_size, float)):
             return None
         fraction = iteration / max(1, self.num_iterations)
-        return rates(learned, self.step_size, fraction, self.inner_schedule, num_steps)
+        step_size = 1.0 if learns else self.step_size
+        return rates(learned, step_size, fraction, self.inner_schedule, num_steps)
+
+    def learned_rates(self, learned: Learned) -> LearnedRates | None:
+        """Return how the inner rates are learned; None: they are not.
+
+        Raises:
+            ConfigurationError: the first ones change over the training.
+        """
+        if self.learn_step_size is None:
+            return None
+        each = self.step_size.values() if isinstance(self.step_size, Mapping) else [self.step_size]
+        if any(map(callable, each)):
+            raise ConfigurationError(
+                [
+                    "step_size is a schedule, and with learn_step_size it is what the rates begin "
+                    "with: give a number, or a dictionary of numbers"
+                ]
+            )
+        return LearnedRates(self.learn_step_size, learned)
 
     @property
     def optimizer_factory(self) -> OptimizerFactory:
@@ -275,16 +308,13 @@ class Settings:
         return make_optimizer(self.optimizer_factory, params, self.nominal_rate)
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
+def check_count(name: str, value: Any, least: int = 1, most: int = allowed.MOST) -> None:
     """Check one whole number that a method was given.
 
     Raises:
-        ConfigurationError: it is none of at least ``least``.
+        ConfigurationError: it is none from ``least`` to ``most``.
     """
-    try:
-        allowed.count(least)(value)
-    except allowed.Refused as refused:
-        raise ConfigurationError([wrong(name, value, str(refused))]) from None
+    allowed.check(**{name: (value, allowed.count(least, most))})
 
 
 def as_data(value: Any) -> Any:

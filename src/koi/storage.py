@@ -23,7 +23,7 @@ from torch import Tensor
 
 from koi import memory
 from koi.errors import CheckpointError
-from koi.files import opened, replacing
+from koi.files import mend, opened, replacing
 
 # Every format begins with the checksum, so that an intact file of a newer Koi is told from damage.
 FORMAT = 1
@@ -55,8 +55,8 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
             _write(file, start, tensors)
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoint {path} cannot be written ({error.strerror or error}): φ and earlier "
-            "checkpoints are as they were; make room or choose another folder, and go on"
+            f"the file {path} cannot be written ({error.strerror or error}): φ and earlier "
+            f"checkpoints are as they were; {mend(error)}"
         ) from error
 
 
@@ -75,8 +75,8 @@ def read(path: Path) -> dict[str, Any]:
             return _read(file, path)
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({error.strerror or error}): give the name of "
-            "a file that koi.save or koi.train wrote"
+            f"the file {path} cannot be read ({error.strerror or error}): give the name of one "
+            "that koi.save or koi.train wrote"
         ) from error
 
 

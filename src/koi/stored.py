@@ -10,8 +10,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from koi import allowed
 from koi.configured import Configured
 from koi.errors import ConfigurationError
 from koi.phi.arithmetic import copy_
@@ -29,6 +30,23 @@ class Stored(Configured):
 
     @abstractmethod
     def __init__(self, model: nn.Module, **settings: Any) -> None: ...
+
+    @property
+    def learned_step_sizes(self) -> dict[str, Tensor]:
+        """The inner rates that φ holds, by the names of parameters, as ``learn_step_size`` says.
+
+        They are φ's own tensors: shape of the parameter, or (num_steps,).
+
+        >>> import torch
+        >>> from koi import Koi
+        >>> settings = {"algorithm": "maml", "learn_step_size": "layer", "num_steps": 2}
+        >>> Koi(torch.nn.Linear(1, 1), 0.5, **settings).learned_step_sizes["bias"]
+        tensor([0.5000, 0.5000])
+        """
+        names = self.settings.learned(self.model)
+        params = names.params_of(self.model)
+        rates = self._state.rates(params, names, self.settings)
+        return dict(zip(names.those_adapted(names.params), rates, strict=False))
 
     def averaged(self: AnyLearner) -> AnyLearner:
         """Return a learner whose φ is the exponential mean of this one's, to be used or saved.
@@ -60,7 +78,8 @@ class Stored(Configured):
         other.load_state_dict(self.state_dict())
         names = self.settings.learned(other.model)
         params = names.those_learned(names.params_of(other.model))
-        copy_([*params, *names.buffers_of(other.model)], mean.values)
+        rates = other._state.learned_rates
+        copy_([*params, *rates, *names.buffers_of(other.model)], mean.values)
         return other
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,6 +98,7 @@ class Stored(Configured):
         Tasks, callbacks and generators take theirs as the next training begins.
 
         Raises:
+            ConfigurationError: ``state`` is no dictionary.
             CheckpointError: the model or any setting is another: all differences are named, and
                 nothing has changed.
 
@@ -90,6 +110,7 @@ class Stored(Configured):
         True
         """
         self._state.check_idle("load_state_dict")
+        allowed.check(state=(state, allowed.instance(Mapping, "what state_dict gave")))
         saved = checkpoint.saved_from(state, "given to load_state_dict")
         checkpoint.go_on(self, self._state, saved)
 
@@ -100,8 +121,10 @@ class Stored(Configured):
             path: the file; it appears under this name whole or not at all.
 
         Raises:
+            ConfigurationError: ``path`` is no path.
             CheckpointError: it cannot be written.
         """
+        allowed.check(path=(path, allowed.path))
         checkpoint.save(self, self._state, Path(path))
 
     @classmethod
@@ -118,6 +141,7 @@ class Stored(Configured):
                 those in the file.
 
         Raises:
+            ConfigurationError: an argument that cannot work.
             CheckpointError: the file cannot be read, does not fit the model, or needs settings.
 
         >>> import tempfile, torch
@@ -129,6 +153,7 @@ class Stored(Configured):
         >>> same.step_size, torch.equal(same.model.weight, koi.model.weight)
         (0.1, True)
         """
+        allowed.check(path=(path, allowed.path))
         saved, known = checkpoint.read_or_offer(Path(path)), inspect.signature(cls).parameters
         koi = cls(model, **checkpoint.arguments(saved, settings, known))
         checkpoint.begin_with(koi, koi._state, saved)

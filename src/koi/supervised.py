@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from koi import allowed
+from koi.errors import ConfigurationError
+from koi.randomness import split_mix
 from koi.tasks import tensor_task, with_tensors
 
 
@@ -32,20 +35,9 @@ def cycled_order(key: Tensor, size: int, batch_size: int, num_steps: int) -> Ten
     order = torch.arange(size, device=key.device).unsqueeze(0)
     if num_passes > 1:
         count = torch.arange(size, num_passes * size, device=key.device)
-        noise = _mixed(key + count * 0x9E3779B9).reshape(num_passes - 1, size)
+        noise = split_mix(key + count * 0x9E3779B9).reshape(num_passes - 1, size)
         order = torch.cat([order, noise.argsort(dim=1)])
     return order.reshape(-1)[:needed].reshape(num_steps, batch_size)
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """SplitMix64's output function (Steele, Lea, Flood 2014), in wrapping int64 arithmetic."""
-    x = (x ^ _shifted(x, 30)) * -4658895280553007687
-    x = (x ^ _shifted(x, 27)) * -7723592293110705685
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @tensor_task
@@ -64,6 +56,10 @@ class SupervisedTask:
         key: an int64 scalar that orders the second and later passes (see `cycled_order`).
         criterion: (predictions, targets) -> scalar.
         batch_size: examples in each inner step; None, or more than there are: all of them.
+        weight: what the task counts in the means of its meta-batch, a scalar; None: 1.
+
+    Raises:
+        ConfigurationError: sets that are empty, or no tensors, or whose lengths differ.
 
     >>> x = torch.linspace(-1, 1, 6).unsqueeze(1)
     >>> task = SupervisedTask(x, 2 * x, x, 2 * x, torch.tensor(0), batch_size=4)
@@ -80,6 +76,33 @@ class SupervisedTask:
     key: Tensor
     criterion: Callable[[Tensor, Tensor], Tensor] = F.mse_loss
     batch_size: int | None = None
+    weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be seen from outside: many tasks in one have their number in the key."""
+        sets = ("support_inputs", "support_targets", "query_inputs", "query_targets", "key")
+        allowed.check(
+            **{name: (getattr(self, name), allowed.tensor) for name in sets},
+            criterion=(self.criterion, allowed.code("(predictions, targets)")),
+            batch_size=(self.batch_size, allowed.optional(allowed.count(1))),
+        )
+        if self.key.dtype != torch.int64:
+            raise ConfigurationError([f"key is of type {self.key.dtype}: must be int64"])
+        for name in ("support", "query"):
+            inputs, targets = getattr(self, f"{name}_inputs"), getattr(self, f"{name}_targets")
+            depth = self.key.dim() + 1
+            if (
+                inputs.dim() < depth
+                or 0 in inputs.shape
+                or inputs.shape[:depth] != targets.shape[:depth]
+            ):
+                raise ConfigurationError(
+                    [
+                        f"{name}_inputs of shape {tuple(inputs.shape)} and {name}_targets of shape "
+                        f"{tuple(targets.shape)}: must have one entry each for each example, and "
+                        "at least one example"
+                    ]
+                )
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the criterion on the support set (of a minibatch: on the minibatch)."""
@@ -92,6 +115,7 @@ class SupervisedTask:
 
     def minibatches(self, num_steps: int) -> list[SupervisedTask]:
         """Return the task as each of ``num_steps`` inner steps sees it."""
+        allowed.check(num_steps=(num_steps, allowed.count(0, allowed.MOST_STEPS)))
         size = len(self.support_inputs)
         if self.batch_size is None or self.batch_size >= size:
             return [self] * num_steps

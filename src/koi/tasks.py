@@ -60,10 +60,11 @@ def tensor_task(cls: TaskClass) -> TaskClass:
     >>> stack([Line(torch.zeros(5, 1), torch.ones(5, 1)) for _ in range(3)]).x.shape
     torch.Size([3, 5, 1])
     """
-    if not dataclasses.is_dataclass(cls):
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        name = getattr(cls, "__name__", repr(cls))
         raise ConfigurationError(
             [
-                f"@koi.tensor_task was given {cls.__name__}, which is not a dataclass: "
+                f"@koi.tensor_task was given {name}, which is not a dataclass: "
                 "write @koi.tensor_task above @dataclass"
             ]
         )
@@ -145,10 +146,14 @@ def check_fields(task: Any, before: dict[str, Any]) -> None:
 def stack(tasks: Sequence[Any]) -> Any:
     """Return one task whose tensors have the tasks' tensors along a new first dimension.
 
+    A class with a static method ``of_one_shape(tasks)`` makes of them what can be stacked.
+
     Raises:
         EngineError: the tasks are not tensor tasks of one class, differ in their settings, or
             their tensors differ in shape, type or device.
     """
+    if not isinstance(tasks, Sequence) or len(tasks) == 0:
+        raise EngineError(f"stack was given {tasks!r}: it takes a list of one tensor task or more")
     first = tasks[0]
     names = list(tensors_of(first))
     for task in tasks:
@@ -157,6 +162,10 @@ def stack(tasks: Sequence[Any]) -> Any:
                 f"one meta-batch holds {type(first).__name__} and {type(task).__name__}: "
                 "tasks that run at once must be of one class"
             )
+    if hasattr(type(first), "of_one_shape"):
+        tasks = type(first).of_one_shape(tasks)
+        first = tasks[0]
+        names = list(tensors_of(first))
     settings = settings_of(first)
     for task in tasks[1:]:
         others = settings_of(task)
@@ -198,13 +207,19 @@ def unstack(stacked: Any) -> list[Any]:
 class TaskBatch:
     """The tasks of a meta-batch, as a list and, where that is possible, stacked into one.
 
-    ``first`` is the number of the first of them, where they are a part of a meta-batch.
+    ``first`` is the number of the first of them, where they are a part of a meta-batch, and
+    ``weights`` what each counts in the means; None: all the same.
     """
 
     def __init__(
-        self, *, tasks: list[Any] | None = None, stacked: Any = None, first: int = 0
+        self,
+        *,
+        tasks: list[Any] | None = None,
+        stacked: Any = None,
+        first: int = 0,
+        weights: list[float] | None = None,
     ) -> None:
-        self.first = first
+        self.first, self.weights = first, weights
         if tasks is not None:
             self.tasks = tasks
             self._size = len(tasks)
@@ -236,16 +251,26 @@ class TaskBatch:
         """Return the tasks from ``start`` to before ``end``, as views."""
         if start == 0 and end >= len(self):
             return self
-        first = self.first + start
+        weights = None if self.weights is None else self.weights[start:end]
+        place: dict[str, Any] = {"first": self.first + start, "weights": weights}
         if "stacked" in self.__dict__:
             rows = {name: tensor[start:end] for name, tensor in tensors_of(self.stacked).items()}
-            return TaskBatch(stacked=with_tensors(self.stacked, rows), first=first)
-        return TaskBatch(tasks=self.tasks[start:end], first=first)
+            place["stacked"] = with_tensors(self.stacked, rows)
+        if "tasks" in self.__dict__:  # which padding has left as they are
+            place["tasks"] = self.tasks[start:end]
+        return TaskBatch(**place)
 
     def filled(self, size: int) -> TaskBatch:
         """Return these tasks followed by repetitions of the first, ``size`` in all."""
         missing = size - len(self)
-        return self if missing <= 0 else TaskBatch(tasks=self.tasks + self.tasks[:1] * missing)
+        if missing <= 0:
+            return self
+        weights = None if self.weights is None else self.weights + self.weights[:1] * missing
+        return TaskBatch(tasks=self.tasks + self.tasks[:1] * missing, weights=weights)
+
+    def weights_of(self, rows: Iterable[int]) -> list[float]:
+        """Return what the tasks of these rows count in the means."""
+        return [1 if self.weights is None else self.weights[row] for row in rows]
 
     def __len__(self) -> int:
         return self._size

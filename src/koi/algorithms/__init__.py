@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from koi.algorithms.base import Adaptation, AgainstGradient, Algorithm, TowardsPoint, given
 from koi.algorithms.eigen_reptile import EigenReptile
 from koi.algorithms.fomaml import FOMAML
 from koi.algorithms.maml import MAML
 from koi.algorithms.reptile import Reptile
+from koi.allowed import Refused
+from koi.errors import ConfigurationError, did_you_mean
 from koi.phi.schedules import Schedule
 
 __all__ = [
@@ -37,9 +41,15 @@ NAMED: dict[str, Algorithm] = {
 def algorithm_of(given: str | Algorithm) -> Algorithm:
     """Return the algorithm of a name, or the one that was given.
 
+    Raises:
+        ConfigurationError: there is none of this name.
+
     >>> algorithm_of("maml"), algorithm_of(Reptile())
     (MAML(), Reptile())
     """
+    if isinstance(given, str) and given not in NAMED:
+        known = ", ".join(map(repr, NAMED))
+        raise ConfigurationError([f"algorithm = {given!r}: must be one of {known}"])
     return NAMED[given] if isinstance(given, str) else given
 
 
@@ -49,7 +59,11 @@ def named(algorithm: Algorithm) -> str:
     >>> named(MAML())
     "'maml'"
     """
-    names = (repr(name) for name, known in NAMED.items() if known == algorithm)
+    names = (
+        repr(name)
+        for name, known in NAMED.items()
+        if type(known) is type(algorithm) and known == algorithm
+    )
     return next(names, repr(algorithm))
 
 
@@ -64,3 +78,23 @@ def schedule_of(
     if meta_step_size is not None:
         return meta_step_size
     return algorithm_of(algorithm).default_meta_step_size(step_size)
+
+
+def checked(value: Any) -> Any:
+    """Take an algorithm or its name, as the setting.
+
+    Raises:
+        Refused: it is neither.
+    """
+    if isinstance(value, str) and value in NAMED:
+        return value
+    if not isinstance(value, Algorithm):
+        options = ", ".join(map(repr, NAMED))
+        near = did_you_mean(value, NAMED)
+        raise Refused(f"one of {options}, or an object such as koi.algorithms.Reptile(){near}")
+    kind = type(value).__name__
+    if "__dataclass_params__" not in vars(type(value)):
+        raise Refused(f"data: put @dataclass(frozen=True) above the class {kind}")
+    if value.second_order and not value.query_gradient:
+        raise Refused(f"consistent: {kind}.second_order is True, so make query_gradient True, too")
+    return value

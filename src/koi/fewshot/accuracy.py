@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from koi import allowed
+from koi.errors import ConfigurationError, wrong
 from koi.evaluation import counted, mean_and_interval
 from koi.supervised import SupervisedTask
 
@@ -43,6 +45,10 @@ class Accuracy:
 
     fractions: Tensor
     num_skipped: int = 0
+
+    def __post_init__(self) -> None:
+        may_be = allowed.count(0)
+        allowed.check(fractions=(self.fractions, _pairs), num_skipped=(self.num_skipped, may_be))
 
     @property
     def num_tasks(self) -> int:
@@ -116,8 +122,16 @@ def accuracy(
     >>> accuracy(koi, episodes, num_tasks=10).inductive.mean
     1.0
     """
+    if not callable(getattr(koi, "measure", None)):
+        raise ConfigurationError([wrong("koi", koi, "a koi.Koi")])
     fractions = koi.measure(episodes, both_ways, num_tasks, num_steps, step_size)
     return Accuracy(fractions, num_tasks - len(fractions))
+
+
+_pairs = allowed.that(
+    lambda value: isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == 2,
+    "a tensor of fractions, shape (num_tasks, 2)",
+)
 
 
 def both_ways(model: nn.Module, task: SupervisedTask) -> Tensor:
@@ -132,7 +146,8 @@ def both_ways(model: nn.Module, task: SupervisedTask) -> Tensor:
     """
     together = model(task.query_inputs)
     alone = inductive_scores(model, task.support_inputs, task.query_inputs)
-    right = [scores.argmax(-1) == task.query_targets for scores in (together, alone)]
+    ways = getattr(task, "num_ways", None)  # of a ragged task; None: all outputs
+    right = [scores[:, :ways].argmax(-1) == task.query_targets for scores in (together, alone)]
     return torch.stack(right).double().mean(1)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koi.errors import ConfigurationError, DataError, did_you_mean
+from koi import allowed
+from koi.errors import ConfigurationError, DataError, did_you_mean, wrong
 from koi.fewshot import sources
 from koi.fewshot.images import ImageForm
 from koi.fewshot.sources import Lazy
@@ -22,6 +23,8 @@ from koi.randomness import mix
 
 ROTATIONS = (0, 90, 180, 270)
 MAX_BYTES = 2 << 30
+MOST_EXAMPLES = 2**40
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class LabelledData:
@@ -38,6 +41,11 @@ class LabelledData:
         classes: the names of the classes, each once.
         counts: how many examples each class has.
 
+    ``device`` is where the examples are.
+
+    Raises:
+        ConfigurationError, DataError: these are something else, or do not fit together.
+
     >>> data = LabelledData(torch.arange(5), classes=("a", "b"), counts=[2, 3])
     >>> data.classes, data.counts, len(data)
     (('a', 'b'), [2, 3], 2)
@@ -49,6 +57,12 @@ class LabelledData:
     def __init__(
         self, inputs: Tensor | Lazy, classes: Sequence[str], counts: Sequence[int]
     ) -> None:
+        may_be = allowed.count(0, most=MOST_EXAMPLES)
+        allowed.check(
+            inputs=(inputs, _inputs),
+            classes=(classes, allowed.each(allowed.text, "names")),
+            counts=(counts, allowed.each(may_be, "whole numbers of at least 0")),
+        )
         if len(set(classes)) < len(classes):
             twice = sorted({name for name in classes if list(classes).count(name) > 1})
             raise DataError(f"two classes are named {twice[0]!r}: give each a name of its own")
@@ -60,7 +74,8 @@ class LabelledData:
         self.classes = tuple(classes)
         self.counts = list(counts)
         self._inputs = inputs
-        self._limits = torch.tensor(self.counts, dtype=torch.long)
+        self.device = inputs.device if isinstance(inputs, Tensor) else torch.device("cpu")
+        self._limits = torch.tensor(self.counts, dtype=torch.long, device=self.device)
         self._starts = self._limits.cumsum(0) - self._limits
         self._is_rotated = False
 
@@ -86,13 +101,45 @@ class LabelledData:
         Raises:
             DataError: there is no such class or example, or an example cannot be loaded.
         """
+        for name, index in {"class_index": class_index, "example_index": example_index}.items():
+            whole = isinstance(index, Tensor) and index.dtype in _WHOLE
+            if not whole or index.shape != class_index.shape:
+                raise ConfigurationError([wrong(name, index, "whole numbers, both of one shape")])
+        class_index, example_index = class_index.to(self.device), example_index.to(self.device)
         if len(self) == 0 or class_index.lt(0).any() or class_index.ge(len(self)).any():
             raise DataError(f"there is no such class: class_index goes from 0 to {len(self) - 1}")
         if (example_index.lt(0) | example_index.ge(self._limits[class_index])).any():
             raise DataError(
                 "there is no such example: example_index goes from 0 to the class's count − 1"
             )
+        return self.take_known(class_index, example_index)
+
+    def take_known(self, class_index: Tensor, example_index: Tensor) -> Tensor:
+        """Return the inputs of examples that are there, as `take` does.
+
+        Nothing is read back from a GPU to check it, which would wait for all that it has to do.
+        """
         return scaled(self._inputs[self._starts[class_index] + example_index])
+
+    def to(self, device: torch.device | str) -> LabelledData:
+        """Return the same data on a device, where examples are then taken.
+
+        Examples that are loaded when they are used stay where they are, as do those of more than
+        2 GiB.
+
+        >>> data = LabelledData(torch.rand(5, 1, 28, 28), classes=("a", "b"), counts=[2, 3])
+        >>> data.to("meta").device
+        device(type='meta')
+        """
+        allowed.check(device=(device, allowed.device))
+        if not isinstance(self._inputs, Tensor) or torch.device(device) == self.device:
+            return self
+        rows = self._rows()
+        if self._inputs[:1].nbytes * len(rows) > MAX_BYTES:
+            return self
+        other = LabelledData(self._inputs[rows].to(device), self.classes, self.counts)
+        other._is_rotated = self._is_rotated
+        return other
 
     def split(self, *sizes: int | float, seed: int = 0) -> tuple[LabelledData, ...]:
         """Return parts that have no class in common; they share the examples' memory.
@@ -133,6 +180,7 @@ class LabelledData:
         >>> data.subset(["c", "a"]).classes
         ('c', 'a')
         """
+        allowed.check(classes=(classes, allowed.each(allowed.text, "names")))
         index = {name: i for i, name in enumerate(self.classes)}
         unknown = [name for name in classes if name not in index]
         problems = [f"{name!r} is no class{did_you_mean(name, index)}" for name in unknown]
@@ -163,13 +211,7 @@ class LabelledData:
             raise ConfigurationError(
                 [f"inputs of shape {tuple(shape)} cannot be rotated: must be square images, once"]
             )
-        rows = torch.cat(
-            [
-                torch.arange(s, s + n)
-                for s, n in zip(self._starts.tolist(), self.counts, strict=True)
-            ]
-            or [torch.arange(0)]
-        )
+        rows = self._rows()
         if isinstance(self._inputs, Tensor):
             upright = self._inputs[rows]
             inputs: Tensor | Lazy = torch.cat([torch.rot90(upright, k, (-2, -1)) for k in range(4)])
@@ -182,11 +224,16 @@ class LabelledData:
         other._is_rotated = True
         return other
 
+    def _rows(self) -> Tensor:
+        """Return the numbers of all examples, class after class."""
+        starts = zip(self._starts.tolist(), self.counts, strict=True)
+        return torch.cat([torch.arange(s, s + n) for s, n in starts] or [torch.arange(0)])
+
     def _part(self, index: list[int]) -> LabelledData:
         part = copy.copy(self)
         part.classes = tuple(self.classes[i] for i in index)
         part.counts = [self.counts[i] for i in index]
-        rows = torch.tensor(index, dtype=torch.long)
+        rows = torch.tensor(index, dtype=torch.long, device=self.device)
         part._limits, part._starts = self._limits[rows], self._starts[rows]
         return part
 
@@ -209,6 +256,8 @@ class Splits:
     test: LabelledData
 
     def __post_init__(self) -> None:
+        kind = allowed.instance(LabelledData, "labelled data")
+        allowed.check(**{name: (part, kind) for name, part in vars(self).items()})
         names = [name for part in (self.train, self.validation, self.test) for name in part.classes]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -255,8 +304,15 @@ def labelled(
     """
     if isinstance(source, LabelledData):
         return source
+    column = allowed.optional(allowed.text)
+    allowed.check(
+        input_column=(input_column, column),
+        label_column=(label_column, column),
+        max_bytes=(max_bytes, allowed.count(0, most=2**63)),
+    )
     images = ImageForm(image_size, mode, max_pixels=max_pixels)
     if isinstance(source, str | os.PathLike):
+        allowed.check(source=(source, allowed.path))
         found = sources.from_folder(Path(source), images, max_bytes)
     elif isinstance(source, tuple | list) and len(source) == 2 and _is_column(source[0]):
         found = sources.from_pair(*source)
@@ -309,6 +365,12 @@ def _bounds(sizes: Sequence[int | float], num_classes: int) -> list[int]:
     if problems:
         raise ConfigurationError([f"sizes = {tuple(sizes)!r}: {problems[0]}"])
     return bounds
+
+
+_inputs = allowed.that(
+    lambda value: isinstance(value, Lazy) or (isinstance(value, Tensor) and value.dim() > 0),
+    "a tensor of the examples, class after class",
+)
 
 
 def _is_whole(value: Any) -> bool:

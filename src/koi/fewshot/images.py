@@ -22,6 +22,7 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 # What Pillow calls the formats of these; others it may read by whatever program is installed.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MODES = ("L", "RGB")
+MAX_SIDE = 2**16  # pixels
 MAX_PIXELS = 2**26  # 8192 × 8192, which take a gigabyte until they are small
 _VARIABLE = "KOI_MAX_PIXELS"
 _NUM_NAMED = 100
@@ -58,12 +59,14 @@ class ImageForm:
     def __post_init__(self) -> None:
         problems = []
         sides = self.size if isinstance(self.size, tuple) else (self.size,) * 2
-        valid = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
+        valid = len(sides) == 2 and all(
+            type(side) is int and 0 < side <= MAX_SIDE for side in sides
+        )
         if self.size is not None and not valid:
             problems.append(
                 f"image_size = {self.size!r}: must be None, a number of pixels or (height, width)"
             )
-        if self.mode not in MODES:
+        if not (isinstance(self.mode, str) and self.mode in MODES):
             problems.append(
                 f"mode = {self.mode!r}: must be one of 'L', 'RGB'{did_you_mean(self.mode, MODES)}"
             )

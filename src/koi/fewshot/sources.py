@@ -70,8 +70,16 @@ Found = tuple[Tensor | Lazy, list[int], list[str]]
 
 def from_pair(inputs: Any, labels: Any) -> Found:
     """Read a pair of tensors (or arrays), one entry of each for each example."""
-    inputs = torch.as_tensor(inputs)
-    labels = list(labels.tolist() if hasattr(labels, "tolist") else labels)
+    try:
+        inputs = torch.as_tensor(inputs)
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels
+        if isinstance(labels, str | bytes):  # which would be a label for each letter
+            raise TypeError("a string")
+        labels = list(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            [f"source: must be a pair (inputs, labels) of tensors or arrays ({error})"]
+        ) from error
     if len(labels) != len(inputs):
         raise DataError(
             f"there are {len(inputs)} inputs and {len(labels)} labels: give one label for each"
@@ -290,7 +298,11 @@ def _column(dataset: Any, given: str | None, argument: str, usual: Iterable[str]
 
 
 def _check_not_empty(dataset: Any) -> None:
-    if len(dataset) == 0:
+    try:
+        size = len(dataset)
+    except TypeError as error:  # as of a tensor without a dimension
+        raise DataError(f"the {type(dataset).__name__} has no length: {error}") from error
+    if size == 0:
         raise DataError(f"the {type(dataset).__name__} is empty: give examples of several classes")
 
 

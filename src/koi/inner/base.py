@@ -20,6 +20,7 @@ from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
 from koi.phi.learned import Learned
 from koi.phi.outcome import Outcome, Phi
+from koi.phi.rates import LearnedRates
 from koi.randomness import Place
 from koi.tasks import TaskBatch, views
 
@@ -47,6 +48,7 @@ class InnerLoop:
         scale: the loss scale of float16; None: losses are differentiated as they are.
         layout: how the optimizer groups the parameters; None: as it likes.
         clip: the largest norm of a task's gradient; None: any.
+        learned_rates: how rates that φ holds act; None: it holds none.
     """
 
     learned: Learned
@@ -59,6 +61,12 @@ class InnerLoop:
     scale: LossScale | None = None
     layout: Layout | None = None
     clip: float | None = None
+    learned_rates: LearnedRates | None = None
+
+    @property
+    def through_steps(self) -> bool:
+        """Whether the outer gradient is of what acts inside of the steps, too."""
+        return self.algorithm.second_order or self.learned_rates is not None
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context in which losses are computed."""

@@ -7,7 +7,7 @@ of the state and no new optimizer. That copy is set back before each task; φ is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,7 +77,8 @@ class EagerEngine(SecondOrderEngine):
                 buffers, constants = self.copy.end()
                 moved = arithmetic.movements(buffers, phi.buffers)
             if losses:
-                means.add(adapted.given, moved, constants, adapted.moments, losses)
+                weights = batch.weights_of([number - batch.first])
+                means.add(adapted.given, moved, constants, adapted.moments, losses, weights)
         return means.outcome(len(batch), distance if len(batch) == 1 else None)
 
     @torch.enable_grad()
@@ -133,6 +134,10 @@ class EagerEngine(SecondOrderEngine):
                 pure = PureLoss(module, self.inner.learned)
                 loss = scalar(pure(params, view), view, step)
         return depends_on_model(loss, view, step)
+
+    def rows(self, tensors: Sequence[Tensor]) -> Tensors:
+        """Return the tensors: a single task runs."""
+        return list(tensors)
 
     def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         """Return the function: a single task runs."""

@@ -23,7 +23,7 @@ from koi.errors import ModelError
 from koi.inner.base import InnerLoop
 from koi.inner.optimizers.bound import RuleOptimizer
 from koi.inner.optimizers.rules import UpdateRule
-from koi.inner.stepwise import Adapted, StepwiseEngine, detached, explain, filled, rates_at
+from koi.inner.stepwise import Adapted, StepwiseEngine, detached, explain, filled
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Phi
 from koi.randomness import States, capture, restore, same_states
@@ -61,6 +61,8 @@ class Before(NamedTuple):
 class SecondOrderEngine(StepwiseEngine):
     """Differentiates through the inner steps."""
 
+    _is_said = False
+
     @abstractmethod
     def buffers_now(self) -> Tensors:
         """Return the buffers and constants as they are, not to be changed in place."""
@@ -73,44 +75,61 @@ class SecondOrderEngine(StepwiseEngine):
         """Return whether steps can be computed once more: nothing but buffers was changed."""
         return True
 
-    def _second_order(
+    def _through_steps(
         self, phi: Phi, task: Any, steps: Iterable[Any], num_steps: int
     ) -> Adapted | None:
-        """Return φ̃ and dL(φ̃(φ))/dφ of the query loss, through every inner step."""
+        """Return φ̃ and dL(φ̃(φ))/dφ of the query loss, through every inner step.
+
+        Where an algorithm of first order has learned rates, the direction of each step counts as a
+        constant: dL/dφ is ∇L(φ̃) then, and dL/dα_j is its product with that direction.
+        """
+        if not self.inner.algorithm.second_order:
+            return self._in_one_graph(phi, task, steps)
         # of attention's kernels only the plain one can be differentiated twice
         with sdpa_kernel(SDPBackend.MATH), without_saved_tensors_hooks():
             if goes_step_by_step(self.inner, num_steps):
+                if not self._is_said:
+                    self._is_said = True
+                    log.info(
+                        "MAML goes back through %d inner steps step by step, in the memory of one",
+                        num_steps,
+                    )
                 return self._step_by_step(phi, task, steps)
             return self._in_one_graph(phi, task, steps)
 
     def _in_one_graph(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
         values, moments = self._start(phi)
-        leaves = _leaves(values)
+        leaves, rates = _leaves(values), _leaves(self.rows(phi.learned_rates))
         params: Tensors = list(leaves)
         losses: Tensors = []
         trajectory = self.inner.algorithm.trajectory
+        first = not self.inner.algorithm.second_order
         path = [detached(params)] if trajectory else []
         view = None
         for step, view in enumerate(steps):
             loss = self.loss(view, step, params)
-            grads = self.inner_gradients(loss, params, create_graph=True)
+            grads = self.inner_gradients(loss, params, create_graph=not first)
             if grads is not None:
-                params, moments = self._rule.step(grads, params, moments, rates_at(phi, step))
+                now = self.rates_at(phi, step, rates)
+                params, moments = self._rule.step(grads, params, moments, now, first_order=first)
             losses.append(loss.detach())
             if trajectory:
                 path.append(detached(params))
         with self.buffers_kept():
             loss = self.loss(outer_view(task, view), len(losses), params)
-            grads = self.gradients(loss, leaves)
+            grads = self.gradients(loss, [*leaves, *rates])
         losses.append(loss.detach())
         if grads is None:
             return None
+        gradient = filled(grads, [*leaves, *rates])
         return Adapted(
             detached(params),
             detached(moments),
             torch.stack(losses),
             path=path,
-            gradient=filled(grads, leaves),
+            gradient=gradient[: len(leaves)],
+            rates=detached(rates),
+            gradient_of_rates=gradient[len(leaves) :],
         )
 
     def _step_by_step(self, phi: Phi, task: Any, steps: Iterable[Any]) -> Adapted | None:
@@ -129,7 +148,8 @@ class SecondOrderEngine(StepwiseEngine):
             grads = self.inner_gradients(loss, leaves)
             assert grads is not None, "only float16 overflows"
             with torch.no_grad():
-                params, moments = self._rule.step(grads, params, moments, rates_at(phi, step))
+                now = self.rates_at(phi, step)
+                params, moments = self._rule.step(grads, params, moments, now)
             losses.append(loss.detach())
             if self.inner.algorithm.trajectory:
                 path.append(params)
@@ -144,13 +164,25 @@ class SecondOrderEngine(StepwiseEngine):
         losses.append(loss.detach())
         assert grads is not None, "only float16 overflows"
         draws, buffers = capture(), self.buffers_now()
-        gradient = self._back(phi, kept, filled(grads, leaves))
+        rates = self.rows(phi.learned_rates)
+        gradient, of_rates = self._back(phi, kept, filled(grads, leaves), rates)
         restore(draws)
         self.put_buffers(buffers)
-        return Adapted(params, moments, torch.stack(losses), path=path, gradient=gradient)
+        return Adapted(
+            params,
+            moments,
+            torch.stack(losses),
+            path=path,
+            gradient=gradient,
+            rates=rates,
+            gradient_of_rates=of_rates,
+        )
 
-    def _back(self, phi: Phi, kept: list[Before], adjoint: Tensors) -> Tensors:
-        """Return λ_0 from λ_k, letting go of what each step began with."""
+    def _back(
+        self, phi: Phi, kept: list[Before], adjoint: Tensors, rates: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """Return λ_0 from λ_k, and dL/dα, letting go of what each step began with."""
+        of_rates = [torch.zeros_like(rate) for rate in rates]
         count = self._rule.num_slots * len(adjoint)
         of_moments = [torch.zeros_like(m) for m in kept[0].moments[:count]] if kept else []
         draws = None
@@ -164,11 +196,15 @@ class SecondOrderEngine(StepwiseEngine):
             loss = self.loss(before.view, step, params)
             grads = self.inner_gradients(loss, params, create_graph=True)
             assert grads is not None, "only float16 overflows"
-            now = [*own, *counts]
-            after, moments = self._rule.step(grads, params, now, rates_at(phi, step))
+            learned = _leaves(rates)
+            now = self.rates_at(phi, step, learned)
+            after, moments = self._rule.step(grads, params, [*own, *counts], now)
             outputs, given = [*after, *moments[:count]], [*adjoint, *of_moments]
-            adjoint, of_moments = _pulled_back(outputs, [*params, *own], given, len(params))
-        return adjoint
+            found = _pulled_back(outputs, [*params, *own, *learned], given)
+            adjoint, of_moments = found[: len(params)], found[len(params) :][:count]
+            for total, part in zip(of_rates, found[len(params) + count :], strict=True):
+                total += part
+        return adjoint, of_rates
 
     @property
     def _rule(self) -> UpdateRule:
@@ -201,9 +237,7 @@ def _leaves(tensors: Tensors) -> Tensors:
     return [t.detach().requires_grad_() for t in tensors]
 
 
-def _pulled_back(
-    after: Tensors, before: Tensors, adjoint: Tensors, num_params: int
-) -> tuple[Tensors, Tensors]:
+def _pulled_back(after: Tensors, before: Tensors, adjoint: Tensors) -> Tensors:
     """Return the adjoint of what a step began with, from that of what came of it."""
     pairs = [(t, a) for t, a in zip(after, adjoint, strict=True) if t.requires_grad]
     outputs, given = [t for t, _ in pairs], [a for _, a in pairs]
@@ -212,5 +246,4 @@ def _pulled_back(
     except RuntimeError as error:
         explain(error, second_order=True)
         raise
-    found = filled(grads, before)
-    return found[:num_params], found[num_params:]
+    return filled(grads, before)

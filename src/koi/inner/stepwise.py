@@ -23,6 +23,7 @@ from koi.inner.optimizers.bound import BoundOptimizer
 from koi.inner.optimizers.clipping import clipped
 from koi.phi.arithmetic import Tensors, clone
 from koi.phi.outcome import Phi
+from koi.phi.rates import StepRates
 from koi.tasks import outer_view
 
 _REENTRANT = (
@@ -41,6 +42,8 @@ class Adapted(NamedTuple):
         last: what the last step saw of the task.
         path: the parameters before the first step and after each.
         gradient: of the query loss.
+        rates: those that are learned, a row for each task where many run at once.
+        gradient_of_rates: of the query loss, with respect to these.
     """
 
     params: Tensors
@@ -49,6 +52,8 @@ class Adapted(NamedTuple):
     last: Any = None
     path: Sequence[Tensors] = ()
     gradient: Sequence[Tensor] = ()
+    rates: Sequence[Tensor] = ()
+    gradient_of_rates: Sequence[Tensor] = ()
 
 
 class Given(NamedTuple):
@@ -57,11 +62,6 @@ class Given(NamedTuple):
     given: Tensors
     moments: Tensors
     losses: Tensor
-
-
-def rates_at(phi: Phi, step: int) -> Tensor | None:
-    """Return what multiplies each parameter's rate at an inner step; None: 1."""
-    return None if phi.rates is None else phi.rates[step]
 
 
 def nothing() -> None:
@@ -93,6 +93,10 @@ class StepwiseEngine(ABC):
         """Undo what a loss that is no inner step does to the module."""
 
     @abstractmethod
+    def rows(self, tensors: Sequence[Tensor]) -> Tensors:
+        """Return φ's tensors as those of the tasks that run at once."""
+
+    @abstractmethod
     def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         """Return ``function`` of φ and of tensors of one task, for all that run at once."""
 
@@ -102,8 +106,8 @@ class StepwiseEngine(ABC):
         None where the gradient of the query loss overflowed in float16, so that there is none.
         """
         algorithm = self.inner.algorithm
-        if algorithm.second_order:
-            adapted = self._second_order(phi, task, steps, num_steps)
+        if self.inner.through_steps:
+            adapted = self._through_steps(phi, task, steps, num_steps)
         elif algorithm.query_gradient:
             adapted = self._first_order(phi, task, steps)
         else:
@@ -112,10 +116,11 @@ class StepwiseEngine(ABC):
             return None
         with torch.no_grad():
             give = self.each(partial(given, algorithm))
-            of_learned = self.inner.learned.those_learned
-            path = [of_learned(params) for params in adapted.path]
+            of_learned, rates = self.inner.learned.those_learned, adapted.rates
+            path = [[*of_learned(params), *rates] for params in adapted.path]
             gradient = of_learned(adapted.gradient) if adapted.gradient else []
-            tensors = give(phi.learned, of_learned(adapted.params), path, gradient)
+            gradient += adapted.gradient_of_rates
+            tensors = give(phi.learned, [*of_learned(adapted.params), *rates], path, gradient)
         return Given(tensors, adapted.moments, adapted.losses)
 
     def adapt_to(
@@ -132,12 +137,23 @@ class StepwiseEngine(ABC):
         for step, view in enumerate(steps):
             loss = self.loss(view, step)
             # unnamed, so that the gradients are gone before the next step's
-            self._step(self.inner_gradients(loss, self.params), rates_at(phi, step))
+            self._step(self.inner_gradients(loss, self.params), self.rates_at(phi, step))
             losses.append(loss.detach())
             after_each()
         return Adapted(self.params, self.optimizer.moments(), self.stacked(losses), view)
 
-    def _step(self, grads: tuple[Tensor | None, ...] | None, rates: Tensor | None) -> None:
+    def rates_at(self, phi: Phi, step: int, learned: Sequence[Tensor] | None = None) -> StepRates:
+        """Return what multiplies each parameter's rate at an inner step; None: 1.
+
+        ``learned`` stands in the place of φ's learned rates.
+        """
+        factors = None if phi.rates is None else phi.rates[step]
+        if self.inner.learned_rates is None:
+            return factors
+        values = phi.learned_rates if learned is None else learned
+        return self.inner.learned_rates.at(values, step, factors, self.params)
+
+    def _step(self, grads: tuple[Tensor | None, ...] | None, rates: StepRates) -> None:
         if grads is not None:
             self.optimizer.step(grads, rates)
 
@@ -162,7 +178,7 @@ class StepwiseEngine(ABC):
         return adapted._replace(losses=losses, gradient=filled(grads, self.params))
 
     @abstractmethod
-    def _second_order(
+    def _through_steps(
         self, phi: Phi, task: Any, steps: Iterable[Any], num_steps: int
     ) -> Adapted | None:
         """Return φ̃ and dL(φ̃(φ))/dφ of the query loss, through every inner step."""

@@ -7,7 +7,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -96,13 +96,19 @@ class VectorizedEngine(SecondOrderEngine):
                 adapted = self.run(phi, chunk.stacked, steps, num_steps)
                 assert adapted is not None, "only float16 overflows"
                 kept, losses = self._finite(adapted, first, place)
-            last = -1 if kept is None else max(kept, default=-1)
+            rows = range(len(chunk)) if kept is None else kept
+            weights = chunk.weights_of(rows)
+            last = max((row for row, w in zip(rows, weights, strict=True) if w > 0), default=-1)
+            counts = None
+            if chunk.weights is not None:
+                counts = arithmetic.weights_like(weights, phi.params)
             means.add(
-                means_of(adapted.given, kept),
-                means_of(arithmetic.movements(self.buffers, phi.buffers), kept),
-                [rows[last] for rows in self.constants] if losses else [],
-                means_of(adapted.moments, kept, self.optimizer.per_task(adapted.moments)),
+                means_of(adapted.given, kept, counts),
+                means_of(arithmetic.movements(self.buffers, phi.buffers), kept, counts),
+                [each[last] for each in self.constants] if losses else [],
+                means_of(adapted.moments, kept, counts, self.optimizer.per_task(adapted.moments)),
                 losses,
+                weights,
             )
         return means.outcome(len(batch))
 
@@ -163,6 +169,11 @@ class VectorizedEngine(SecondOrderEngine):
         split = len(self.buffers)
         self.buffers, self.constants = moved[:split], moved[split:]
         return depends_on_model(losses, view, step)
+
+    def rows(self, tensors: Sequence[Tensor]) -> Tensors:
+        """Return the tensors with a row for each task."""
+        size = self.params[0].shape[0]
+        return [t.expand(size, *t.shape) for t in tensors]
 
     def each(self, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         """Return the function mapped over the tasks' tensors; φ is the same for all."""
@@ -311,12 +322,16 @@ class VectorizedEngine(SecondOrderEngine):
 
 
 def means_of(
-    tensors: Tensors, kept: list[int] | None, stacked: list[bool] | None = None
+    tensors: Tensors,
+    kept: list[int] | None,
+    weights: Tensor | None = None,
+    stacked: list[bool] | None = None,
 ) -> Tensors:
     """Return the means over the kept rows (None: all); what is not stacked stays as it is."""
     flags = [True] * len(tensors) if stacked is None else stacked
+    tensors = [t.detach() for t in tensors]
     return [
-        (t if kept is None else t[kept]).mean(0).detach() if rows else t.detach()
+        arithmetic.mean_of(t if kept is None else t[kept], weights) if rows else t
         for t, rows in zip(tensors, flags, strict=True)
     ]
 

@@ -6,10 +6,13 @@ made by the Hub's own library, and without that the card is for people alone.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
-from koi.errors import ConfigurationError
+from koi import allowed
+from koi.errors import ConfigurationError, printable
+from koi.lab.markdown import block, code, link, text
 
 _PAPER = "https://arxiv.org/abs/1803.02999"
 _NEEDED = ("name", "description", "license", "model", "settings", "data")
@@ -36,8 +39,10 @@ def model_card(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]] =
             ``value`` and, if there are any, ``interval``, the half-width of its 95 % interval, and
             ``num_skipped``, how many tasks were left out as not finite.
 
+    Whatever the texts hold is shown as it is: no HTML, link, fence or table is made by them.
+
     Raises:
-        ConfigurationError: something that is needed is missing.
+        ConfigurationError: something that is needed is missing, or of another kind.
 
     >>> card = model_card(
     ...     {
@@ -64,23 +69,40 @@ def model_card(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]] =
     <BLANKLINE>
     """
     _check(config, results)
-    parts = [f"# {config['name']}", str(config["description"])]
+    parts = [f"# {text(config['name'])}", text(config["description"])]
     if results:
         parts += ["## Results", _results(results)]
     parts += ["## Use", _use(config), "## Training", _training(config), "## Data"]
-    parts += [_data(config["data"]), "## Licence", f"Of these weights: {config['license']}."]
+    parts += [_data(config["data"]), "## Licence", f"Of these weights: {text(config['license'])}."]
     return _head(config, results) + "\n\n".join(parts) + "\n"
 
 
-def _check(config: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> None:
-    parts: list[tuple[str, Container[str], Iterable[str]]] = [
+def _check(config: Any, results: Any) -> None:
+    mapping = allowed.instance(Mapping, "a dictionary")
+    allowed.check(config=(config, mapping), results=(results, allowed.each(mapping, "results")))
+    data = config.get("data")
+    parts: list[tuple[str, Any, Iterable[str]]] = [
         ("the config of a model card lacks", config, _NEEDED),
-        ("the data of a model card lack", config.get("data", _DATA), _DATA),
+        ("the data of a model card lack", data if isinstance(data, Mapping) else _DATA, _DATA),
         *((f"result {i} of a model card lacks", each, _RESULT) for i, each in enumerate(results)),
     ]
     problems = [f"{what} {key!r}" for what, part, keys in parts for key in keys if key not in part]
     if problems:
         raise ConfigurationError(problems)
+    kinds = allowed.named(allowed.instance(object, "anything"))
+    allowed.check(**{f"config[{name!r}]": (config[name], kinds) for name in ("settings", "data")})
+    allowed.check(versions=(config.get("versions", {}), kinds))
+    for result in results:
+        allowed.check(
+            value=(result["value"], _number),
+            interval=(result.get("interval", 0), _number),
+            num_skipped=(result.get("num_skipped", 0), allowed.count(0)),
+        )
+
+
+_number = allowed.that(
+    lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number"
+)
 
 
 def _head(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
@@ -89,26 +111,26 @@ def _head(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> st
         from huggingface_hub import EvalResult, ModelCardData
     except ImportError:
         return ""
-    data = config["data"]
-    algorithm = str(config["settings"].get("algorithm", "reptile"))
+    data = {name: _plain(value) for name, value in config["data"].items()}
+    algorithm = _plain(config["settings"].get("algorithm", "reptile"))
     evaluations = [
         EvalResult(
             task_type="few-shot-learning",
-            task_name=result["task"],
+            task_name=_plain(result["task"]),
             dataset_type=data.get("id", data["name"]),
             dataset_name=data["name"],
-            dataset_config=result["task"],  # results are told apart by it, not by task_name
-            metric_type=result["metric"],
-            metric_value=result["value"],
+            dataset_config=_plain(result["task"]),  # results are told apart by it, not by task_name
+            metric_type=_plain(result["metric"]),
+            metric_value=_rounded(result["value"]),
         )
         for result in results
     ]
     head = ModelCardData(
-        license=config["license"],
+        license=_plain(config["license"]),
         library_name="pytorch",
         tags=["koi", "meta-learning", "few-shot-learning", algorithm],
         datasets=[data["id"]] if "id" in data else None,
-        model_name=config["name"],
+        model_name=_plain(config["name"]),
         eval_results=evaluations or None,
     )
     return f"---\n{head.to_yaml()}\n---\n\n"
@@ -119,8 +141,9 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         interval = f"± {result['interval']:.2g}" if "interval" in result else ""
         skipped = result.get("num_skipped", 0)
-        task = result["task"] + (f" ({skipped:,} tasks left out as not finite)" if skipped else "")
-        rows.append(f"| {task} | {result['metric']} | {result['value']:.4g} | {interval} |")
+        left_out = f" ({skipped:,} tasks left out as not finite)" if skipped else ""
+        task, metric = text(result["task"]) + left_out, text(result["metric"])
+        rows.append(f"| {task} | {metric} | {result['value']:.4g} | {interval} |")
     return "\n".join(rows)
 
 
@@ -128,7 +151,7 @@ def _use(config: Mapping[str, Any]) -> str:
     """Return how to load the weights and to adapt them."""
     settings = config["settings"]
     given = {name: settings[name] for name in ("step_size", "num_steps") if name in settings}
-    if settings.get("inner_optimizer") in ("sgd", "adam"):
+    if settings.get("inner_optimizer") in ("sgd", "adam", "adamw"):
         given["inner_optimizer"] = settings["inner_optimizer"]
     arguments = "".join(f", {name}={value!r}" for name, value in given.items())
     learner = config.get("learner", f"koi.Koi(model{arguments})")
@@ -139,42 +162,48 @@ def _use(config: Mapping[str, Any]) -> str:
         "Any training loop can take the place of the last two lines: the file holds plain weights."
         if plain
         else f"""\
-`{config["checkpoint"]}` holds the weights and the moments that the inner optimizer had gathered in
-training; what was measured was adapted from both. `model.safetensors` holds the plain weights, for
-any training loop; from fresh moments they adapt a little differently."""
+{code(config["checkpoint"])} holds the weights and the moments that the inner optimizer had
+gathered in training; what was measured was adapted from both. `model.safetensors` holds the plain
+weights, for any training loop; from fresh moments they adapt a little differently."""
     )
-    return f"""\
-The weights are an initialisation: adapt them to a task before use.
-
-```python
+    lines = f"""\
 import koi
 import torch{imports}
 
 model = {config["model"]}
 {load}learner = {learner}
-adapted = learner.adapt(task)  # anything with loss(model)
-```
-
-{note}"""
+adapted = learner.adapt(task)  # anything with loss(model)"""
+    first = "The weights are an initialisation: adapt them to a task before use."
+    return "\n\n".join([first, block(lines, "python"), note])
 
 
 def _training(config: Mapping[str, Any]) -> str:
     algorithm = config["settings"].get("algorithm", "reptile")
-    lines = [f"Meta-learned with Koi by {algorithm} ([Nichol et al., 2018]({_PAPER})):", ""]
+    lines = [f"Meta-learned with Koi by {text(algorithm)} ([Nichol et al., 2018]({_PAPER})):", ""]
     lines += ["| setting | value |", "| :-- | :-- |"]
-    lines += [f"| `{name}` | {_cell(value)} |" for name, value in config["settings"].items()]
+    lines += [f"| {code(name)} | {code(value)} |" for name, value in config["settings"].items()]
     if "command" in config:
-        lines += ["", "```bash", str(config["command"]), "```"]
+        lines += ["", block(config["command"], "bash")]
     if "versions" in config:
-        versions = (f"{name} {version}" for name, version in config["versions"].items())
+        versions = (text(f"{name} {version}") for name, version in config["versions"].items())
         lines += ["", "Versions: " + ", ".join(versions) + "."]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
-    return f"`{value}`".replace("|", "\\|")
+def _rounded(value: Any) -> Any:
+    """Return a float without the digits that only its bits have.
+
+    >>> _rounded(0.8399999999999999), _rounded(3)
+    (0.84, 3)
+    """
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    name = f"[{data['name']}]({data['url']})" if "url" in data else str(data["name"])
-    return f"{name}; licence: {data['license']}."
+    name = link(data["name"], data["url"]) if "url" in data else text(data["name"])
+    return f"{name}; licence: {text(data['license'])}."
+
+
+def _plain(value: Any) -> str:
+    """Return a value of the head, on one line."""
+    return printable(" ".join(str(value).split()))

@@ -89,11 +89,31 @@ def largest(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
+def weights_like(weights: Sequence[float], params: Sequence[Tensor]) -> Tensor:
+    """Return weights as a tensor beside parameters, in at least float32."""
+    dtype = torch.promote_types(params[0].dtype.to_real(), torch.float32)
+    return torch.tensor(weights, dtype=dtype, device=params[0].device)
+
+
+def mean_of(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return Σ w_i t_i / Σ w_i over the first dimension; None: all weights are the same.
+
+    >>> mean_of(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]))
+    tensor(2.)
+    """
+    if weights is None:
+        return rows.mean(0)
+    (wide,) = _wide([rows])
+    shares = (weights / weights.sum()).reshape(-1, *[1] * (rows.dim() - 1))
+    return (wide * shares).sum(0).to(rows.dtype)
+
+
 class RunningMean:
     """A mean over tasks that holds one sum, however many tasks there are.
 
-    Half-precision tensors are summed in float32. What is added only once passes through as it is;
-    with ``copy=False``, for a mean of which that is known, as the very tensors.
+    A task may count more than another, by any weight. Half-precision tensors are summed in float32.
+    What is added only once passes through as it is; with ``copy=False``, for a mean of which that
+    is known, as the very tensors.
 
     >>> mean = RunningMean()
     >>> mean.add([torch.tensor([1.0])])
@@ -103,13 +123,13 @@ class RunningMean:
     """
 
     def __init__(self, copy: bool = True) -> None:
-        self.count = 0
+        self.count = 0.0
         self._copy = copy
-        self._first: tuple[Tensors, int] | None = None
+        self._first: tuple[Tensors, float] | None = None
         self._sums: Tensors = []
 
-    def add(self, tensors: Sequence[Tensor], count: int = 1) -> None:
-        """Add the tensors of one task, or the mean over ``count`` tasks."""
+    def add(self, tensors: Sequence[Tensor], count: float = 1) -> None:
+        """Add the tensors of one task, or the mean over ``count`` tasks; of none, nothing."""
         if count == 0:
             return
         if self._first is None:
@@ -127,7 +147,7 @@ class RunningMean:
         first, _ = self._first
         if not self._sums:
             return first
-        means = torch._foreach_div(self._sums, float(self.count))
+        means = torch._foreach_div(self._sums, self.count)
         return [mean.to(own.dtype) for mean, own in zip(means, first, strict=True)]
 
 

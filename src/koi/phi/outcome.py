@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from koi.errors import TaskError
 from koi.phi.arithmetic import RunningMean, Tensors, clone
 from koi.phi.learned import Learned
 
@@ -15,8 +16,9 @@ from koi.phi.learned import Learned
 class Phi:
     """Where every task of a meta-batch starts: φ, its buffers, and the optimizer's moments.
 
-    With it go the rates of each inner step and of each parameter, shape (num_steps, parameters);
-    None where all are the optimizer's own.
+    With it go the rates of each inner step and of each parameter, shape (num_steps, parameters),
+    None where all are the optimizer's own; and the learned ones (`koi.phi.rates.LearnedRates`),
+    which are a part of φ and multiply these.
     """
 
     params: Tensors
@@ -25,11 +27,12 @@ class Phi:
     moments: Tensors | None
     names: Learned
     rates: Tensor | None = None
+    learned_rates: Tensors = field(default_factory=list)
 
     @property
     def learned(self) -> Tensors:
-        """The parameters that the meta-update moves."""
-        return self.names.those_learned(self.params)
+        """What the meta-update moves: parameters, then learned rates."""
+        return [*self.names.those_learned(self.params), *self.learned_rates]
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Outcome:
             where the algorithm has its gradient. Skipped tasks are not in it.
         num_skipped: how many tasks were left out; when all were, the lists are empty.
         distance: the Euclidean norm of the meta-gradient, where the engine knows it anyway.
+        weights: what each task of ``losses`` counts in the means; None: all the same. Where they
+            are all 0 the other lists are empty.
     """
 
     given: Tensors
@@ -54,6 +59,27 @@ class Outcome:
     losses: list[list[float]]
     num_skipped: int = 0
     distance: float | None = None
+    weights: list[float] | None = None
+
+    @property
+    def weight(self) -> float:
+        """What all tasks count together."""
+        return len(self.losses) if self.weights is None else sum(self.weights)
+
+    def check_weight(self, place: object) -> None:
+        """Check that some task counts.
+
+        Args:
+            place: which meta-iteration this is.
+
+        Raises:
+            TaskError: all weights are 0.
+        """
+        if self.losses and self.weight == 0 and not self.num_skipped:
+            raise TaskError(
+                f"all tasks of {place} have weight 0, of which there is no mean: φ is as it was "
+                "before; give one of them another weight"
+            )
 
 
 class OutcomeMean:
@@ -67,6 +93,7 @@ class OutcomeMean:
         self._given, self._buffers, self._moments = (RunningMean(copy) for _ in range(3))
         self._constants: Tensors = []
         self._losses: list[list[float]] = []
+        self._weights: list[float] = []
 
     def add(
         self,
@@ -75,13 +102,17 @@ class OutcomeMean:
         constants: Sequence[Tensor],
         moments: Sequence[Tensor],
         losses: list[list[float]],
+        weights: list[float],
     ) -> None:
-        """Add means over as many tasks as there are lists of losses."""
-        self._given.add(given, len(losses))
-        self._buffers.add(buffers, len(losses))
-        self._constants = clone(constants)
-        self._moments.add(moments, len(losses))
+        """Add means over as many tasks as there are lists of losses, each of which has a weight."""
         self._losses += losses
+        self._weights += weights
+        total = sum(weights)
+        if total > 0:
+            self._given.add(given, total)
+            self._buffers.add(buffers, total)
+            self._constants = clone(constants)
+            self._moments.add(moments, total)
 
     def outcome(self, num_tasks: int, distance: float | None = None) -> Outcome:
         """Return the means, over all but the skipped of ``num_tasks`` tasks."""
@@ -93,4 +124,5 @@ class OutcomeMean:
             self._losses,
             num_skipped=num_tasks - len(self._losses),
             distance=distance,
+            weights=self._weights,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch import Tensor
 from koi.errors import ConfigurationError, did_you_mean
 from koi.phi.learned import Learned
 from koi.phi.schedules import Schedule, value_at
+
+# What multiplies each parameter's rate at one inner step, one number or tensor for each; None where
+# a parameter does not adapt, or 1 for all.
+StepRates = Tensor | Sequence[Tensor | None] | None
 
 # A number or a schedule of the fraction of the training that is done; or one for each name pattern.
 Rate = float | Schedule
@@ -82,6 +87,83 @@ def rates(
     return torch.tensor(factors, dtype=torch.float64).outer(
         torch.tensor(values, dtype=torch.float64)
     )
+
+
+@dataclass(frozen=True)
+class LearnedRates:
+    """Learning rates that are a part of φ, a tensor for each parameter that adapts.
+
+    "parameter": a rate for each number in it, α ∘ g (Meta-SGD, Li et al., arXiv 1707.09835,
+    equation 2). "layer": one for each inner step, α_j g (Antoniou et al., *How to train your MAML*,
+    arXiv 1810.09502, section 4, LSLR), shape (num_steps,); steps beyond these have the last one's.
+
+    Args:
+        kind: "parameter" or "layer".
+        names: of what moves.
+    """
+
+    kind: str
+    names: Learned
+
+    @property
+    def places(self) -> list[int]:
+        """The places of what adapts among all parameters."""
+        return self.names.those_adapted(range(len(self.names.params)))
+
+    def first(self, params: Sequence[Tensor], step_size: StepSize, num_steps: int) -> list[Tensor]:
+        """Return the rates before the first meta-iteration.
+
+        >>> rates = LearnedRates("layer", Learned(("weight",), (), ()))
+        >>> rates.first([torch.ones(2)], 0.5, num_steps=3)
+        [tensor([0.5000, 0.5000, 0.5000])]
+        """
+        (each,) = rates(self.names, step_size, 0.0, None, 1)
+        made = []
+        for i in self.places:
+            dtype = params[i].real.dtype if params[i].is_complex() else params[i].dtype
+            shape = params[i].shape if self.kind == "parameter" else (num_steps,)
+            made.append(params[i].new_full(shape, each[i].item(), dtype=dtype))
+        return made
+
+    def at(
+        self,
+        values: Sequence[Tensor],
+        step: int,
+        factors: Tensor | None,
+        params: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """Return what multiplies each parameter's change at an inner step.
+
+        Args:
+            values: the rates, or a row of them for each task.
+            step: the number of the step.
+            factors: of each parameter at this step, by a schedule; None: 1.
+            params: the parameters, or a row of them for each task.
+        """
+        found: list[Tensor | None] = [None] * len(params)
+        for i, value in zip(self.places, values, strict=True):
+            rate = value
+            if self.kind == "layer":
+                rate = value[..., min(step, value.shape[-1] - 1)]
+                rate = (
+                    rate.reshape(rate.shape + (1,) * (params[i].dim() - 1)) if rate.dim() else rate
+                )
+            found[i] = rate if factors is None else rate * factors[i].to(rate.dtype)
+        return found
+
+    def pulled(
+        self,
+        values: Sequence[Tensor],
+        step: int,
+        factors: Tensor | None,
+        params: Sequence[Tensor],
+        adjoint: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Return the adjoint of the rates from that of what `at` made of them."""
+        with torch.enable_grad():
+            leaves = [v.detach().requires_grad_() for v in values]
+            made = [rate for rate in self.at(leaves, step, factors, params) if rate is not None]
+            return list(torch.autograd.grad(made, leaves, adjoint))
 
 
 @contextmanager

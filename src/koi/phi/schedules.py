@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
-from koi.errors import ConfigurationError, wrong
+from koi import allowed
+from koi.errors import ConfigurationError
 
 Schedule = Callable[[float], float]
 
@@ -18,12 +20,18 @@ class linear:  # noqa: N801 (reads as a function, compares and prints as data)
 
     The paper anneals ε this way (section 6); the last meta-iteration of N has f = (N − 1) / N.
 
+    Raises:
+        ConfigurationError: ``start`` or ``end`` is no finite number of at least 0.
+
     >>> linear(1.0, 0.0)(0.25)
     0.75
     """
 
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        allowed.check(start=(self.start, allowed.number()), end=(self.end, allowed.number()))
 
     def __call__(self, fraction: float) -> float:
         """Return the value at ``fraction`` in [0, 1]."""
@@ -36,12 +44,18 @@ class cosine:  # noqa: N801
 
     f is the fraction done. Equation 5 of Loshchilov and Hutter, arXiv 1608.03983, without restarts.
 
+    Raises:
+        ConfigurationError: ``start`` or ``end`` is no finite number of at least 0.
+
     >>> round(cosine(1.0, 0.0)(0.25), 4)
     0.8536
     """
 
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        allowed.check(start=(self.start, allowed.number()), end=(self.end, allowed.number()))
 
     def __call__(self, fraction: float) -> float:
         """Return the value at ``fraction`` in [0, 1]."""
@@ -60,7 +74,7 @@ class warmup:  # noqa: N801
         part: w, above 0 and below 1.
 
     Raises:
-        ConfigurationError: ``part`` is outside.
+        ConfigurationError: ``part`` is outside, or ``then`` is neither.
 
     >>> schedule = warmup(linear(1.0, 0.0), 0.2)
     >>> [schedule(fraction) for fraction in (0.1, 0.2, 0.6)]
@@ -71,10 +85,8 @@ class warmup:  # noqa: N801
     part: float
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.part, Real) and 0 < self.part < 1):
-            raise ConfigurationError(
-                [wrong("part", self.part, "a number above 0 and below 1, such as 0.1")]
-            )
+        then = allowed.number() if not callable(self.then) else allowed.code("(fraction)")
+        allowed.check(then=(self.then, then), part=(self.part, _part))
 
     def __call__(self, fraction: float) -> float:
         """Return the value at ``fraction`` in [0, 1]."""
@@ -82,6 +94,13 @@ class warmup:  # noqa: N801
         along = 0.0 if rising else (fraction - self.part) / (1 - self.part)
         value = self.then(along) if callable(self.then) else self.then
         return value * fraction / self.part if rising else value
+
+
+def _part(value: Any) -> Any:
+    """Take a part of a whole."""
+    if isinstance(value, Real) and 0 < float(value) < 1:
+        return value
+    raise allowed.Refused("a number above 0 and below 1, such as 0.1")
 
 
 # Those that a checkpoint can hold as data.

@@ -61,7 +61,8 @@ class MetaUpdate:
         self.algorithm = algorithm
         self.make_optimizer = make_optimizer
         self.optimizer = None if make_optimizer is None else make_optimizer(phi.learned)
-        if not isinstance(self.optimizer, torch.optim.Optimizer | None):
+        made = make_optimizer is not None
+        if made and not isinstance(self.optimizer, torch.optim.Optimizer):
             raise ConfigurationError(
                 [
                     f"meta_optimizer returned {type(self.optimizer).__name__}: the callable "

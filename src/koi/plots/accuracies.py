@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,7 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from koi import allowed
 from koi.plots.style import HUES, new_figure
+
+_NAME = re.compile(r"iteration|\d{1,9}-shot \w+")
 
 
 def learning_curve(
@@ -22,7 +27,14 @@ def learning_curve(
         validations: for points of the training ``"iteration"`` and accuracies in [0, 1] named
             such as ``"1-shot inductive"``, on validation classes.
         results: number of shots -> what `koi.lab.runs.measure` found on test classes.
+
+    Raises:
+        ConfigurationError: they are something else.
     """
+    allowed.check(
+        validations=(validations, allowed.each(_line, "measurements")),
+        results=(results, _results),
+    )
     shots = sorted({int(n.split("-")[0]) for line in validations for n in line if "-shot" in n})
     shots = sorted({*shots, *results})
     figure = new_figure(4.6 * max(1, len(shots)), 3.4)
@@ -53,6 +65,43 @@ def learning_curve(
         frameon=False,
     )
     return figure
+
+
+_line = allowed.that(
+    lambda value: (
+        isinstance(value, Mapping)
+        and _is_number(value.get("iteration"))
+        and all(
+            isinstance(name, str) and _is_number(number) and _NAME.fullmatch(name)
+            for name, number in value.items()
+        )
+    ),
+    'a dictionary with "iteration", numbers, and names such as "1-shot inductive"',
+)
+
+
+_results = allowed.that(
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(type(shots) is int and _is_result(result) for shots, result in value.items())
+    ),
+    'a dictionary of numbers of shots -> "transductive" and "inductive", both a mean and an '
+    'interval, and "iteration"',
+)
+
+
+def _is_result(result: Any) -> bool:
+    if not isinstance(result, Mapping) or not _is_number(result.get("iteration")):
+        return False
+    pairs = (result.get("transductive"), result.get("inductive"))
+    return all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair))
+        for pair in pairs
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _draw_result(axes: Axes, result: Mapping[str, Any], way: str, hue: str) -> None:

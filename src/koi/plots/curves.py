@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from koi import allowed
+from koi.errors import ConfigurationError
 from koi.evaluation import Evaluation, counted
 from koi.plots.style import HUES, draw_curve, new_figure
 from koi.records import Record
@@ -29,14 +31,16 @@ def loss_curve(history: Sequence[Record]) -> Figure:
         history: the records of a training, ``koi.history``.
 
     Raises:
-        ValueError: there are none.
+        ConfigurationError: there are none, or they are something else.
 
     >>> figure = loss_curve([Record(i, 1.0, 0.5, 0.1, 1.0, 0.01) for i in range(1000)])
     >>> [len(line.get_xdata()) for line in figure.axes[0].lines]
     [50, 50]
     """
+    record = allowed.instance(Record, "a koi.Record")
+    allowed.check(history=(history, allowed.each(record, "koi.Record")))
     if not history:
-        raise ValueError("there is no record to draw: train first, koi.history is empty")
+        raise ConfigurationError(["there is no record to draw: train first, history is empty"])
     figure = new_figure(5.6, 3.2)
     axes = figure.add_subplot()
     size = math.ceil(len(history) / _MOST_POINTS)
@@ -60,12 +64,19 @@ def adaptation_curves(curves: Mapping[str, Evaluation], ylabel: str = "query los
         curves: title -> what `koi.Koi.evaluate` returned.
         ylabel: what the loss is called.
 
+    Raises:
+        ConfigurationError: they are something else.
+
     >>> import torch
     >>> curve = Evaluation(torch.tensor([[4.0, 1.0], [2.0, 1.0]]))
     >>> figure = adaptation_curves({"learned": curve})
     >>> figure.axes[0].get_xlabel()
     'inner steps (mean over 2 tasks)'
     """
+    allowed.check(
+        curves=(curves, allowed.named(allowed.instance(Evaluation, "a koi.Evaluation"))),
+        ylabel=(ylabel, allowed.text),
+    )
     figure = new_figure(5.6, 3.2)
     axes = figure.add_subplot()
     for (title, curve), hue in zip(curves.items(), cycle(HUES), strict=False):

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from koi import allowed
+from koi.errors import ConfigurationError
 from koi.plots.style import HUES, new_figure
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MOST = 5  # examples and queries of each class that are drawn
 _CELL = 0.85  # inches of a picture's side
 _LETTER = 0.085  # inches of a letter
@@ -39,13 +43,33 @@ def episode_grid(
         scores: what the adapted model gives for the queries, shape (num_query, num_ways).
         names: of the classes; None: A, B, C …
 
+    Raises:
+        ConfigurationError: they are something else, or do not fit together.
+
     >>> import torch
     >>> images, classes = torch.rand(3, 1, 8, 8), torch.arange(3)
     >>> figure = episode_grid(images, classes, images, classes, torch.eye(3))
     >>> [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()]
     ['A  58 %', 'B  58 %', 'C  58 %']
     """
+    allowed.check(
+        support_inputs=(support_inputs, _images),
+        support_targets=(support_targets, _classes),
+        query_inputs=(query_inputs, _images),
+        query_targets=(query_targets, _classes),
+        scores=(scores, _scores),
+        names=(names, allowed.optional(allowed.each(allowed.text, "names"))),
+    )
     num_ways = scores.shape[1]
+    _check_together(support_inputs, support_targets, num_ways)
+    _check_together(query_inputs, query_targets, num_ways)
+    if len(scores) != len(query_inputs) or (names is not None and len(names) != num_ways):
+        raise ConfigurationError(
+            [
+                f"scores of shape {tuple(scores.shape)}: must have a row for each query, and a "
+                "column for each class, of which each has one of the names"
+            ]
+        )
     names = [_short(name) for name in names or map(_letter, range(num_ways))]
     probabilities = scores.detach().softmax(1).cpu()
     supports = [_first(support_targets, number) for number in range(num_ways)]
@@ -75,6 +99,41 @@ def episode_grid(
     grid[0, 0].set_title("shown", loc="left", fontsize="medium")
     grid[0, left + 1].set_title("answered", loc="left", fontsize="medium")
     return figure
+
+
+_images = allowed.that(
+    lambda value: (
+        isinstance(value, Tensor)
+        and (value.dim() == 4 and value.shape[1] in (1, 3))
+        and (value.numel() > 0 and not value.is_complex())
+    ),
+    "images, shape (examples, 1 or 3, height, width)",
+)
+
+
+_classes = allowed.that(
+    lambda value: isinstance(value, Tensor) and value.dim() == 1 and value.dtype in _WHOLE,
+    "numbers of classes, shape (examples,)",
+)
+
+
+_scores = allowed.that(
+    lambda value: (
+        isinstance(value, Tensor)
+        and (value.dim() == 2 and value.numel() > 0 and value.dtype.is_floating_point)
+    ),
+    "scores, shape (queries, ways)",
+)
+
+
+def _check_together(inputs: Tensor, targets: Tensor, num_ways: int) -> None:
+    if len(inputs) != len(targets) or bool(((targets < 0) | (targets >= num_ways)).any()):
+        raise ConfigurationError(
+            [
+                f"{len(inputs)} images of the classes {targets.tolist()[:9]}: must be one for each "
+                f"image, from 0 to {num_ways - 1}"
+            ]
+        )
 
 
 def _letter(number: int) -> str:

@@ -12,6 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
+from koi import allowed
+from koi.errors import ConfigurationError
 from koi.evaluation import Evaluation, counted, doubling
 from koi.plots.style import HUES, draw_curve, new_figure
 
@@ -31,6 +33,9 @@ class Wave:
         seen_inputs: the points that the network adapts to.
         seen_targets: the wave at those.
         predictions: number of inner steps -> the network's output at ``inputs`` after them.
+
+    Raises:
+        ConfigurationError: they are something else, or differ in length.
     """
 
     inputs: Tensor
@@ -39,6 +44,18 @@ class Wave:
     seen_targets: Tensor
     predictions: Mapping[int, Tensor]
 
+    def __post_init__(self) -> None:
+        sets = ("inputs", "truth", "seen_inputs", "seen_targets")
+        allowed.check(
+            **{name: (getattr(self, name), _numbers) for name in sets},
+            predictions=(self.predictions, _predictions),
+        )
+        drawn = [self.truth, *self.predictions.values()]
+        if len(self.seen_inputs) != len(self.seen_targets) or any(
+            len(values) != len(self.inputs) for values in drawn
+        ):
+            raise ConfigurationError(["a wave needs one value for each of its inputs"])
+
 
 def sine_figure(waves: Mapping[str, Wave], curves: Mapping[str, Evaluation]) -> Figure:
     """Draw one wave for each initialisation, as in the paper's figure 1, and all their curves.
@@ -46,7 +63,16 @@ def sine_figure(waves: Mapping[str, Wave], curves: Mapping[str, Evaluation]) -> 
     Args:
         waves: title -> the wave as a network that starts there learns it.
         curves: the same titles -> the error over many waves.
+
+    Raises:
+        ConfigurationError: they are something else, or their titles differ.
     """
+    allowed.check(
+        waves=(waves, allowed.named(allowed.instance(Wave, "a Wave"))),
+        curves=(curves, allowed.named(allowed.instance(Evaluation, "a koi.Evaluation"))),
+    )
+    if not waves or waves.keys() != curves.keys():
+        raise ConfigurationError(["waves and curves must have the same titles, at least one"])
     figure = new_figure(9.6, 3.2)
     *panels, last = figure.subplots(1, len(waves) + 1)
     top = 1.1 * max(_reach(wave) for wave in waves.values())
@@ -90,6 +116,23 @@ def _line_styles(waves: Mapping[str, Wave]) -> list[Line2D]:
     ]
     points = Line2D([], [], label="points seen", **_POINTS)
     return [Line2D([], [], label="truth", **_TRUTH), points, *lines]
+
+
+_numbers = allowed.that(
+    lambda value: (
+        isinstance(value, Tensor)
+        and value.dtype.is_floating_point
+        and (value.dim() > 0 and 0 < value.numel() == len(value))
+    ),
+    "a tensor of floating-point numbers, shape (points,) or (points, 1)",
+)
+
+
+def _predictions(value: Any) -> Any:
+    """Take a dictionary of three numbers of steps and what is predicted after them."""
+    if isinstance(value, Mapping) and [type(steps) for steps in value] == [int] * len(_DASHES):
+        return {steps: _numbers(values) for steps, values in value.items()}
+    raise allowed.Refused(f"a dictionary of {len(_DASHES)} numbers of steps -> predictions")
 
 
 def _reach(wave: Wave) -> float:

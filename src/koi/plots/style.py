@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from koi import allowed
 from koi.evaluation import Evaluation
 
 # The kinds of file that a picture can be written as.
@@ -22,8 +24,21 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Write ``figure`` to a file of one of the kinds in `SUFFIXES`."""
+    """Write ``figure`` to a file of one of the kinds in `SUFFIXES`.
+
+    Raises:
+        ConfigurationError: it is no figure, or the path of another kind of file.
+        OSError: the file cannot be written.
+    """
+    allowed.check(figure=(figure, allowed.instance(Figure, "a figure")), path=(path, _of_a_kind))
     figure.savefig(path)
+
+
+def _of_a_kind(value: Any) -> Any:
+    """Take the path of a picture."""
+    if Path(allowed.path(value)).suffix.lower() in SUFFIXES:
+        return value
+    raise allowed.Refused(f"a path that ends in one of {', '.join(SUFFIXES)}")
 
 
 def draw_curve(axes: Axes, title: str, curve: Evaluation, hue: str) -> None:

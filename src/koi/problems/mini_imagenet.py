@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from koi import allowed
 from koi.errors import DataError, KoiWarning
 from koi.fewshot import LabelledData, Splits
 from koi.fewshot.images import ImageForm, needed
@@ -61,6 +62,7 @@ def load(source: str | os.PathLike[str], *, skip_missing: bool = False) -> Split
             they are an error.
 
     Raises:
+        ConfigurationError: ``source`` is no path, or skip_missing neither True nor False.
         DataError: the source has none of these forms, or is damaged or incomplete.
 
     >>> import tempfile
@@ -76,6 +78,7 @@ def load(source: str | os.PathLike[str], *, skip_missing: bool = False) -> Split
     >>> splits.test.take(torch.tensor([0]), torch.tensor([0])).shape
     torch.Size([1, 3, 84, 84])
     """
+    allowed.check(source=(source, allowed.path), skip_missing=(skip_missing, allowed.truth))
     root = Path(source)
     if not root.is_dir():
         raise DataError(f"{root} is no folder: give one that has mini-ImageNet")

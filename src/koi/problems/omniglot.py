@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from koi.errors import ConfigurationError, DataError
+from koi import allowed
+from koi.errors import DataError
 from koi.fewshot import LabelledData, Splits
 from koi.problems.omniglot_archives import NUM_DRAWINGS, downloaded, read_all
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
+MOST_PIXELS = 1024  # of a side; the originals have 105
 NUM_TRAINING = 1200  # characters; the others are for the test (section 6.1 of the paper)
 
 
@@ -42,10 +45,7 @@ def load(
         DataError: the data are damaged or cannot be had; no damaged file is left behind.
         ConfigurationError: num_validation or image_size cannot be had.
     """
-    if not 0 <= num_validation < NUM_TRAINING:
-        raise ConfigurationError(
-            [f"num_validation = {num_validation!r}: must be from 0 to {NUM_TRAINING - 1}"]
-        )
+    allowed.check(num_validation=(num_validation, allowed.count(0, NUM_TRAINING - 1)))
     data = characters(source, image_size=image_size, cache=cache)
     if len(data) <= NUM_TRAINING:
         raise DataError(
@@ -79,7 +79,7 @@ def characters(
         cache: as in `load`.
 
     Raises:
-        DataError: as in `load`.
+        ConfigurationError, DataError: as in `load`.
 
     >>> import tempfile, torch
     >>> from pathlib import Path
@@ -93,8 +93,11 @@ def characters(
     >>> data.classes, data.take(torch.tensor([0]), torch.tensor([5])).shape
     (('Martian/character01',), torch.Size([1, 1, 28, 28]))
     """
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-        raise ConfigurationError([f"image_size = {image_size!r}: must be a number of pixels"])
+    allowed.check(
+        source=(source, allowed.optional(_paths)),
+        image_size=(image_size, allowed.count(1, MOST_PIXELS)),
+        cache=(cache, allowed.optional(allowed.path)),
+    )
     if source is None:
         found = downloaded(image_size, cache)
     else:
@@ -102,3 +105,9 @@ def characters(
         found = read_all(places, image_size)
     inputs = found.images.flatten(0, 1).unsqueeze(1)
     return LabelledData(inputs, found.names, [NUM_DRAWINGS] * len(found.names))
+
+
+def _paths(value: Any) -> Any:
+    """Take one path, or several."""
+    several = isinstance(value, list | tuple) and len(value) > 0
+    return allowed.each(allowed.path, "paths")(value) if several else allowed.path(value)

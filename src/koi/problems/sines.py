@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from koi.errors import ConfigurationError
+from koi import allowed
 from koi.supervised import SupervisedTask
 
 
@@ -19,7 +19,10 @@ class Sines:
 
     Args:
         num_points: support points of each wave, at most 50.
-        batch_size: points in each inner step.
+        batch_size: points in each inner step; None: all.
+
+    Raises:
+        ConfigurationError: numbers that cannot be had.
 
     >>> task = Sines(num_points=10).sample()
     >>> task.support_inputs.shape, task.query_inputs.shape
@@ -30,11 +33,11 @@ class Sines:
 
     grid_size = 50
 
-    def __init__(self, num_points: int = 50, batch_size: int = 10) -> None:
-        if not 1 <= num_points <= self.grid_size:
-            raise ConfigurationError(
-                [f"num_points = {num_points!r}: must be from 1 to {self.grid_size}"]
-            )
+    def __init__(self, num_points: int = 50, batch_size: int | None = 10) -> None:
+        allowed.check(
+            num_points=(num_points, allowed.count(1, self.grid_size)),
+            batch_size=(batch_size, allowed.optional(allowed.count(1))),
+        )
         self.num_points = num_points
         self.batch_size = batch_size
         self._grid = torch.linspace(-5, 5, self.grid_size).unsqueeze(1)
@@ -49,6 +52,7 @@ class Sines:
 
     def sample_batch(self, num_tasks: int) -> SupervisedTask:
         """Draw many waves at once; each tensor has them along its first dimension."""
+        allowed.check(num_tasks=(num_tasks, allowed.count(1)))
         amplitude, phase = torch.rand(2, num_tasks, 1, 1).unbind()
         noise = torch.rand(num_tasks, self.grid_size, dtype=torch.float32)
         # positive floats have the order of their bits, and integers are sorted faster

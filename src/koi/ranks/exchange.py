@@ -30,6 +30,7 @@ class Told(NamedTuple):
     """What the ranks have told each other beside tensors."""
 
     rows: list[list[float]]
+    weights: list[float]
     counts: list[int]
     failed: list[bool]
     digests: list[tuple[int, ...]]
@@ -39,9 +40,9 @@ class Told(NamedTuple):
 
 
 class Buffer:
-    """The one flat buffer: what tasks gave, buffers' changes, moments; losses and flags.
+    """The one flat buffer: what tasks gave, buffers' changes, moments; losses, weights and flags.
 
-    Each rank weighs its means by its number of tasks, and what it has to say for itself stands in
+    Each rank weighs its means by what its tasks count, and what it has to say for itself stands in
     places of its own, so that one sum over ranks brings all of it together. The type is the widest
     of φ's, at least float32.
     """
@@ -52,8 +53,8 @@ class Buffer:
         self._types = [kind for _, kind in forms]
         self._splits = len(like) - len(phi.buffers), len(like)
         self._num_tasks, self._row = num_tasks, form.row
-        # where the figures of each kind begin: losses, counts, failures, checksums, and flags
-        sizes = [num_tasks * form.row, num_ranks, num_ranks, 3 * num_ranks, 1, 1, 1]
+        # where the figures of each kind begin: losses, weights, counts, failures, checksums, flags
+        sizes = [num_tasks * form.row, num_tasks, num_ranks, num_ranks, 3 * num_ranks, 1, 1, 1]
         ends = itertools.accumulate(sizes)
         self._places = [0, *ends]
         self._figures: list[float] = []
@@ -75,17 +76,17 @@ class Buffer:
     @torch.no_grad()
     def put(self, outcome: Outcome, rank: int, first: int) -> None:
         """Put in the outcome of the tasks of ``rank``, of which ``first`` is the first."""
-        count = len(outcome.losses)
-        if count == 0:
-            return
-        moments = outcome.moments if len(self._parts) > self._splits[1] else []
-        for part, tensor in zip(
-            self._parts, [*outcome.given, *outcome.buffers, *moments], strict=True
-        ):
-            part.copy_(tensor)
-        self._flat[: self._size].mul_(count / self._num_tasks)
+        count, weight = len(outcome.losses), outcome.weight
+        if weight > 0:
+            moments = outcome.moments if len(self._parts) > self._splits[1] else []
+            for part, tensor in zip(
+                self._parts, [*outcome.given, *outcome.buffers, *moments], strict=True
+            ):
+                part.copy_(tensor)
+            self._flat[: self._size].mul_(weight / self._num_tasks)
         self._set(0, first * self._row, itertools.chain(*outcome.losses))
-        self._set(1, rank, [count])
+        self._set(1, first, [1] * count if outcome.weights is None else outcome.weights)
+        self._set(2, rank, [count])
 
     def tell(
         self,
@@ -97,22 +98,23 @@ class Buffer:
         constants: bool,
     ) -> None:
         """Put in what a rank has to say for itself."""
-        self._set(2, rank, [failed])
-        self._set(3, 3 * rank, digest)
-        self._set(4, 0, [stop])
-        self._set(5, 0, [end])
-        self._set(6, 0, [constants])
+        self._set(3, rank, [failed])
+        self._set(4, 3 * rank, digest)
+        self._set(5, 0, [stop])
+        self._set(6, 0, [end])
+        self._set(7, 0, [constants])
 
     def reduce(self) -> Told:
         """Sum over the ranks and return the figures."""
         self._flat[self._size :] = torch.tensor(self._figures, dtype=self._flat.dtype)
         dist.all_reduce(self._flat)
         figures = self._flat[self._size :].tolist()
-        losses, counts, failed, digests, stop, end, constants = (
+        losses, weights, counts, failed, digests, stop, end, constants = (
             figures[start:end] for start, end in itertools.pairwise(self._places)
         )
         return Told(
-            [losses[i : i + self._row] for i in range(0, len(losses), max(1, self._row))],
+            [losses[i * self._row : (i + 1) * self._row] for i in range(self._num_tasks)],
+            weights,
             [round(count) for count in counts],
             [flag > 0 for flag in failed],
             [tuple(map(int, digests[i : i + 3])) for i in range(0, len(digests), 3)],
@@ -125,23 +127,25 @@ class Buffer:
         """Return the mean over the tasks of all ranks; with the ``constants`` of the last."""
         count = sum(told.counts)
         skipped = self._num_tasks - count
-        if count == 0:
-            return Outcome([], [], [], [], [], num_skipped=skipped)
-        if skipped:
-            self._flat[: self._size].mul_(self._num_tasks / count)
         shares = [
             share(rank, len(told.counts), self._num_tasks) for rank in range(len(told.counts))
         ]
-        losses = [
-            row
+        places = [
+            number
             for (first, _), kept in zip(shares, told.counts, strict=True)
-            for row in told.rows[first : first + kept]
+            for number in range(first, first + kept)
         ]
+        losses, weights = [told.rows[i] for i in places], [told.weights[i] for i in places]
+        total = sum(weights)
+        if total == 0:
+            return Outcome([], [], [], [], losses, skipped, weights=weights)
+        if total != self._num_tasks:
+            self._flat[: self._size].mul_(self._num_tasks / total)
         means = [part.to(kind) for part, kind in zip(self._parts, self._types, strict=True)]
         params, buffers = self._splits
         moments = clone(means[buffers:])  # they outlive the buffer
         moved = means[params:buffers]
-        return Outcome(means[:params], moved, constants, moments, losses, skipped)
+        return Outcome(means[:params], moved, constants, moments, losses, skipped, weights=weights)
 
     def _set(self, kind: int, place: int, values: Iterable[float]) -> None:
         for number, value in enumerate(values, self._places[kind] + place):

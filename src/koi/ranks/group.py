@@ -359,7 +359,8 @@ class Ranks:
 
 def digest_of(phi: Phi) -> tuple[int, ...]:
     """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
-    digest = memory.digest(*phi.params, *phi.buffers, *(phi.moments or []), size=6)
+    parts = *phi.params, *phi.learned_rates, *phi.buffers, *(phi.moments or [])
+    digest = memory.digest(*parts, size=6)
     return tuple(int.from_bytes(digest[i : i + 2], "big") for i in (0, 2, 4))
 
 

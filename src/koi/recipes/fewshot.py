@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from koi import allowed
+from koi.algorithms import NAMED
 from koi.errors import ConfigurationError, did_you_mean
 from koi.fewshot import Episodes, LabelledData
 from koi.fewshot.images import ImageForm
-from koi.models import mini_imagenet_net, omniglot_net
+from koi.models import MOST_CLASSES, mini_imagenet_net, omniglot_net
 from koi.phi.schedules import linear
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "omniglot": omniglot_net,
     "mini-imagenet": mini_imagenet_net,
 }
+
+
+def of(check: allowed.Check, default: Any = MISSING) -> Any:
+    """Return a field of a dataclass that `koi.allowed.check_fields` checks."""
+    return field(default=default, metadata={"check": check})
+
+
+def _adaptations(value: Any) -> Any:
+    """Take a dictionary of numbers of shots and how they are adapted to."""
+    if isinstance(value, Mapping) and value:
+        shots = all(type(number) is int and number > 0 for number in value)
+        if shots and all(isinstance(each, Adaptation) for each in value.values()):
+            return value
+    raise allowed.Refused("a dictionary of numbers of shots -> Adaptation, with one at least")
+
 
 # What any image becomes, to be an input of the network.
 IMAGE_FORMS = {
@@ -36,8 +53,11 @@ class Adaptation:
         num_steps: inner steps.
     """
 
-    batch_size: int
-    num_steps: int
+    batch_size: int = of(allowed.count(1))
+    num_steps: int = of(allowed.count(0, allowed.MOST_STEPS))
+
+    def __post_init__(self) -> None:
+        allowed.check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -67,26 +87,32 @@ class FewShotRecipe:
         inner_state: as in `koi.Koi`.
         inner_optimizer: "adam", with β1 = 0, or "sgd".
         torch_defaults: whether the network's initial values are PyTorch's, not the paper's.
+        patience: validations in a row without a better one that end the training; None: nothing
+            but ``num_iterations`` does.
     """
 
-    name: str
-    problem: str
-    network: str
-    num_ways: int
-    num_shots: int
-    step_size: float
-    batch_size: int
-    num_steps: int
-    num_iterations: int
-    adaptations: Mapping[int, Adaptation]
-    algorithm: str = "reptile"
-    num_queries: int = 1
-    meta_batch_size: int = 5
-    meta_step_size: float = 1.0
-    meta_rate: float | None = None
-    inner_state: str = "carry"
-    inner_optimizer: str = "adam"
-    torch_defaults: bool = False
+    name: str = of(allowed.name)
+    problem: str = of(allowed.one_of(("omniglot", "mini-imagenet", "folder")))
+    network: str = of(allowed.one_of(NETWORKS))
+    num_ways: int = of(allowed.count(1, MOST_CLASSES))
+    num_shots: int = of(allowed.count(1))
+    step_size: float = of(allowed.number(above=0))
+    batch_size: int = of(allowed.count(1))
+    num_steps: int = of(allowed.count(1, allowed.MOST_STEPS))
+    num_iterations: int = of(allowed.count(0))
+    adaptations: Mapping[int, Adaptation] = of(_adaptations)
+    algorithm: str = of(allowed.one_of(NAMED), "reptile")
+    num_queries: int = of(allowed.count(1), 1)
+    meta_batch_size: int = of(allowed.count(1), 5)
+    meta_step_size: float = of(allowed.number(), 1.0)
+    meta_rate: float | None = of(allowed.optional(allowed.number(above=0)), None)
+    inner_state: str = of(allowed.one_of(("carry", "reset")), "carry")
+    inner_optimizer: str = of(allowed.one_of(("adam", "sgd")), "adam")
+    torch_defaults: bool = of(allowed.truth, False)
+    patience: int | None = of(allowed.optional(allowed.count(1)), None)
+
+    def __post_init__(self) -> None:
+        allowed.check_fields(self)
 
     def model(self) -> nn.Module:
         """Return the network, its weights fresh from the global generator."""
@@ -132,6 +158,7 @@ class FewShotRecipe:
 
         A number of shots that the recipe does not name is adapted to as the nearest below.
         """
+        allowed.check(num_shots=(num_shots, allowed.count(1)))
         below = [shots for shots in self.adaptations if shots <= num_shots]
         return self.adaptations[max(below, default=min(self.adaptations))]
 
@@ -144,12 +171,22 @@ class FewShotRecipe:
     def from_data(cls, data: Mapping[str, Any]) -> FewShotRecipe:
         """Return the recipe that `as_data` was given.
 
+        Raises:
+            ConfigurationError: a field is missing, unknown or cannot be what it is.
+
         >>> recipe = RECIPES["omniglot-20way"]
         >>> FewShotRecipe.from_data(recipe.as_data()) == recipe
         True
         """
-        named = {int(k): Adaptation(**v) for k, v in data["adaptations"].items()}
-        return cls(**{**data, "adaptations": named})
+        numbers = dict(data) if isinstance(data, Mapping) else data
+        if isinstance(numbers, dict) and isinstance(numbers.get("adaptations"), Mapping):
+            numbers["adaptations"] = {
+                int(shots) if str(shots).isdecimal() else shots: allowed.made(
+                    Adaptation, adaptation, f"adaptations, {shots!r}: "
+                )
+                for shots, adaptation in numbers["adaptations"].items()
+            }
+        return allowed.made(cls, numbers)
 
 
 def adam_without_momentum(params: Any, lr: float) -> torch.optim.Optimizer:
@@ -262,6 +299,7 @@ def recipe_named(name: str) -> FewShotRecipe:
     >>> recipe_named("omniglot-5way").num_iterations
     100000
     """
+    allowed.check(name=(name, allowed.text))
     if name not in RECIPES:
         known = ", ".join(RECIPES)
         raise ConfigurationError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from koi import allowed
 from koi.errors import ConfigurationError, DataError, did_you_mean
 from koi.fewshot import LabelledData
 from koi.fewshot.sources import class_folders
@@ -16,6 +17,10 @@ from koi.recipes.fewshot import NETWORKS, RECIPES, FewShotRecipe
 
 # "train", "validation" and "test" -> the names of the classes.
 Parts = dict[str, list[str]]
+
+# Enough for a folder of some hundred classes, by docs/uses/own-folder.md.
+_NUM_ITERATIONS = 10_000
+_PATIENCE = 6
 
 _PART_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
@@ -29,10 +34,11 @@ def own_folder(
 ) -> tuple[FewShotRecipe, Parts]:
     """Return a recipe for a folder of class folders, and its classes in three parts.
 
-    All settings are those of the paper's Reptile recipe with this network and the nearest number
-    of ways. Training episodes have as many shots as there, if each class has as many images and
-    one more. No class is in two parts: a fifth of them, and at least num_ways, are for the test;
-    as many are for validation, unless fewer than half would be left to learn from.
+    All settings but two are those of the paper's Reptile recipe with this network and the nearest
+    number of ways: there are 10,000 meta-iterations, and 6 validations in a row without a better
+    one end the training. Training episodes have as many shots as there, if each class has as many
+    images and one more. No class is in two parts: a fifth of them, and at least num_ways, are for
+    the test; as many are for validation, unless fewer than half would be left to learn from.
 
     Args:
         folder: a folder of images for each class; the images are not read.
@@ -42,7 +48,7 @@ def own_folder(
         seed: chooses the classes of each part.
 
     Raises:
-        ConfigurationError: there is no such network.
+        ConfigurationError: there is no such network, or an argument that cannot work.
         DataError: the folder cannot be read, or has too few classes or images.
 
     >>> import tempfile
@@ -57,6 +63,12 @@ def own_folder(
     >>> {part: len(names) for part, names in parts.items()}
     {'train': 4, 'validation': 2, 'test': 2}
     """
+    allowed.check(
+        folder=(folder, allowed.path),
+        num_ways=(num_ways, allowed.count(1)),
+        num_shots=(num_shots, allowed.count(1)),
+        network=(network, allowed.text),
+    )
     if network not in NETWORKS:
         near, known = did_you_mean(network, NETWORKS), ", ".join(NETWORKS)
         raise ConfigurationError([f"there is no network {network!r}{near} (networks: {known})"])
@@ -70,6 +82,8 @@ def own_folder(
         nearest,
         name=f"folder-{num_ways}way",
         problem="folder",
+        num_iterations=_NUM_ITERATIONS,
+        patience=_PATIENCE,
         num_ways=num_ways,
         num_shots=min(max(nearest.num_shots, num_shots), min(counts.values()) - 1),
         adaptations={num_shots: nearest.adaptation(num_shots)},
@@ -88,20 +102,30 @@ def _check(
             "classes of their own: give a folder in which each class has one folder"
         )
     if len(counts) < 2 * num_ways:
+        fewer = len(counts) // 2
+        fits = f", or take {_at_most(fewer)} ways" if fewer >= 2 else ""
         raise DataError(
             f"{folder} has {len(counts)} classes and {num_ways}-way episodes need {2 * num_ways}, "
-            f"{num_ways} to learn from and {num_ways} others for the test: add classes, or take "
-            "fewer ways"
+            f"{num_ways} to learn from and {num_ways} others for the test: add classes{fits}"
         )
     small = {name: count for name, count in counts.items() if count <= num_shots}
     if small:
         name = min(small, key=lambda name: small[name])
+        fits = f", or take {_at_most(small[name] - 1)} shots" if small[name] > 1 else ""
         raise DataError(
             f"{len(small)} of {len(counts)} classes have fewer than {num_shots + 1} images (such "
             f"as {name!r}: {small[name]}) and {num_shots}-shot episodes need so many, {num_shots} "
-            "to learn from and one to be asked: add images, remove these classes, or take fewer "
-            "shots"
+            f"to learn from and one to be asked: add images, remove these classes{fits}"
         )
+
+
+def _at_most(number: int) -> str:
+    """Return a number as the largest that there can be.
+
+    >>> _at_most(4), _at_most(1)
+    ('at most 4', '1')
+    """
+    return f"at most {number}" if number > 1 else f"{number}"
 
 
 def _parts(names: list[str], num_ways: int, seed: int) -> Parts:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from koi import allowed
 from koi.models import sine_mlp
 from koi.phi.schedules import linear
 from koi.problems import Sines
@@ -50,6 +51,7 @@ def sine(num_iterations: int = 30_000) -> Recipe:
     >>> [round(record.meta_step_size, 3) for record in koi.history]
     [0.1, 0.05]
     """
+    allowed.check(num_iterations=(num_iterations, allowed.count(0)))
     return Recipe(
         model=sine_mlp,
         settings={

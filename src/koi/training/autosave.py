@@ -97,11 +97,11 @@ class Autosave:
     def _save(self) -> None:
         """Write the file of this iteration, unless it is there, and remove what is too old."""
         folder, number = self._folder, self._state.iteration
-        if folder is None or number == folder.newest:
+        if folder is None or (number == folder.newest and self._state.owed == folder.owed):
             return
         with uninterrupted():
             checkpoint.save(self._koi, self._state, folder.file(number))
-            folder.newest = number
+            folder.newest, folder.owed = number, self._state.owed
             folder.remove_old()
 
     def _save_stopped(self, error: BaseException) -> None:

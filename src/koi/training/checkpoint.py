@@ -35,7 +35,7 @@ from koi.training.agreement import (
     tensors_of,
 )
 from koi.training.interrupts import uninterrupted
-from koi.training.state import Best, Mark, Pending, TrainingState
+from koi.training.state import Best, Mark, Owed, Pending, TrainingState, stored_rates
 
 Data = dict[str, Any]
 
@@ -77,12 +77,14 @@ def contents(koi: Configured, state: TrainingState) -> Data:
         "devices": [str(p.device) for p in params],
         "moments": moments,
         "moment_devices": [str(m.device) for m in moments or []],
+        "learned_rates": state.rates(params, learned, settings),
         "scale": None if state.scale is None else state.scale.state(),
         "inner_optimizer": arguments_of(settings.optimizer(learned.those_adapted(params))),
         "meta_optimizer": None if meta is None else arguments_of(meta),
         "meta_state": None if meta is None else meta.state_dict(),
         "mean": {"count": state.mean.count, "values": state.mean.values},
         "best": None if state.best is None else vars(state.best),
+        "owed": None if state.owed is None else vars(state.owed.in_a_file()),
         "tasks": at.tasks,
         "callbacks": callbacks,
         "generators": None if at.generators is None else _plain(at.generators),
@@ -121,7 +123,9 @@ class Saved:
     meta_state: Data | None
     mark: Mark
     frozen: dict[str, str] = field(default_factory=dict)
+    learned_rates: Tensors = field(default_factory=list)
     callbacks: list[Any] | None = None
+    owed: Owed | None = None
     mean: Data = field(default_factory=lambda: {"count": 0, "values": []})
     best: Data | None = None
 
@@ -166,12 +170,13 @@ def saved_from(data: Mapping[str, Any], path: Path | str) -> Saved:
         kept["settings"] = {**Settings().stored(), **data["settings"]}  # some may be newer
         kept["ruled_out"] = frozenset(data["ruled_out"])
         kept["history"] = _records(data["history"])
+        kept["owed"] = None if data.get("owed") is None else Owed(**data["owed"])
         return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint {path} is not whole ({type(error).__name__}: {error}): use an "
-            "earlier one"
-        ) from error
+        problem = f"is not whole ({type(error).__name__}: {error}): use an earlier one"
+        if not {"params", "settings"} & set(data):
+            problem = "holds no learner: give a file that koi.save or koi.train wrote"
+        raise CheckpointError(f"the checkpoint {path} {problem}") from error
 
 
 def arguments(saved: Saved, given: Data, known: Collection[str]) -> Data:
@@ -268,6 +273,8 @@ def _put(
             f"the checkpoint {saved.path} does not fit; make these as they were:\n{lines}"
         )
     settings, phi = koi.settings, _phi(koi)
+    kind = saved.settings["learn_step_size"]
+    phi.learned_rates = stored_rates(saved.learned_rates, kind, phi, settings)
     update = _meta_update(settings, phi, saved)
     carry = settings.inner_state == "carry"
     moments = _moments(saved, saved.moments, phi.params) if carry else None
@@ -283,7 +290,8 @@ def _put(
         state.iteration, state.engine = saved.iteration, saved.engine
         state.history, state.ruled_out = list(saved.history), set(saved.ruled_out)
         state.keep(moments, phi.params, settings)
-        state.update, state.begun = update, None
+        state.keep_rates(phi.learned_rates, phi.params, settings)
+        state.update, state.begun, state.owed = update, None, saved.owed
         state.mean, state.best = _mean(saved, phi), _best(saved, phi)
         if state.scale is not None and saved.scale is not None:
             state.scale.put(saved.scale)

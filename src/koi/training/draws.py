@@ -1,4 +1,4 @@
-"""Where meta-iterations get their tasks from: no rank draws more than it must."""
+"""Where meta-iterations get their tasks from: no rank draws more than it must, workers ahead."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from koi import memory
 from koi.clients import ClientTasks
+from koi.configured import Configured
 from koi.errors import ConfigurationError, TaskError
 from koi.inner.checks.granted import frozen
 from koi.randomness import Place, preserved_generators
 from koi.sampling import draw, takes_first
 from koi.tasks import TaskBatch
+from koi.training.ahead import Ahead, Order
 
 log = logging.getLogger("koi")
 
@@ -34,21 +36,30 @@ class Draws:
     distribution. Any other one draws the whole meta-batch on every rank, as in one process.
 
     Args:
+        koi: the learner.
         tasks: the distribution.
-        num_tasks: in a meta-batch.
         part: the first of this rank's tasks and the one after the last.
         place: of the first draw.
+        workers: processes that draw ahead; 0: this one draws.
 
     Raises:
-        ConfigurationError: `koi.ClientTasks` whose draws depend on more.
+        ConfigurationError: `koi.ClientTasks` whose draws depend on more, or workers for such.
         TaskError: ``sample_batch`` gives other tasks where it is asked for a part of them.
     """
 
-    def __init__(self, tasks: Any, num_tasks: int, part: tuple[int, int], place: Place) -> None:
+    def __init__(
+        self, koi: Configured, tasks: Any, part: tuple[int, int], place: Place, workers: int = 0
+    ) -> None:
         self.tasks = tasks
+        num_tasks = koi.settings.meta_batch_size
         several = part != (0, num_tasks)
         apart = takes_first(tasks) or not hasattr(tasks, "sample_batch")
-        why = why_in_order(tasks, num_tasks, part, place) if several and apart else None
+        tried = bool(workers) or (several and apart)
+        why = why_in_order(tasks, num_tasks, part, place) if tried else None
+        if workers:
+            why = "which refers to the learner" if _refers_to(tasks, koi) else why
+            _check_workers(workers, tasks, why)
+        self._ahead = Ahead(workers) if workers else None
         self.whole = several and (why is not None or not apart)
         if self.whole and isinstance(tasks, ClientTasks):
             raise ConfigurationError(
@@ -64,7 +75,38 @@ class Draws:
 
     def take(self, num_tasks: int, place: Place, part: tuple[int, int]) -> TaskBatch:
         """Return the tasks of a meta-batch that are this rank's."""
-        return draw(self.tasks, num_tasks, place, part, whole=self.whole)
+        if self._ahead is None:
+            return draw(self.tasks, num_tasks, place, part, whole=self.whole)
+        order = Order(self.tasks, num_tasks, part, self.whole, place.seed)
+        return self._ahead.take(order, place.number)
+
+    def __enter__(self) -> Draws:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+
+
+def _check_workers(workers: int, tasks: Any, why: str | None) -> None:
+    """Check that workers give the tasks that would be drawn without them.
+
+    Raises:
+        ConfigurationError: they would not.
+    """
+    if why is not None:
+        name = type(tasks.tasks if isinstance(tasks, ClientTasks) else tasks).__name__
+        raise ConfigurationError(
+            [
+                f"workers = {workers} cannot draw the tasks of {name} ahead, {why}: they would be "
+                "others than without; draw from Python's, NumPy's or torch's global generators "
+                "alone, and let attributes be what can be copied, or use workers=0"
+            ]
+        )
+
+
+def _refers_to(tasks: Any, koi: Configured) -> bool:
+    return any(part is koi or part is koi.model for part in parts_of(tasks))
 
 
 def why_in_order(tasks: Any, num_tasks: int, part: tuple[int, int], place: Place) -> str | None:

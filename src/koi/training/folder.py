@@ -12,6 +12,8 @@ from koi.errors import CheckpointError, ConfigurationError
 from koi.settings import check_count
 from koi.training import checkpoint
 from koi.training.checkpoint import Saved
+from koi.training.lock import Lock
+from koi.training.state import Owed
 from koi.training.watch import warn
 
 _NAME = re.compile(r"iteration-(\d+)\.safetensors")
@@ -23,14 +25,18 @@ _BEGINNINGS = ".iteration-", f".{_BEGUN}."  # of files that were never completed
 class Folder:
     """Finds and names the files; nothing is read or written before `prepare`.
 
+    From then to the end of a block it is locked: no other training can use it.
+
     Args:
         path: where they lie.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock = Lock(path)
         self._damaged: set[int] = set()
         self.newest: int | None = None  # read or written in this training
+        self.owed: Owed | None = None  # by what is in it
 
     @classmethod
     def given(
@@ -48,6 +54,12 @@ class Folder:
             check_count("checkpoint_every", every)
         return None if path is None else cls(Path(path))
 
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
     @property
     def first_line(self) -> Path | None:
         """Where the log's first line is kept until there is a checkpoint, which tells it then."""
@@ -63,13 +75,14 @@ class Folder:
         return self._path / "best.safetensors"
 
     def prepare(self) -> None:
-        """Make the folder and try to write there.
+        """Make the folder, lock it and try to write there.
 
         Raises:
-            CheckpointError: it cannot be used.
+            CheckpointError: it cannot be used, or another training uses it.
         """
         try:
             self._path.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
             trial = files.temporary_name(self.file(0))
             trial.write_bytes(b"")
             trial.unlink()
@@ -106,7 +119,7 @@ class Folder:
                 self._damaged.add(number)
                 warn(f"{error}; looking for one")
                 continue
-            self.newest = number
+            self.newest, self.owed = number, saved.owed
             return saved
         if ahead and iteration == 0:
             raise CheckpointError(

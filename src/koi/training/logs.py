@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from koi import allowed
 from koi.errors import ConfigurationError
 from koi.files import replace_file
 from koi.records import Record
@@ -25,7 +26,7 @@ _PATIENCE = 5.0
 _POINTS = 1000
 
 
-def append(path: Path, line: Mapping[str, Any]) -> None:
+def append(path: str | os.PathLike[str], line: Mapping[str, Any]) -> None:
     """Add what was measured at a meta-iteration to a JSONL file, as a callback may do.
 
     Lines of this and later meta-iterations, which a killed training had written before it went on
@@ -39,7 +40,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         line: numbers and strings, among them ``"iteration"``.
 
     Raises:
-        ConfigurationError: it holds something else; it is as it was before.
+        ConfigurationError: it holds something else, or ``line`` does; it is as it was before.
         OSError: the file cannot be written; it is as it was before.
 
     >>> import tempfile
@@ -51,6 +52,8 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
     {"iteration": 0, "accuracy": 0.5}
     {"iteration": 100, "accuracy": 0.5}
     """
+    allowed.check(path=(path, allowed.path), line=(line, _line))
+    path = Path(path)
     before = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = [text for text in before if text.endswith(b"\n")]
     kept: list[bytes] = []
@@ -67,6 +70,17 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         with path.with_name(f"{path.name}.old").open("ab") as file:
             file.writelines(later)
     replace_file(path, b"".join([*kept, _encoded([line])]))
+
+
+_plain = bool | int | float | str | None
+_line = allowed.that(
+    lambda value: (
+        isinstance(value, Mapping)
+        and type(value.get("iteration")) is int
+        and all(isinstance(key, str) and isinstance(each, _plain) for key, each in value.items())
+    ),
+    'a dictionary of numbers and strings, with "iteration", a whole number',
+)
 
 
 class Log:

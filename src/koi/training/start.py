@@ -6,10 +6,10 @@ callbacks and learner into the state that the training goes on from; `let_go` ha
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from koi import randomness, storage
 from koi.configured import Configured
@@ -19,6 +19,8 @@ from koi.training import checkpoint, stateful
 from koi.training.folder import Folder
 from koi.training.state import TrainingState
 from koi.training.watch import warn
+
+log = logging.getLogger("koi")
 
 
 def begin(
@@ -56,6 +58,14 @@ def begin(
     if ranks.size > 1:
         _become_the_first(koi, state, tasks, owners, ranks)
     state.callbacks = owners
+    thread = threading.current_thread()
+    if thread is not threading.main_thread() and state.seed(koi.settings) is not None:
+        log.warning(
+            "a training with a seed in the thread %s: what other threads draw meanwhile from the "
+            "global generators of Python, NumPy or torch changes it; let them draw from "
+            "generators of their own (another Koi waits its turn)",
+            thread.name,
+        )
 
 
 def let_go(state: TrainingState, saves: bool) -> None:
@@ -69,7 +79,8 @@ def let_go(state: TrainingState, saves: bool) -> None:
         _look_for_a_scheduler(state)
     pending, state.pending = state.pending, None
     if pending is not None and pending.mark.generators is not None:
-        randomness.restore(pending.mark.generators)
+        with randomness.alone():
+            randomness.restore(pending.mark.generators)
 
 
 def _resumed(
@@ -101,8 +112,7 @@ def _become_the_first(
     frozen = koi.settings.learned(koi.model).others_of(koi.model)
     with ranks.agreed():
         if ranks.first:
-            if state.seed(koi.settings) is None:
-                state.drawn_seed = int(torch.randint(2**62, ()))
+            state.draw_seed(koi.settings)
             callbacks = None if state.pending is None else state.pending.callbacks
             of_ranks = {"frozen": {}, "frozen_values": frozen, "callbacks": callbacks}
             content = storage.pack(checkpoint.contents(koi, state) | of_ranks)

@@ -23,7 +23,7 @@ def holders(callbacks: Iterable[Any]) -> tuple[Any, ...]:
     >>> holders([print, count]) == holders([count.__call__]) == (count,)
     True
     """
-    owners = (owner for callback in callbacks if (owner := _owner(callback)) is not None)
+    owners = (owner for callback in callbacks if (owner := owner_of(callback)) is not None)
     found = tuple(owners)
     for owner in found:
         if not hasattr(owner, "load_state_dict"):
@@ -36,7 +36,7 @@ def holders(callbacks: Iterable[Any]) -> tuple[Any, ...]:
     return found
 
 
-def _owner(callback: Any) -> Any:
+def owner_of(callback: Any) -> Any:
     """Return the callback, or the object that it is a method of, if that has a state."""
     for owner in (callback, getattr(callback, "__self__", None)):
         if hasattr(owner, "state_dict") and not isinstance(owner, type):

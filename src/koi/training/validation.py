@@ -9,10 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from koi.configured import Configured
-from koi.errors import ConfigurationError, wrong
-from koi.phi.arithmetic import clone
+from koi.errors import CheckpointError, ConfigurationError, wrong
+from koi.phi.arithmetic import Tensors, clone, copy_
 from koi.ranks.group import Ranks
-from koi.records import Record
 from koi.settings import check_count
 from koi.training import checkpoint
 from koi.training.folder import Folder
@@ -72,27 +71,27 @@ class Validation:
         best = self._state.best
         return self._patience is not None and best is not None and best.misses >= self._patience
 
-    def after(self, record: Record, ranks: Ranks) -> Record:
-        """Measure φ if that is due, and return the record with what came of it."""
+    def after(self, ranks: Ranks) -> None:
+        """Measure φ if that is due, and put what came of it into the last record."""
         state = self._state
+        owed, record, best = state.owed, state.history[-1], state.best
+        assert owed is not None
         last = state.iteration == self._koi.settings.num_iterations
-        due = last or state.iteration % self._every == 0
-        if self._validate is None or not due or record.validation is not None:
-            return record
+        if self._validate is None or not (last or state.iteration % self._every == 0):
+            state.owed = replace(owed, validated=True)
+            return
         with ranks.agreed():
             # by rank 0 alone, since others may round otherwise and would not stop where it does
             value = self._measure() if ranks.first else math.nan
         value = ranks.value_of_first(value)
-        record = replace(record, validation=value)
         with uninterrupted():
-            self._take(value, ranks.first)
-            state.history[-1] = record
-        return record
-
-    def catch_up(self, ranks: Ranks) -> None:
-        """Measure what was due where an earlier training was stopped."""
-        if self._state.history:
-            self.after(self._state.history[-1], ranks)
+            state.history[-1] = replace(record, validation=value)
+            state.owed = replace(owed, validated=True)
+            try:
+                self._take(value, ranks.first)
+            except CheckpointError:  # then it is measured again
+                state.history[-1], state.owed, state.best = record, owed, best
+                raise
 
     def finish(self) -> None:
         """Let φ be the best that was measured."""
@@ -103,7 +102,7 @@ class Validation:
             return
         learned = koi.settings.learned(koi.model)
         with uninterrupted():
-            learned.put(koi.model, best.phi)
+            copy_(self._phi(), best.phi)
             state.keep(best.moments, learned.params_of(koi.model), koi.settings)
         log.info(
             "φ is that after %d of %d meta-iterations, where validation gave %.4g",
@@ -120,11 +119,18 @@ class Validation:
         state.best = Best(state.iteration, value)
         if not self._keep_best:
             return
-        phi = clone(koi.settings.learned(koi.model).tensors_of(koi.model))
+        phi = clone(self._phi())
         moments = state.carried(koi.settings)
         state.best = replace(state.best, phi=phi, moments=moments and clone(moments))
         if saves and self._folder is not None:
             checkpoint.save(koi, state, self._folder.best)
+
+    def _phi(self) -> Tensors:
+        """Return all tensors that are φ's, not copies."""
+        settings, model = self._koi.settings, self._koi.model
+        names = settings.learned(model)
+        rates = self._state.rates(names.params_of(model), names, settings)
+        return [*(t.detach() for t in names.tensors_of(model)), *rates]
 
     def _measure(self) -> float:
         if hasattr(self._validate, "sample"):

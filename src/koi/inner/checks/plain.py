@@ -19,6 +19,7 @@ from koi.inner.base import InnerLoop, scalar
 from koi.inner.optimizers.rules import make_optimizer
 from koi.phi.arithmetic import Tensors, clone
 from koi.phi.learned import copy_module
+from koi.phi.rates import StepRates
 from koi.randomness import Place, capture, same_states
 from koi.tasks import outer_view, query_of, views
 
@@ -58,7 +59,7 @@ class Plain:
         """Return what is asked for, and the last loss, from ``start``.
 
         Args:
-            start: the parameters.
+            start: the parameters, and the learned rates.
             task: the task.
             number: its number in the meta-batch.
 
@@ -67,8 +68,9 @@ class Plain:
         """
         model = self._copied(self.model)
         params = self.inner.learned.params_of(model)
+        learned_rates = start[len(params) :]
         with torch.no_grad():
-            for param, value in zip(params, start, strict=True):
+            for param, value in zip(params, start, strict=False):
                 param.copy_(value)
         optimizer = make_optimizer(self.inner.factory, params, self.inner.step_size)
         view, loss = task, torch.zeros(())
@@ -76,6 +78,7 @@ class Plain:
         curve = [self._measured(task, model, 0)]
         trajectory = self.inner.algorithm.trajectory
         path = [clone(params)] if trajectory else []
+        directions: list[Tensors] = []
         for step, view in enumerate(steps):
             loss = self._loss(view, model, step)
             if step == 0:
@@ -87,7 +90,7 @@ class Plain:
                 adapted = self.inner.learned.those_adapted(params)
                 nn.utils.clip_grad_norm_(adapted, self.inner.clip)
             if self.steps:
-                self._step(optimizer, params, step)
+                directions.append(self._step(optimizer, params, self._rates(learned_rates, step)))
             curve.append(self._measured(task, model, step + 1))
             if trajectory:
                 path.append(clone(params))
@@ -103,20 +106,48 @@ class Plain:
             pairs = zip(params, _gradients(loss, params), strict=True)
             gradient = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in pairs]
         of_learned = self.inner.learned.those_learned
-        path, gradient = [of_learned(p) for p in path], of_learned(gradient) if gradient else []
+        of_rates = self._slopes(learned_rates, directions, gradient)
+        path = [[*of_learned(p), *learned_rates] for p in path]
+        gradient = [*of_learned(gradient), *of_rates] if gradient else []
         with torch.no_grad():
-            ends = of_learned(start), of_learned(clone(params))
-            return given(algorithm, *ends, path, gradient), loss.item()
+            begin = [*of_learned(start[: len(params)]), *learned_rates]
+            end = [*of_learned(clone(params)), *learned_rates]
+            return given(algorithm, begin, end, path, gradient), loss.item()
 
-    def _step(self, optimizer: torch.optim.Optimizer, params: Tensors, step: int) -> None:
-        if self.rates is None:
-            optimizer.step()
-            return
+    def _rates(self, learned: Sequence[Tensor], step: int) -> StepRates:
+        factors = None if self.rates is None else self.rates[step]
+        if self.inner.learned_rates is None:
+            return factors
+        like = self.inner.learned.params_of(self.model)
+        return self.inner.learned_rates.at(learned, step, factors, like)
+
+    def _step(self, optimizer: torch.optim.Optimizer, params: Tensors, rates: StepRates) -> Tensors:
+        """Step, and return how far a rate of 1 would have gone."""
         before = clone(params)
         optimizer.step()
         with torch.no_grad():
-            for param, old, rate in zip(params, before, self.rates[step], strict=True):
-                param.copy_(old + rate * (param - old))
+            directions = [param - old for param, old in zip(params, before, strict=True)]
+            if rates is None:
+                return directions
+            for param, old, way, rate in zip(params, before, directions, rates, strict=True):
+                if rate is not None:
+                    param.copy_(old + rate * way)
+        return directions
+
+    def _slopes(
+        self, learned: Sequence[Tensor], directions: list[Tensors], gradient: Tensors
+    ) -> Tensors:
+        """Return dL/dα of FOMAML's learned rates: ⟨∇L(φ̃), d_j⟩ for each step's direction d_j."""
+        leaves = [rate.detach().requires_grad_() for rate in learned]
+        if not leaves:
+            return []
+        total = torch.stack([rate.sum() for rate in leaves]).sum() * 0
+        for step, ways in enumerate(directions):
+            for rate, way, slope in zip(
+                self._rates(leaves, step) or (), ways, gradient, strict=True
+            ):
+                total = total if rate is None else total + (rate * way * slope.conj()).sum().real
+        return list(torch.autograd.grad(total, leaves))
 
     def _copied(self, model: nn.Module) -> nn.Module:
         """Return a deep copy; what nothing moves is not copied."""

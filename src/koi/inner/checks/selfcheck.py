@@ -68,8 +68,9 @@ class Eagerly:
 
     def __call__(self, start: Sequence[Tensor], task: Any, number: int) -> tuple[Tensors, float]:
         """Return what the algorithm gives of the task, and the query loss."""
-        phi = self._request.phi
-        at = Phi(list(start), phi.buffers, phi.constants, None, phi.names, phi.rates)
+        phi, count = self._request.phi, len(self._request.phi.params)
+        own = list(start[:count]), phi.buffers, phi.constants, None, phi.names, phi.rates
+        at = Phi(*own, list(start[count:]))
         batch = TaskBatch(tasks=[task], first=number)
         outcome = self._engine.meta_batch(at, batch, self._request.num_steps, self._request.place)
         return outcome.given, outcome.losses[0][-1] if outcome.losses else math.nan
@@ -134,7 +135,7 @@ class SelfCheck:
         return any(step_hooks(optimizer)) or "step" in vars(optimizer)
 
     def _look(self, tasks: list[Any], states: States) -> None:
-        start = self._request.phi.params
+        start = self._start
         try:
             expected, loss = self._plainly(start, tasks, states)
         except ModelError:
@@ -173,21 +174,30 @@ class SelfCheck:
         """Return what each tensor that is compared is called."""
         names = self._inner.learned
         every = {"evaluate": ["the query losses"], "measure": names.params}
-        return every.get(self._request.purpose) or names.those_learned(names.params)
+        rates = [f"the rate of {name}" for name in names.those_adapted(names.params)]
+        learned = [*names.those_learned(names.params), *rates]
+        return every.get(self._request.purpose) or learned
 
     def _plainly_from(self, learned: Tensors, *others: Any) -> tuple[Tensors, float]:
         """Return `_plainly` from other values of what is learned."""
         phi = self._request.phi
         new = dict(zip(map(id, phi.learned), learned, strict=True))
-        return self._plainly([new.get(id(p), p) for p in phi.params], *others)
+        return self._plainly([new.get(id(p), p) for p in self._start], *others)
+
+    @property
+    def _start(self) -> Tensors:
+        """The parameters and the learned rates that every task begins with."""
+        return [*self._request.phi.params, *self._request.phi.learned_rates]
 
     def _given(self, tasks: list[Any]) -> Tensors:
         """Return what the engine gives, the first task filling it up."""
         request, phi = self._request, self._request.phi
         # copies, since a loss that changes a weight in place does so here where nothing is compiled
         params, buffers, constants = map(clone, (phi.params, phi.buffers, phi.constants))
-        fresh = Phi(params, buffers, constants, None, phi.names, phi.rates)
-        where = TaskBatch(tasks=tasks).filled(self._rows), request.num_steps, request.place
+        fresh = Phi(params, buffers, constants, None, phi.names, phi.rates, phi.learned_rates)
+        weights = None if request.batch.weights is None else [1.0] * len(tasks)
+        batch = TaskBatch(tasks=tasks, weights=weights).filled(self._rows)
+        where = batch, request.num_steps, request.place
         if request.purpose == "train":
             return self._engine.meta_batch(fresh, *where).given
         if request.purpose == "evaluate":
@@ -231,7 +241,7 @@ class SelfCheck:
         self, given: Tensors, expected: Tensors, tasks: list[Any], states: States
     ) -> list[int]:
         """Return which tensors differ by more than rounding, or than other draws, explain."""
-        start = self._request.phi.params
+        start = self._start
         moved = self._moved(start, expected)
         away = [largest(a - b) for a, b in zip(given, expected, strict=True)]
         eps = max(torch.finfo(p.dtype).eps for p in start)
@@ -258,10 +268,11 @@ class SelfCheck:
         """Return what of the results is not φ itself, of which a part may be wrong."""
         if self._request.purpose == "evaluate":
             return expected
+        count = len(self._request.phi.params)
         if self._request.purpose == "measure":
-            return difference(expected, start)
+            return difference(expected, start[:count])
         with torch.no_grad():
-            learned = self._inner.learned.those_learned(start)
+            learned = [*self._inner.learned.those_learned(start[:count]), *start[count:]]
             return self._inner.algorithm.meta_gradient(learned, expected)
 
     def _copies(self, tasks: list[Any]) -> list[Any]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from koi.errors import EngineError
 from koi.inner.base import InnerLoop, Metric, explained, finite_tasks, metrics_of
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.functions import State
 from koi.inner.compiled.graphs import Graphs, Job
 from koi.inner.compiled.layers import layers_as_products
+from koi.inner.compiled.values import State
 from koi.inner.compiled.workers import Call, Workers
 from koi.inner.layers.embedding import map_padding
 from koi.inner.layers.normalisation import map_normalisation, map_weight_norm
@@ -91,14 +91,14 @@ class CompiledEngine:
                     norms, skip = figures[-call.count :], self.inner.skip_nonfinite
                     kept = finite_tasks(rows, norms, call.first, place, skip)
                     losses = [rows[row] for row in kept]
-                if whole and losses:
-                    constants = clone(output.constants)
+                    weights = batch.weights_of(call.first - batch.first + row for row in kept)
+                if whole and sum(weights) > 0:
+                    constants, skipped = clone(output.constants), len(batch) - len(losses)
                     parts = output.given, output.buffers, constants, output.moments
-                    return Outcome(*parts, losses, len(batch) - len(losses), distance)
+                    return Outcome(*parts, losses, skipped, distance, weights)
                 if losses:
-                    means.add(
-                        output.given, output.buffers, output.constants, output.moments, losses
-                    )
+                    parts = output.given, output.buffers, output.constants, output.moments
+                    means.add(*parts, losses, weights)
         return means.outcome(len(batch), distance if size >= len(batch) else None)
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
@@ -138,7 +138,8 @@ class CompiledEngine:
         else:
             moments = phi.moments
             check_moments(moments, self._shapes)
-        start = State(phi.params, [*phi.buffers, *phi.constants], moments, phi.rates)
+        buffers, learned = [*phi.buffers, *phi.constants], phi.learned_rates
+        start = State(phi.params, buffers, moments, phi.rates, learned)
         workers = self._workers_for(purpose, len(batch))
         calls = (
             self._graphs.call(

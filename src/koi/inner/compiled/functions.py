@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,51 +20,16 @@ from torch.func import grad, grad_and_value, vjp, vmap
 
 from koi.algorithms import given
 from koi.inner.base import InnerLoop, attention_kernel
+from koi.inner.compiled.values import Adapted, State, TrainOutput
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers.clipping import clipped
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.stepwise import filled
-from koi.phi.arithmetic import Tensors, movements
+from koi.phi.arithmetic import Tensors, mean_of, movements
 from koi.tasks import query_of, tensors_of, views, with_tensors
 
 TensorDict = dict[str, Tensor]
 Target = Callable[[TensorDict], Any]
-
-
-class State(NamedTuple):
-    """What an inner step changes: parameters, buffers, the optimizer's moments.
-
-    With it go what multiplies each parameter's rate: at each inner step, shape (steps, parameters),
-    or, for a graph of one step, at this one; None: 1.
-    """
-
-    params: Tensors
-    buffers: Tensors
-    moments: Tensors
-    rates: Tensor | None = None
-
-    def at(self, step: int) -> State:
-        """Return the state with the rates of one step."""
-        return self if self.rates is None else self._replace(rates=self.rates[step])
-
-
-class Adapted(NamedTuple):
-    """Where the inner loop ended, and what algorithms ask for (as in `koi.inner.stepwise`)."""
-
-    state: State
-    losses: Tensors
-    path: list[Tensors]
-    gradient: Tensors
-
-
-class TrainOutput(NamedTuple):
-    """An `Outcome`, its losses, the tasks' norms and the meta-gradient's in one tensor."""
-
-    given: Tensors
-    buffers: Tensors
-    constants: Tensors
-    moments: Tensors
-    figures: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,8 +75,8 @@ class InnerFunctions:
     def train(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> TrainOutput:
         """Return what a meta-batch gives, the inner steps written out."""
         start = self._spread(phi)
-        if self.inner.algorithm.second_order:
-            return self.outcome(phi, self._second_order(start, task, steps))
+        if self.inner.through_steps:
+            return self.outcome(phi, self._through_steps(start, task, steps))
         adapted = self._after(start, task, steps)
         if self.inner.algorithm.query_gradient:
             gradient, loss = self.outer_gradient(adapted.state, task, steps[-1])
@@ -129,7 +94,17 @@ class InnerFunctions:
             for i, t in enumerate(state.moments)
         ]
         buffers = [self._laid_out(t) for t in state.buffers]
-        return State(params, buffers, moments, state.rates)
+        return State(params, buffers, moments, state.rates, state.learned)
+
+    def at(self, state: State, step: int) -> State:
+        """Return the state with the rates of one step in the place of all."""
+        factors = None if state.rates is None else state.rates[step]
+        learned = self.inner.learned_rates
+        if learned is None:
+            return state._replace(rates=factors)
+        assert not isinstance(factors, Sequence)
+        found = learned.at(state.learned, step, factors, state.params)
+        return state._replace(rates=found, learned=())
 
     def step_(self, state: State, task: TensorDict, tensors: TensorDict) -> Tensor:
         """Do an inner step in place, so that there is never a second state; return the losses."""
@@ -154,24 +129,36 @@ class InnerFunctions:
 
     def pull_back(
         self, before: State, task: TensorDict, tensors: TensorDict, adjoint: State
-    ) -> tuple[Tensors, Tensors]:
+    ) -> tuple[Tensors, Tensors, Tensors]:
         """Return the adjoint of what an inner step began with, from that of what came of it.
 
         Args:
-            before: what it began with.
+            before: what it began with, at the rates of the step.
             task: the task's tensors.
             tensors: its view's.
             adjoint: of parameters and moments, without the counts.
+
+        Returns:
+            The adjoint of parameters, of moments, and of the rates if they are learned.
         """
         split = self.rule.num_slots * len(before.params)
+        learns = self.inner.learned_rates is not None
+        rates = [r for r in before.rates or [] if r is not None] if learns else []
 
-        def step(params: Tensors, moments: Tensors) -> tuple[Tensors, Tensors]:
-            start = before._replace(params=params, moments=[*moments, *before.moments[split:]])
+        def step(params: Tensors, moments: Tensors, rates: Tensors) -> tuple[Tensors, Tensors]:
+            moments = [*moments, *before.moments[split:]]
+            start = before._replace(params=params, moments=moments)
+            if learns:
+                each: list[Tensor | None] = [None] * len(params)
+                for place, rate in zip(self.adapted, rates, strict=True):
+                    each[place] = rate
+                start = start._replace(rates=each)
             after, _ = self._step(task, start, tensors)
             return after.params, after.moments[:split]
 
-        pull: Callable[..., Any] = vjp(step, self._rows(before.params), before.moments[:split])[1]
-        found: tuple[Tensors, Tensors] = pull((adjoint.params, adjoint.moments))
+        given = self._rows(before.params), before.moments[:split], rates
+        pull: Callable[..., Any] = vjp(step, *given)[1]
+        found: tuple[Tensors, Tensors, Tensors] = pull((adjoint.params, adjoint.moments))
         return found
 
     def outcome(self, phi: State, adapted: Adapted) -> TrainOutput:
@@ -181,17 +168,19 @@ class InnerFunctions:
         if self.num_tasks is not None:
             give = vmap(give, in_dims=(None, 0, 0, 0), randomness="different")
         of_learned = self.inner.learned.those_learned
-        path = [of_learned(self._rows(params)) for params in adapted.path]
+        rates = self.rates_of_tasks(phi)
+        path = [[*of_learned(self._rows(params)), *rates] for params in adapted.path]
         gradient = of_learned(adapted.gradient) if adapted.gradient else []
-        start = of_learned(phi.params)
-        each = give(start, of_learned(self._rows(after.params)), path, gradient)
+        gradient += adapted.gradient_of_rates
+        start = [*of_learned(phi.params), *phi.learned]
+        each = give(start, [*of_learned(self._rows(after.params)), *rates], path, gradient)
         curves = torch.stack(adapted.losses)
         norms = self._norms(each)
         kept = curves.isfinite().all(0) & norms.isfinite()
         split = self.rule.num_slots * len(phi.params)
-        moments = self._means(after.moments[:split], kept)
+        moments = self._means(after.moments[:split], kept, phi.weights)
         moments += [count.clone() for count in after.moments[split:]]
-        mean = self._means(each, kept)
+        mean = self._means(each, kept, phi.weights)
         count = len(self.inner.learned.buffers)
         moved = movements(after.buffers[:count], phi.buffers[:count])
         way = algorithm.meta_gradient(start, mean)
@@ -199,8 +188,8 @@ class InnerFunctions:
         figures = [curves.flatten(), norms.flatten(), distance.flatten()]
         return TrainOutput(
             mean,
-            self._means(moved, kept),
-            self._last(after.buffers[count:], kept),
+            self._means(moved, kept, phi.weights),
+            self._last(after.buffers[count:], kept, phi.weights),
             moments,
             torch.cat([f.to(curves.dtype) for f in figures]),
         )
@@ -210,25 +199,29 @@ class InnerFunctions:
         losses, trajectory = [], self.inner.algorithm.trajectory
         path = [state.params] if trajectory else []
         for step, tensors in enumerate(steps):
-            after, loss = self._step(task, state.at(step), tensors)
-            state = after._replace(rates=state.rates)
+            after, loss = self._step(task, self.at(state, step), tensors)
+            state = after._replace(rates=state.rates, learned=state.learned)
             losses.append(loss)
             if trajectory:
                 path.append(state.params)
         return Adapted(state, losses, path, [])
 
-    def _second_order(self, start: State, task: TensorDict, steps: Sequence[TensorDict]) -> Adapted:
+    def _through_steps(
+        self, start: State, task: TensorDict, steps: Sequence[TensorDict]
+    ) -> Adapted:
         """Return the gradient at φ of the query loss after all steps, and what led to it."""
 
-        def after_all(params: Tensors) -> tuple[Tensor, Any]:
-            first = start._replace(params=params)
+        def after_all(params: Tensors, learned: Tensors) -> tuple[Tensor, Any]:
+            first = start._replace(params=params, learned=learned)
             adapted = self._after(first, task, steps)
             loss = self._loss(adapted.state, *self._outer_target(task, steps[-1]))
             # tensors alone: what `grad` passes through beside a result must not be None
             return loss.sum(), (adapted.state[:3], [*adapted.losses, loss], adapted.path)
 
-        gradient, (end, losses, path) = grad(after_all, has_aux=True)(self._rows(start.params))
-        return Adapted(State(*end), losses, path, gradient)
+        given = self._rows(start.params), self.rates_of_tasks(start)
+        function = grad(after_all, argnums=(0, 1), has_aux=True)
+        (gradient, of_rates), (end, losses, path) = function(*given)
+        return Adapted(State(*end), losses, path, gradient, of_rates)
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         """Return a copy: of convolutions' weights on the CPU with the channels last.
@@ -247,7 +240,10 @@ class InnerFunctions:
         grads, loss, buffers = self._gradients(state, self._seen, seen, self.used)
         if self.inner.clip is not None:
             grads = list(clipped(grads, self.inner.clip, stacked=self.num_tasks is not None))
-        params, moments = self.rule.step(grads, state.params, state.moments, state.rates)
+        params, moments = self.rule.step(
+            *(grads, state.params, state.moments, state.rates),
+            first_order=self.inner.through_steps and not self.inner.algorithm.second_order,
+        )
         return State(params, buffers, moments), loss
 
     def _gradients(
@@ -336,6 +332,12 @@ class InnerFunctions:
         pairs = zip(params, self.num_dims, strict=True)
         return [None if p.dim() == num_dims else 0 for p, num_dims in pairs]
 
+    def rates_of_tasks(self, phi: State) -> Tensors:
+        """Return the learned rates, with a row for each task where many run at once."""
+        if self.num_tasks is None:
+            return list(phi.learned)
+        return [rate.expand(self.num_tasks, *rate.shape) for rate in phi.learned]
+
     def _spread(self, phi: State) -> State:
         """Return φ as every task starts from it."""
         if self.num_tasks is None:
@@ -347,30 +349,35 @@ class InnerFunctions:
         ]
         for i in set(range(len(phi.params))).difference(self.adapted):
             rows[0][i] = phi.params[i]
-        return State(rows[0], rows[1], rows[2] + phi.moments[split:], phi.rates)
+        return State(rows[0], rows[1], rows[2] + phi.moments[split:], phi.rates, phi.learned)
 
     def _norms(self, tensors: Tensors) -> Tensor:
         """Return the Euclidean norm of each task's tensors, shape ([tasks])."""
         first = 0 if self.num_tasks is None else 1
         return torch.stack([_squares(t).flatten(first).sum(-1) for t in tensors]).sum(0).sqrt()
 
-    def _last(self, tensors: Tensors, kept: Tensor) -> Tensors:
-        """Return those of the last task that is kept."""
+    def _last(self, tensors: Tensors, kept: Tensor, weights: Tensor | None) -> Tensors:
+        """Return those of the last task that is kept and counts."""
         if self.num_tasks is None:
             return [t.clone() for t in tensors]
-        if not self.inner.skip_nonfinite:
+        if weights is not None:
+            kept = kept & (weights > 0)
+        elif not self.inner.skip_nonfinite:
             return [t[-1].clone() for t in tensors]
         last = (torch.arange(self.num_tasks, device=kept.device) * kept).max().reshape(1)
         return [t.index_select(0, last)[0] for t in tensors]
 
-    def _means(self, tensors: Tensors, kept: Tensor) -> Tensors:
+    def _means(self, tensors: Tensors, kept: Tensor, weights: Tensor | None) -> Tensors:
         if self.num_tasks is None:
             return [t.contiguous() for t in tensors]
         if not self.inner.skip_nonfinite:
-            return [t.mean(0).contiguous() for t in tensors]
-        weights = [kept.reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
-        pairs = zip(tensors, weights, strict=True)
-        return [(torch.where(w, t, 0).sum(0) / kept.sum()).contiguous() for t, w in pairs]
+            return [mean_of(t, weights).contiguous() for t in tensors]
+        rows = [kept.reshape(-1, *[1] * (t.dim() - 1)) for t in tensors]
+        those = [torch.where(row, t, 0) for row, t in zip(rows, tensors, strict=True)]
+        if weights is not None:
+            weights = torch.where(kept, weights, 0)
+            return [mean_of(t, weights).contiguous() for t in those]
+        return [(t.sum(0) / kept.sum()).contiguous() for t in those]
 
 
 def _squares(tensor: Tensor) -> Tensor:

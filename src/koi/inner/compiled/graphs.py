@@ -14,14 +14,16 @@ from koi.errors import EngineError
 from koi.inner.base import InnerLoop, depends_on_model, drawn_views, explained, scalar
 from koi.inner.checks.granted import ClassLook, ValuesLook
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.functions import InnerFunctions, State, TensorDict
+from koi.inner.compiled.functions import InnerFunctions, TensorDict
 from koi.inner.compiled.steps import Program, StepGraphs
+from koi.inner.compiled.values import State
 from koi.inner.compiled.workers import Call, Workers
 from koi.inner.functional import PureLoss
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.second_order import goes_step_by_step
 from koi.inner.stepwise import explain
 from koi.inner.working import WorkingCopy
+from koi.phi.arithmetic import weights_like
 from koi.randomness import Place, capture, restore, same_host_draws, same_states
 from koi.tasks import (
     TaskBatch,
@@ -31,6 +33,7 @@ from koi.tasks import (
     settings_of,
     stack,
     tensors_of,
+    unstack,
     views,
     with_tensors,
 )
@@ -101,6 +104,8 @@ class Graphs:
         with explained(place, first, count):
             place.set("inner", (first or None) if self._together else first)
             task = self._tensors(job.chunk)
+            if self._together and job.chunk.weights is not None:
+                start = start._replace(weights=weights_like(job.chunk.weights, start.params))
             forms = forms_of(task)
             traced = self._traced(job.chunk, forms, job.num_steps)
             shared = workers is not None and not traced.noisy
@@ -131,7 +136,7 @@ class Graphs:
         """Return a graph of `InnerFunctions.train`, made for one number of steps."""
         num_steps = job.num_steps
         steps = self._drawn(job) if traced.draws else None
-        key = (forms_of(*(steps or [])), threads)
+        key = (forms_of(*(steps or [])), threads, job.chunk.weights is None)
         if key not in traced.programs:
             functions = traced.functions
 
@@ -176,7 +181,9 @@ class Graphs:
         key = kind, size, forms, num_steps
         if self._last is None or self._last[0] != key:
             if key not in self._known:
-                self._known[key] = self._trace(kind, chunk.tasks[0], size, num_steps)
+                # which padding may have made another
+                first = unstack(chunk.stacked)[0] if self._together else chunk.tasks[0]
+                self._known[key] = self._trace(kind, first, size, num_steps)
             self._last = key, self._known[key]
         return self._last[1]
 

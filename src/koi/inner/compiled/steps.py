@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from koi.inner.compiled.compiler import AsItStands, Graph
-from koi.inner.compiled.functions import Adapted, InnerFunctions, State, TensorDict, TrainOutput
+from koi.inner.compiled.functions import InnerFunctions, TensorDict
 from koi.inner.compiled.torch_internals import at_fixed_address
+from koi.inner.compiled.values import Adapted, State, TrainOutput
 from koi.phi.arithmetic import Tensors, clone
 
 MakeGraph = Callable[[Callable[..., Any], str], Graph | AsItStands]
@@ -54,7 +55,7 @@ class StepGraphs:
         """Return what to call to "train", "evaluate" or "adapt"."""
         if purpose == "evaluate":
             return Program(self.evaluate, (self._step, self._query))
-        if purpose == "train" and self._pure.inner.algorithm.second_order:
+        if purpose == "train" and self._pure.inner.through_steps:
             return Program(self.train, (self._step, self._outer, self._pull))
         if purpose == "train" and self._pure.inner.algorithm.query_gradient:
             return Program(self.train, (self._step, self._outer))
@@ -67,20 +68,21 @@ class StepGraphs:
         path = [clone(state.params)] if algorithm.trajectory else []
         losses, kept = [], []
         for step, tensors in enumerate(steps):
-            if algorithm.second_order:
+            if self._pure.inner.through_steps:
                 params, buffers, moments = map(clone, state[:3])
-                kept.append(State(params, buffers, moments, state.rates))
+                kept.append(state._replace(params=params, buffers=buffers, moments=moments))
             # a CUDA graph writes its next results over the last ones
-            losses.append(self._step(state.at(step), task, tensors).clone())
+            losses.append(self._step(self._pure.at(state, step), task, tensors).clone())
             if algorithm.trajectory:
                 path.append(clone(state.params))
         gradient: Tensors = []
+        of_rates: Tensors = []
         if algorithm.query_gradient:
             gradient, loss = self._outer(state, task, steps[-1])
             losses.append(loss)
-        if algorithm.second_order:
-            gradient = self._back(kept, task, steps, gradient)
-        return self._pure.outcome(phi, Adapted(state, losses, path, gradient))
+        if self._pure.inner.through_steps:
+            gradient, of_rates = self._back(kept, task, steps, gradient)
+        return self._pure.outcome(phi, Adapted(state, losses, path, gradient, of_rates))
 
     @torch.no_grad()
     def evaluate(self, phi: State, task: TensorDict, steps: Sequence[TensorDict]) -> Tensor:
@@ -88,7 +90,7 @@ class StepGraphs:
         state = self._begin(phi)
         losses = [self._query(state, task).clone()]
         for step, tensors in enumerate(steps):
-            self._step(state.at(step), task, tensors)
+            self._step(self._pure.at(state, step), task, tensors)
             losses.append(self._query(state, task).clone())
         return torch.stack(losses)
 
@@ -97,20 +99,29 @@ class StepGraphs:
         """Return each task's parameters and buffers after the steps, in one list."""
         state = self._begin(phi)
         for step, tensors in enumerate(steps):
-            self._step(state.at(step), task, tensors)
+            self._step(self._pure.at(state, step), task, tensors)
         return [*state.params, *state.buffers]
 
     def _back(
         self, kept: list[State], task: TensorDict, steps: Sequence[TensorDict], adjoint: Tensors
-    ) -> Tensors:
-        """Return dL/dφ from dL/dφ̃, each step computed once more (`koi.inner.second_order`)."""
-        count = self._pure.rule.num_slots * len(adjoint)
+    ) -> tuple[Tensors, Tensors]:
+        """Return dL/dφ from dL/dφ̃, each step computed once more (`koi.inner.second_order`).
+
+        Beside it that of the learned rates.
+        """
+        learned, count = self._pure.inner.learned_rates, self._pure.rule.num_slots * len(adjoint)
         of_moments = [torch.zeros_like(m) for m in kept[0].moments[:count]]
+        rates = self._pure.rates_of_tasks(kept[0])
+        of_rates = [torch.zeros_like(rate) for rate in rates]
         for step in reversed(range(len(steps))):
-            before, at = kept.pop().at(step), State(adjoint, [], of_moments)
-            pulled = self._pull(before, task, steps[step], at)
-            adjoint, of_moments = (clone(part) for part in pulled)
-        return adjoint
+            before, at = kept.pop()._replace(learned=rates), State(adjoint, [], of_moments)
+            pulled = self._pull(self._pure.at(before, step), task, steps[step], at)
+            adjoint, of_moments, of_step = (clone(part) for part in pulled)
+            if learned is not None:
+                factors = None if before.rates is None else before.rates[step]
+                parts = learned.pulled(rates, step, factors, before.params, of_step)
+                torch._foreach_add_(of_rates, parts)
+        return adjoint, of_rates
 
     def _begin(self, phi: State) -> State:
         """Return the state before the first step."""
@@ -125,4 +136,4 @@ class StepGraphs:
         else:
             for fixed, value in zip(chain(*self._fixed[:3]), chain(*start[:3]), strict=True):
                 fixed.copy_(value)
-        return self._fixed._replace(rates=start.rates)
+        return self._fixed._replace(rates=start.rates, learned=start.learned)

@@ -12,7 +12,9 @@ from torch.autograd import Function
 from torch.func import vjp
 from torch.nn import functional as F
 
+from koi.errors import EngineError
 from koi.inner.checks.granted import is_torchs_own
+from koi.ragged import counted_now
 
 
 def map_normalisation(module: nn.Module, autocast: bool, *, join: bool) -> None:
@@ -24,6 +26,7 @@ def map_normalisation(module: nn.Module, autocast: bool, *, join: bool) -> None:
     without running statistics, all tasks are one operation. The compiler cannot trace that one,
     and joins the operations itself.
     """
+    norm: Any
     for norm in module.modules():
         if not is_torchs_own(norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             continue
@@ -31,6 +34,9 @@ def map_normalisation(module: nn.Module, autocast: bool, *, join: bool) -> None:
             norm.forward = partial(_normalised, norm, norm.forward, autocast)
         elif norm.affine and join:
             norm.forward = partial(_joined, norm)
+        if join:
+            norm.forward = partial(_of_examples, norm, norm.forward)
+            norm.leaves_padding_out = True
 
 
 def map_weight_norm(module: nn.Module) -> None:
@@ -63,6 +69,45 @@ def _normalised(
     shape = [1, -1] + [1] * (input.dim() - 2)
     output: Tensor = precise * scale.reshape(shape) + shift.reshape(shape)
     return output.to(input.dtype)
+
+
+def _of_examples(norm: Any, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """Normalise by those rows of the batch that are examples, where some are padding."""
+    counted = counted_now()
+    if counted is None or not (norm.training or norm.running_mean is None):
+        return forward(input)
+    norm._check_input_dim(input)
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    dims, inside = [0, *range(2, input.dim())], input[0, 0].numel()
+    if len(counted.rows) != len(input) or counted.fewest * inside < 2:
+        raise EngineError(
+            f"{type(norm).__name__} sees {len(input)} rows of {len(counted.rows)} examples, or a "
+            "single number of a task, and cannot leave out the padding of tasks of different "
+            "sizes: use vectorize=False"
+        )
+    full = norm.weight if norm.affine else norm.running_mean
+    precise = input if full is None else input.to(full.dtype)
+    rows = counted.rows.to(precise.dtype).reshape(-1, *[1] * (input.dim() - 1))
+    count = rows.sum() * inside
+    mean = (precise * rows).sum(dims) / count
+    centred = precise - mean.reshape(shape)
+    variance = (centred.square() * rows).sum(dims) / count
+    if norm.running_mean is not None:
+        _move_statistics(norm, mean.detach(), (variance * count / (count - 1)).detach())
+    output: Tensor = centred * (variance + norm.eps).rsqrt().reshape(shape)
+    if norm.affine:
+        output = output * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+    return output.to(input.dtype)
+
+
+@torch.no_grad()
+def _move_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    norm.num_batches_tracked.add_(1)
+    share = norm.momentum
+    if share is None:
+        share = 1 / norm.num_batches_tracked.to(mean.dtype)
+    norm.running_mean.mul_(1 - share).add_(share * mean)
+    norm.running_var.mul_(1 - share).add_(share * variance)
 
 
 def _joined(norm: Any, input: Tensor) -> Tensor:

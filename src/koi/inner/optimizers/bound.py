@@ -12,6 +12,7 @@ from koi.inner.optimizers.moments import check_moments, spread
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.optimizers.torch_optimizer import TorchOptimizer
 from koi.phi.arithmetic import Tensors
+from koi.phi.rates import StepRates
 
 
 class BoundOptimizer(Protocol):
@@ -24,7 +25,7 @@ class BoundOptimizer(Protocol):
             ConfigurationError: they are another optimizer's, or of other parameters.
         """
 
-    def step(self, grads: Sequence[Tensor | None], rates: Tensor | None = None) -> None:
+    def step(self, grads: Sequence[Tensor | None], rates: StepRates = None) -> None:
         """Step by the gradients; None where the loss did not use a parameter.
 
         ``rates`` has for each parameter what multiplies its learning rate; None: 1.
@@ -74,7 +75,7 @@ class RuleOptimizer:
         """Start from φ's moments, or from the rule's initial ones."""
         self._moments = self.spread(moments)
 
-    def step(self, grads: Sequence[Tensor | None], rates: Tensor | None = None) -> None:
+    def step(self, grads: Sequence[Tensor | None], rates: StepRates = None) -> None:
         """Step by the gradients."""
         self._moments = self.rule.step_(grads, self._values, self._moments, rates)
 

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from koi.errors import ConfigurationError
 from koi.phi.arithmetic import Tensors
+from koi.phi.rates import StepRates
 
 OptimizerFactory = Callable[[Any, float], torch.optim.Optimizer]
 
 FACTORIES: dict[str, OptimizerFactory] = {
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr),
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
+    "adamw": lambda params, lr: torch.optim.AdamW(params, lr=lr),
 }
 
 
@@ -87,7 +89,7 @@ class UpdateRule(ABC):
         grads: Sequence[Tensor | None],
         params: Sequence[Tensor],
         moments: Tensors,
-        rates: Tensor | None = None,
+        rates: StepRates = None,
     ) -> Tensors:
         """Step the parameters in place, with `step`'s arguments, and return the next moments."""
         used, changes, moments = self._partial_changes(grads, params, moments, rates)
@@ -100,7 +102,9 @@ class UpdateRule(ABC):
         grads: Sequence[Tensor | None],
         params: Sequence[Tensor],
         moments: Tensors,
-        rates: Tensor | None = None,
+        rates: StepRates = None,
+        *,
+        first_order: bool = False,
     ) -> tuple[Tensors, Tensors]:
         """Return the parameters after the step, new tensors, and the next moments.
 
@@ -109,8 +113,13 @@ class UpdateRule(ABC):
             params: the parameters.
             moments: theirs.
             rates: for each parameter what its change is multiplied by; None: 1.
+            first_order: let derivatives take the direction of the step for a constant.
         """
-        used, changes, moments = self._partial_changes(grads, params, moments, rates)
+        seen: Sequence[Tensor] = params
+        if first_order:
+            grads = [None if g is None else g.detach() for g in grads]
+            seen, moments = [p.detach() for p in params], [m.detach() for m in moments]
+        used, changes, moments = self._partial_changes(grads, seen, moments, rates)
         following = list(params)
         for i, change in zip(used, changes, strict=True):
             following[i] = params[i] + change
@@ -121,7 +130,7 @@ class UpdateRule(ABC):
         grads: Sequence[Tensor | None],
         params: Sequence[Tensor],
         moments: Tensors,
-        rates: Tensor | None,
+        rates: StepRates,
     ) -> tuple[list[int], Tensors, Tensors]:
         """Return which parameters have a gradient, their changes, and all next moments.
 
@@ -138,7 +147,7 @@ class UpdateRule(ABC):
         if not used:
             return used, [], moments
         if rates is not None:
-            used_rates = [rates[i] for i in used]
+            used_rates: list[Any] = [rates[i] for i in used]  # what is stepped has a rate
             plain = self._partial_changes(grads, params, moments, None)
             return used, list(torch._foreach_mul(plain[1], used_rates)), plain[2]
         if len(used) == size:
@@ -200,7 +209,7 @@ class SGD(UpdateRule):
         grads: Sequence[Tensor | None],
         params: Sequence[Tensor],
         moments: Tensors,
-        rates: Tensor | None = None,
+        rates: StepRates = None,
     ) -> Tensors:
         """Step in place; plain SGD, the common case, by a single operation."""
         given = [grad for grad in grads if grad is not None]

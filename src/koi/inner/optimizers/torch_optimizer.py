@@ -21,7 +21,7 @@ from koi.inner.optimizers.hooks import hooks_set_aside
 from koi.inner.optimizers.moments import check_moments, spread
 from koi.inner.optimizers.rules import layout_of, make_optimizer
 from koi.phi.arithmetic import Tensors
-from koi.phi.rates import scaled_rates
+from koi.phi.rates import StepRates, scaled_rates
 from koi.randomness import capture, restore
 
 # Set by schedulers as a task goes on: each task begins with what the factory gives.
@@ -88,11 +88,12 @@ class TorchOptimizer:
             if flag > 0:
                 self._put(slot, value)
 
-    def step(self, grads: Sequence[Tensor | None], rates: Tensor | None = None) -> None:
+    def step(self, grads: Sequence[Tensor | None], rates: StepRates = None) -> None:
         """Step by the gradients; the rates of all that adapt are the same, of others 0."""
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = grad
-        with scaled_rates(self._optimizer, 1.0 if rates is None else rates.max().item()):
+        factor = rates.max().item() if isinstance(rates, Tensor) else 1.0
+        with scaled_rates(self._optimizer, factor):
             self._optimizer.step()
         for param in self.params:
             param.grad = None

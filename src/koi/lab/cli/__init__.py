@@ -10,7 +10,7 @@ from koi.errors import KoiError
 _WRONG_USE = 2
 _INTERRUPTED = 130  # as the shell has it for Ctrl-C
 # What a command may lack, and the extra that brings it.
-_EXTRAS = dict.fromkeys(("matplotlib", "numpy", "rich", "typer"), "cli") | dict.fromkeys(
+_EXTRAS = dict.fromkeys(("matplotlib", "rich", "typer"), "cli") | dict.fromkeys(
     ("anyio", "pydantic", "starlette", "uvicorn"), "demo"
 )
 

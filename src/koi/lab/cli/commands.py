@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import koi
 from koi.lab.cli import classifier, fewshot
 from koi.lab.cli.demo import demo
 from koi.lab.cli.sine import sine
 
+
+class _Flags:
+    """Options without a value, in a help that names no type for them."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, --help among them."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_Flags, TyperCommand):
+    pass
+
+
+class _Group(_Flags, TyperGroup):
+    pass
+
+
 app = typer.Typer(
+    cls=_Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -50,4 +73,4 @@ _COMMANDS = (
     classifier.predict,
 )
 for command in _COMMANDS:
-    app.command()(command)
+    app.command(cls=_Command)(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import socket
 import threading
 import webbrowser
 from pathlib import Path
@@ -50,12 +51,20 @@ def demo(
             param_hint="--port",
         ) from error
     with listening:
+        address = listening.getsockname()[0]
         url = _url(*listening.getsockname()[:2])
         typer.echo(f"Draw at {url} (Ctrl-C stops)")
+        names = [host]
+        if not ipaddress.ip_address(address).is_loopback:
+            names += [socket.gethostname(), f"{socket.gethostname()}.local"]
+            typer.echo(
+                f"Others can reach this page: it is served at {address}, to whoever reaches this "
+                "machine; leave --host out to keep it to yourself"
+            )
         if open_:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):  # the way to stop it, not a failure
-            server.serve(classifier, listening)
+            server.serve(classifier, listening, names)
 
 
 def _url(host: str, port: int) -> str:

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from tqdm import tqdm
 
 from koi import plots
 from koi.errors import ConfigurationError
@@ -51,7 +53,8 @@ def train(
         typer.Option(
             min=1,
             metavar="N",
-            help="Meta-iterations, ε falling to 0 over them [default: the recipe's].",
+            help="Meta-iterations, ε falling to 0 over them [default: the recipe's; for a folder "
+            "of your own at most 10000].",
         ),
     ] = None,
     out: Annotated[
@@ -111,16 +114,18 @@ def train(
     """Train an experiment of the paper, or the like on your own images, and measure it.
 
     An experiment is set beside the paper's numbers. For your own images (--data FOLDER and no
-    recipe) every setting is that of the recipe with the same network and the nearest number of
-    ways: 100,000 meta-iterations, or 200,000 (omniglot from 13 ways on). A fifth of the classes is
-    kept for the test, and a fifth for validation if there are enough.
+    recipe) every setting but the number of meta-iterations is that of the recipe with the same
+    network and the nearest number of ways. A fifth of the classes is kept for the test, and a fifth
+    for validation if there are enough. Training ends after 10,000 meta-iterations, or when 6
+    validations in a row, one every 500, were no better than the best before them; the best weights
+    are kept. With --iterations it takes that many.
 
     The same command again goes on with a run that was stopped.
     """
     own = {"num_ways": ways, "num_shots": shots, "network": network}
     chosen, classes = _experiment(recipe, data, seed, own)
     if iterations is not None:
-        chosen = replace(chosen, num_iterations=iterations)
+        chosen = replace(chosen, num_iterations=iterations, patience=None)
     config = Config(
         chosen,
         data=None if data is None else str(data.resolve()),
@@ -135,7 +140,13 @@ def train(
     console.print(f"{chosen.name}: {chosen.num_iterations:,} meta-iterations in {run.folder}")
     if classes is not None:
         console.print(_description(chosen, classes), soft_wrap=True)
-    runs.train(run)
+    learner = runs.train(run, say=tqdm.write)
+    if learner.best is not None and chosen.problem == "folder":
+        found = f"{100 * (1 - learner.best.value):.1f} % of validation queries are told rightly"
+        console.print(
+            f"The weights kept are those after {learner.best.iteration:,} of "
+            f"{learner.iteration:,} meta-iterations, where {found}"
+        )
     if test_tasks:
         _measure(run, list(chosen.adaptations), test_tasks, console)
 
@@ -161,8 +172,12 @@ def table(
         list[Path], typer.Argument(metavar="RUN…", help="Folders that koi train made.")
     ],
 ) -> None:
-    """Print the results of runs beside the paper's, as a Markdown table."""
-    typer.echo(runs.markdown_table([Run(folder) for folder in folders]))
+    """Print the results of runs beside the paper's; into a pipe, as a table in Markdown."""
+    opened = [Run(folder) for folder in folders]
+    measured = [run for run in opened if run.results()]
+    if measured:
+        _print_table(measured, Console(highlight=False))
+    runs.check_measured(opened)
 
 
 def export(
@@ -179,8 +194,21 @@ def _measure(run: Run, shots: list[int], num_tasks: int, console: Console) -> No
         runs.measure(run, num_shots, num_tasks)
     plots.save(plots.learning_curve(run.validations(), run.results()), run.picture)
     runs.write_card(run)
-    typer.echo(runs.markdown_table([run]))
+    _print_table([run], console)
     console.print(f"Picture: {run.picture}", soft_wrap=True)
+
+
+def _print_table(measured: list[Run], console: Console) -> None:
+    """Print a table for people on a terminal, Markdown into a pipe."""
+    if not console.is_terminal:
+        typer.echo(runs.markdown_table(measured))
+        return
+    table, found = Table(), runs.columns(measured)
+    for is_number, name, _ in found:
+        table.add_column(name, justify="right" if is_number else "left")
+    for row in zip(*(cells for _, _, cells in found), strict=True):
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def _experiment(

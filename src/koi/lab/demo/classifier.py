@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from koi import Koi
 from koi.errors import CheckpointError
 from koi.lab.runs.folder import Run
-from koi.lab.runs.measuring import newest_checkpoint
+from koi.lab.runs.kinds import LEARNER, what_is
+from koi.lab.runs.measuring import chosen_checkpoint
 from koi.models import omniglot_net
 from koi.randomness import preserved_generators, set_generators
 from koi.recipes.fewshot import adam_without_momentum
@@ -93,7 +94,13 @@ class Classifier:
             CheckpointError: there is none, it cannot be read, or it is of another network or of
                 one for fewer than three classes.
         """
-        file = newest_checkpoint(Run(path)) if path.is_dir() else path
+        file = chosen_checkpoint(Run(path)) if path.is_dir() else path
+        what = what_is(file)
+        if what != LEARNER:
+            raise CheckpointError(
+                f"{file} is {what}: give the folder of a run, a checkpoint in it, or what koi "
+                "export wrote"
+            )
         saved = checkpoint.read(file)
         num_outputs = _num_outputs(saved.params)
         if num_outputs < MIN_CLASSES:

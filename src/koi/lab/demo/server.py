@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import anyio.to_thread
 import torch
 import uvicorn
@@ -15,13 +17,13 @@ from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from koi.lab.demo import strokes
+from koi.lab.demo import guards, strokes
 from koi.lab.demo.classifier import MAX_CLASSES, MIN_CLASSES, Classifier
 from koi.lab.demo.messages import (
     MAX_BYTES,
@@ -44,17 +46,18 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 _MAX_CONNECTIONS = 64
-_PATIENCE = 2  # seconds that answers under way are waited for at the end
+_PATIENCE = 1  # seconds that answers under way are waited for at the end
 
 
-def application(classifier: Classifier) -> Starlette:
+def application(classifier: Classifier, names: Collection[str] = ()) -> Starlette:
     """Return the demo as an ASGI application.
 
     ``POST /answer`` takes a `Question` as JSON. What comes back has ``losses`` and
     ``probabilities``, as `Answer`, and ``images``: of the examples and then of the query what the
     network sees, each 784 characters, row by row, "1" for ink. Anything else than a question gets
     a status from 400 to 499 and ``{"error": one sentence}``. ``GET /limits`` says what may be
-    asked.
+    asked. A request for a host that is no address, and neither localhost nor one of ``names``, is
+    refused.
     """
     # Answers are made one after the other: torch's global generators are set while one is made.
     one_at_a_time = anyio.CapacityLimiter(1)
@@ -83,7 +86,7 @@ def application(classifier: Classifier) -> Starlette:
             Route("/limits", limits),
             Mount("/", StaticFiles(directory=_STATIC, html=True)),
         ],
-        middleware=[Middleware(_WithHeaders)],
+        middleware=[Middleware(_WithHeaders), Middleware(guards.KnownHosts, names=names)],
         exception_handlers={HTTPException: _refused},
     )
 
@@ -98,13 +101,14 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family)
 
 
-def serve(classifier: Classifier, listening: socket.socket) -> None:
-    """Answer until Ctrl-C or SIGTERM."""
+def serve(classifier: Classifier, listening: socket.socket, names: Collection[str] = ()) -> None:
+    """Answer until Ctrl-C or SIGTERM, under these names of the machine."""
     # The first adaptation is slow; better that nobody waits for it.
     blank = torch.zeros(MIN_CLASSES, 1, strokes.IMAGE_SIZE, strokes.IMAGE_SIZE)
     classifier.answer(blank, blank[0], 1, "learned")
     config = uvicorn.Config(
-        application(classifier),
+        guards.Ending(application(classifier, names)),
+        http=guards.Impatient,
         log_level="warning",
         access_log=False,
         limit_concurrency=_MAX_CONNECTIONS,
@@ -118,11 +122,18 @@ async def _body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, f"the question is of type {kind or 'unknown'}: send JSON")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BYTES:
-            raise HTTPException(413, f"the question is too large: at most {MAX_BYTES} bytes")
+    body, close = bytearray(), {"Connection": "close"}
+    try:
+        with anyio.fail_after(guards.BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BYTES:
+                    told = f"the question is too large: at most {MAX_BYTES} bytes"
+                    raise HTTPException(413, told, close)
+    except TimeoutError as error:
+        raise HTTPException(408, "the question did not arrive in time", close) from error
+    except ClientDisconnect as error:  # whom nobody can tell
+        raise HTTPException(400, "the question was not sent to its end", close) from error
     return bytes(body)
 
 

@@ -5,7 +5,7 @@ from koi.lab.runs.classifier import Classifier, adapt
 from koi.lab.runs.export import export
 from koi.lab.runs.folder import Config, Run
 from koi.lab.runs.measuring import measure
-from koi.lab.runs.table import markdown_table
+from koi.lab.runs.table import check_measured, columns, markdown_table
 from koi.lab.runs.training import train
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "Config",
     "Run",
     "adapt",
+    "check_measured",
+    "columns",
     "export",
     "markdown_table",
     "measure",

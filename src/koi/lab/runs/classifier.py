@@ -20,8 +20,11 @@ from koi.fewshot.data import scaled
 from koi.fewshot.images import ImageForm
 from koi.fewshot.sources import class_folders
 from koi.lab.runs.folder import Run
-from koi.lab.runs.measuring import measuring_learner, newest_checkpoint
+from koi.lab.runs.kinds import CLASSIFIER, RUN, what_is
+from koi.lab.runs.measuring import chosen_checkpoint, measuring_learner
 from koi.recipes import IMAGE_FORMS, NETWORKS
+
+_WANTED = "give a file that koi adapt wrote"
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,16 @@ class Classifier:
         Raises:
             CheckpointError: the file cannot be read, or holds something else.
         """
+        what = what_is(Path(path))
+        if what != CLASSIFIER:
+            mend = f"adapt it first, by koi adapt {path} SUPPORT_FOLDER" if what == RUN else _WANTED
+            raise CheckpointError(f"{path} is {what}: {mend}")
         data = storage.read(Path(path))
         try:
             return _from_file(data["classifier"], data["weights"])
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path} holds no classifier ({type(error).__name__}: {error}): give a file that "
-                "koi adapt wrote"
+                f"{path} holds no classifier ({type(error).__name__}: {error}): {_WANTED}"
             ) from error
 
 
@@ -125,7 +131,7 @@ def _from_file(kept: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Classi
 
 
 def adapt(run: Run, folder: str | os.PathLike[str], num_steps: int | None = None) -> Classifier:
-    """Return a classifier of the classes in a folder, adapted from the run's newest checkpoint.
+    """Return a classifier of the classes in a folder, adapted from the run's chosen checkpoint.
 
     Where there are fewer classes than ways, the network's first outputs are theirs and nothing
     looks at the others: outputs are on a par, as episodes number their classes at random.
@@ -142,7 +148,7 @@ def adapt(run: Run, folder: str | os.PathLike[str], num_steps: int | None = None
     """
     config = replace(run.config(), device="cpu")
     recipe = config.recipe
-    checkpoint = newest_checkpoint(run)
+    checkpoint = chosen_checkpoint(run)
     files = class_folders(Path(folder))
     if not 2 <= len(files) <= recipe.num_ways:
         raise DataError(

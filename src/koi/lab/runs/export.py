@@ -6,7 +6,7 @@ from pathlib import Path
 
 from koi import Koi, storage
 from koi.lab.runs.folder import Run
-from koi.lab.runs.measuring import newest_checkpoint
+from koi.lab.runs.measuring import chosen_checkpoint
 
 
 def export(run: Run, path: Path) -> int:
@@ -26,7 +26,7 @@ def export(run: Run, path: Path) -> int:
     """
     recipe = run.config().recipe
     code = recipe.code() | {"meta_optimizer": None}
-    learner = Koi.load(newest_checkpoint(run), recipe.model(), **code)
+    learner = Koi.load(chosen_checkpoint(run), recipe.model(), **code)
     learner.history.clear()
     only_training = {"tasks": None, "generators": None, "drawn_seed": None}
     storage.write(path, learner.state_dict() | only_training)

@@ -15,9 +15,11 @@ import torch
 
 from koi.errors import ConfigurationError
 from koi.fewshot import Splits, labelled
-from koi.files import replace_file
+from koi.files import mend, replace_file
+from koi.lab.runs.kinds import CONFIG, what_is
 from koi.problems import mini_imagenet, omniglot
 from koi.recipes import IMAGE_FORMS, FewShotRecipe, Parts
+from koi.training.logs import METRICS
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Run:
         self.picture = self.folder / "learning-curve.png"
         self.weights = self.folder / "model.safetensors"
         self.learner = self.folder / "learner.safetensors"
-        self._config = self.folder / "config.json"
+        self._config = self.folder / CONFIG
         self._results = self.folder / "results.json"
 
     @classmethod
@@ -98,22 +100,30 @@ class Run:
         run = cls(folder)
         if run._config.exists():
             problems = _differences(run.config(), config)
-            if problems:
+            if problems and run.is_trained:
                 raise ConfigurationError(
                     [
-                        f"{folder} holds another run; choose another folder, or go on as it began:",
-                        *problems,
+                        f"{folder} holds another run ({'; '.join(problems)}): choose another "
+                        "folder by --out, or go on as it began"
                     ]
                 )
-            return run
+            if not problems:
+                return run
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             run._write(run._config, {**config.as_data(), "made_with": environment(config.device)})
         except OSError as error:
             raise ConfigurationError(
-                [f"the folder {folder} cannot be written to ({error.strerror or error})"]
+                [f"the folder {folder} cannot be made ({error.strerror or error}): {mend(error)}"]
             ) from error
         return run
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a meta-iteration was ever done here: a folder without one is nobody's run."""
+        metrics = self.folder / METRICS
+        has_lines = metrics.is_file() and metrics.stat().st_size > 0
+        return has_lines or any(self.checkpoints.glob("iteration-*.safetensors"))
 
     def config(self) -> Config:
         """Return the configuration.
@@ -125,7 +135,14 @@ class Run:
             data = json.loads(self._config.read_text(encoding="utf-8"))
             data.pop("made_with")
             return Config.from_data(data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise ConfigurationError(
+                [
+                    f"{self.folder} is {what_is(self.folder)}: give the folder of a run, which "
+                    "koi train makes"
+                ]
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(
                 [
                     f"{self.folder} is no folder of a run ({type(error).__name__}: {error}): give "
@@ -165,17 +182,32 @@ class Run:
         replace_file(path, text.encode())
 
 
+# What was typed to set a value; all else follows from these and from the data.
+_TYPED = {
+    "num_iterations": "--iterations",
+    "num_ways": "--ways",
+    "network": "--network",
+    "data": "--data",
+    "seed": "--seed",
+    "num_validation": "--validation",
+    "compile": "--compile",
+    "device": "--device",
+}
+
+
 def _differences(there: Config, here: Config) -> list[str]:
-    """Return a line for each setting that differs."""
+    """Return what differs, by what was typed where that says it all."""
     old, new = there.flat(), here.flat()
-    lines = [
-        f"{name}: {old[name]!r} there, {value!r} here"
-        for name, value in new.items()
-        if old[name] != value and name != "classes"
-    ]
-    if not lines and there.classes != here.classes:
-        lines = ["the classes in the folder have changed since"]
-    return lines
+    differ = [name for name in new if old[name] != new[name]]
+    if there.recipe.name != here.recipe.name and not (there.classes and here.classes):
+        return [f"recipe {there.recipe.name} there, {here.recipe.name} here"]
+    lines = [f"{_TYPED[n]} {old[n]} there, {new[n]} here" for n in differ if n in _TYPED]
+    shots = [", ".join(config.recipe.as_data()["adaptations"]) for config in (there, here)]
+    if shots[0] != shots[1]:
+        lines.append(f"--shots {shots[0]} there, {shots[1]} here")
+    if not lines and {"classes", "num_shots"} & set(differ):
+        lines = ["the images in the folder have changed since"]
+    return lines or [f"{name} {old[name]} there, {new[name]} here" for name in differ]
 
 
 def environment(device: str) -> dict[str, str]:

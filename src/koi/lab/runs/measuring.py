@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from koi import Koi
-from koi.errors import CheckpointError
+from koi.errors import CheckpointError, DataError
 from koi.fewshot import Accuracy, LabelledData
 from koi.fewshot.accuracy import both_ways
 from koi.lab.runs.folder import Config, Run
-from koi.recipes import FewShotRecipe
+from koi.lab.runs.kinds import RUN, what_is
 
-# Tasks that are adapted to at once.
+# Tasks that are adapted to at once on a CPU; on a GPU as many as are drawn together.
 _CHUNK = 20
 
 
 def measure(run: Run, num_shots: int, num_tasks: int = 1000, progress: bool | None = None) -> Any:
-    """Measure the run's newest checkpoint on test classes, and keep the result in its folder.
+    """Measure the run's chosen checkpoint on test classes, and keep the result in its folder.
 
     Args:
         run: a run that has trained.
@@ -32,12 +32,18 @@ def measure(run: Run, num_shots: int, num_tasks: int = 1000, progress: bool | No
     Returns:
         The result as it is kept: both accuracies with their intervals, in [0, 1], and how many
         tasks they are over or were left out as not finite.
+
+    Raises:
+        DataError: a test class has too few examples for so many shots.
+        CheckpointError: the run has no checkpoint.
     """
     config = run.config()
-    checkpoint = newest_checkpoint(run)
+    checkpoint = chosen_checkpoint(run)
+    test = config.splits().test
+    _check_shots(test, num_shots)
     began = time.perf_counter()
     learner = measuring_learner(checkpoint, config, num_shots)
-    found = measured(learner, config, config.splits().test, num_shots, num_tasks, progress)
+    found = measured(learner, config, test, num_shots, num_tasks, progress)
     result = {
         "transductive": list(found.transductive),
         "inductive": list(found.inductive),
@@ -50,14 +56,25 @@ def measure(run: Run, num_shots: int, num_tasks: int = 1000, progress: bool | No
     return result
 
 
+def _check_shots(test: LabelledData, num_shots: int) -> None:
+    """Raise an error that says which numbers of shots there are examples for."""
+    count, name = min(zip(test.counts, test.classes, strict=True))
+    if count <= num_shots:
+        fits = f"take {count - 1}" + (" or fewer" if count > 2 else "") if count > 1 else "add some"
+        raise DataError(
+            f"{num_shots} shots need {num_shots + 1} examples of each test class, one of them to "
+            f"be asked, and {name!r} has {count}: {fits}"
+        )
+
+
 def measuring_learner(checkpoint: Path, config: Config, num_shots: int) -> Koi:
     """Return a learner that adapts as the recipe's test tasks want it, from a checkpoint.
 
     It is not compiled: a graph for each number of shots would take longer than it saves. A task on
     which it diverges is left out and counted: it must not end a training that is being watched.
     """
-    recipe: FewShotRecipe = config.recipe
-    model, settings = recipe.model().to(config.device), _measuring(recipe, num_shots)
+    recipe = config.recipe
+    model, settings = recipe.model().to(config.device), _measuring(config, num_shots)
     return Koi.load(checkpoint, model, **recipe.code(), **settings)
 
 
@@ -65,17 +82,17 @@ def measuring_copy(learner: Koi, config: Config, num_shots: int) -> Koi:
     """Return a learner as `measuring_learner` does, of what ``learner`` is now."""
     copy = Koi(config.recipe.model().to(config.device), **vars(learner.settings))
     copy.load_state_dict(learner.state_dict())
-    for name, value in _measuring(config.recipe, num_shots).items():
+    for name, value in _measuring(config, num_shots).items():
         setattr(copy, name, value)
     return copy
 
 
-def _measuring(recipe: FewShotRecipe, num_shots: int) -> dict[str, Any]:
+def _measuring(config: Config, num_shots: int) -> dict[str, Any]:
     return {
-        "num_steps": recipe.adaptation(num_shots).num_steps,
+        "num_steps": config.recipe.adaptation(num_shots).num_steps,
         "compile": False,
         "vectorize": "auto",
-        "chunk_size": _CHUNK,
+        "chunk_size": _CHUNK if config.device == "cpu" else None,
         "on_nonfinite": "skip",
     }
 
@@ -102,6 +119,19 @@ def measured(
     return Accuracy(fractions, num_tasks - len(fractions))
 
 
+def chosen_checkpoint(run: Run) -> Path:
+    """Return the file of the φ by which a run is measured and used.
+
+    That is the best by validation where the training keeps it, as on a folder of one's own; else
+    the last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    best = run.checkpoints / "best.safetensors"
+    return best if best.exists() else newest_checkpoint(run)
+
+
 def newest_checkpoint(run: Run) -> Path:
     """Return the file of the newest checkpoint.
 
@@ -109,6 +139,9 @@ def newest_checkpoint(run: Run) -> Path:
         CheckpointError: there is none.
     """
     found = sorted(run.checkpoints.glob("iteration-*.safetensors"))
-    if not found:
-        raise CheckpointError(f"{run.folder} has no checkpoint yet: train it first")
-    return found[-1]
+    if found:
+        return found[-1]
+    what = what_is(run.folder)
+    if what != RUN:
+        raise CheckpointError(f"{run.folder} is {what}: give {RUN}, which koi train makes")
+    raise CheckpointError(f"{run.folder} has no checkpoint yet: train it first, by koi train")

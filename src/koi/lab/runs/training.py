@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from koi import Koi
+from koi import Koi, Record
 from koi.fewshot import Accuracy, LabelledData
 from koi.lab.runs.folder import Config, Run
 from koi.lab.runs.measuring import measured, measuring_copy
+from koi.recipes import FewShotRecipe
 from koi.training.logs import append
 from koi.training.progress import ProgressBar
 
@@ -19,9 +22,16 @@ _NUM_CHECKPOINTS = 100
 _NUM_VALIDATIONS = 10
 _LEAST_DISTANCE = 250
 _VALIDATION_TASKS = 50
+# Where validation decides when training ends: then it is not a tenth of what there is at most.
+_DISTANCE_OF_PATIENCE = 500
+_TASKS_OF_PATIENCE = 100
+# Meta-iterations after which it is said how long the rest will take.
+_NUM_TIMED = 10
 
 
-def train(run: Run, progress: bool | None = None) -> Koi:
+def train(
+    run: Run, progress: bool | None = None, say: Callable[[str], object] | None = None
+) -> Koi:
     """Train the run's recipe, from where an earlier training of the folder was stopped.
 
     The folder gets checkpoints, metrics.jsonl with a line for each meta-iteration,
@@ -31,6 +41,7 @@ def train(run: Run, progress: bool | None = None) -> Koi:
     Args:
         run: a run, begun or trained in part.
         progress: whether to show a progress bar; None: where there is a terminal.
+        say: is told after a few meta-iterations how long the rest will take; None: nothing is.
     """
     config = run.config()
     recipe = config.recipe
@@ -43,23 +54,65 @@ def train(run: Run, progress: bool | None = None) -> Koi:
         compile=config.compile,
     )
     every = max(1, recipe.num_iterations // _NUM_CHECKPOINTS)
+    callbacks = [] if say is None else [Forecast(recipe, say)]
     with ProgressBar(progress, recipe.num_iterations, 0) as bar:
         watches = len(splits.validation) >= recipe.num_ways
+        distance = max(_LEAST_DISTANCE, recipe.num_iterations // _NUM_VALIDATIONS)
         learner.train(
             recipe.training_episodes(splits.train, config.device),
             progress=False,
-            callbacks=[lambda _, record: bar.advance(record)],
+            callbacks=[lambda _, record: bar.advance(record), *callbacks],
             checkpoint_dir=run.checkpoints,
             checkpoint_every=every,
             resume=True,
             log_dir=run.folder,
             validate=Validation(run, config, splits.validation, bar) if watches else None,
-            validate_every=max(_LEAST_DISTANCE, recipe.num_iterations // _NUM_VALIDATIONS),
+            validate_every=_DISTANCE_OF_PATIENCE if recipe.patience else distance,
             # the paper's numbers are those of the last φ
             keep_best=recipe.problem == "folder",
+            patience=recipe.patience if watches else None,
         )
     safetensors.torch.save_model(learner.model, str(run.weights))
     return learner
+
+
+class Forecast:
+    """Says once, after a few meta-iterations, how long the rest of a training will take.
+
+    Args:
+        recipe: what is trained.
+        say: is told.
+    """
+
+    def __init__(self, recipe: FewShotRecipe, say: Callable[[str], object]) -> None:
+        self._recipe, self._say = recipe, say
+        self._seconds: list[float] = []
+
+    def __call__(self, koi: Koi, record: Record) -> None:
+        """Time a meta-iteration; the first ones may compile and check, hence the median."""
+        if len(self._seconds) == _NUM_TIMED:
+            return
+        self._seconds.append(record.seconds)
+        left = self._recipe.num_iterations - koi.iteration
+        if len(self._seconds) == _NUM_TIMED and left > 0:
+            each = statistics.median(self._seconds)
+            most = "at most, " if self._recipe.patience else ""
+            self._say(
+                f"The other {left:,} meta-iterations will take about {duration(each * left)} "
+                f"({most}{each:.2g} s each, validation aside)"
+            )
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time for people.
+
+    >>> [duration(s) for s in (1, 50, 100, 29_000, 600_000)]
+    ['1 second', '50 seconds', '2 minutes', '8 hours', '7 days']
+    """
+    units = ("second", 1), ("minute", 60), ("hour", 3600), ("day", 86400)
+    name, size = next((unit for unit in reversed(units) if seconds >= 1.5 * unit[1]), units[0])
+    count = max(1, round(seconds / size))
+    return f"{count} {name}" + "s" * (count > 1)
 
 
 class Validation:
@@ -95,7 +148,7 @@ class Validation:
                 config,
                 self._data,
                 num_shots,
-                _VALIDATION_TASKS,
+                _TASKS_OF_PATIENCE if config.recipe.patience else _VALIDATION_TASKS,
             )
             for num_shots in config.recipe.adaptations
         }

@@ -1,0 +1,5 @@
+"""``python -m koi``: the command ``koi``."""
+
+from koi.lab.cli import main
+
+main()
