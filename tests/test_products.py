@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
@@ -158,3 +158,26 @@ def test_small_products_are_written_out(sizes, remaining):
     matrix_products = torch.ops.aten.mm.default, torch.ops.aten.bmm.default
     assert sum(target in matrix_products for target in targets) == remaining
     torch.testing.assert_close(traced(left, right), products(left, right))
+
+
+# torch warns of itself where a derivative forward is first traced
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("products", [True, False])
+def test_zeros_have_memory(products):
+    """A tangent that is zero is a ZeroTensor, which code that is made of a graph cannot read."""
+
+    def second_derivative(t):
+        def slope(t):
+            return jvp(lambda t: 2 * t, (t,), (torch.ones_like(t),))[1]
+
+        return jvp(slope, (t,), (torch.ones_like(t),))[1]
+
+    traced = make_fx(second_derivative, tracing_mode="fake")(torch.ones(2, 3))
+    zero = torch.ops.aten._efficientzerotensor.default
+    assert zero in [node.target for node in traced.graph.nodes]
+    graph_pass(products=products)["post_grad_custom_pre_pass"](traced.graph)
+    traced.recompile()
+    assert zero not in [node.target for node in traced.graph.nodes]
+    found = traced(torch.ones(2, 3))
+    assert found.data_ptr() != 0
+    assert torch.equal(found, torch.zeros(2, 3))
