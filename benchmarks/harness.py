@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -52,11 +52,28 @@ def by_turns(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def ratio(timing: Timing, reference: Timing) -> tuple[float, float, float]:
-    """The quotient of the medians, and the quartiles of the turn-by-turn quotients."""
+class Quotient(NamedTuple):
+    """How two timings compare: the quotient of their medians, and the quotients turn by turn.
+
+    The first can lie outside the quartiles of the others, hence their own median.
+    """
+
+    of_medians: float
+    low: float
+    median: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"**{self.of_medians:.2f}** ({self.median:.2f}, {self.low:.2f}–{self.high:.2f})"
+
+
+BRACKETS = "in brackets the median of the turn-by-turn quotients, and their quartiles"
+
+
+def ratio(timing: Timing, reference: Timing) -> Quotient:
+    """How many times ``reference`` goes into ``timing``."""
     quotients = [a / b for a, b in zip(timing.seconds, reference.seconds, strict=True)]
-    low, _, high = statistics.quantiles(quotients, n=4)
-    return timing.median / reference.median, low, high
+    return Quotient(timing.median / reference.median, *statistics.quantiles(quotients, n=4))
 
 
 def environment() -> dict[str, Any]:

@@ -93,8 +93,7 @@ def row(case: str, threads: int, timings: dict[str, Timing]) -> list[str]:
     """A row of the table: milliseconds for each meta-iteration, and the ratio."""
     _, num_iterations, bound = CASES[case]
     hand, ours = (timings[name].median / num_iterations * 1e3 for name in ("by hand", "Koi"))
-    value, low, high = harness.ratio(timings["Koi"], timings["by hand"])
-    shown = f"**{value:.2f}** ({low:.2f}–{high:.2f})"
+    shown = str(harness.ratio(timings["Koi"], timings["by hand"]))
     return [case, str(threads), f"{hand:.2f}", f"{ours:.2f}", shown, f"{bound:.1f}"]
 
 
@@ -119,8 +118,8 @@ def main() -> None:
     head = ["", "threads", "by hand, ms", "Koi, ms", "Koi / by hand", "at most"]
     text = (
         "Wall time of one meta-iteration, sampling included: medians of "
-        f"{arguments.repetitions} repetitions in one process, by turns. In brackets the quartiles "
-        "of the turn-by-turn ratios. Made by `python benchmarks/one_by_one.py --write`.\n\n"
+        f"{arguments.repetitions} repetitions in one process, by turns; {harness.BRACKETS}. "
+        "Made by `python benchmarks/one_by_one.py --write`.\n\n"
         + harness.markdown_table(head, rows)
     )
     print(text, *(f"{key}: {value}" for key, value in facts.items()), sep="\n")

@@ -117,8 +117,7 @@ def measured(row: Row, forms: list[str], repetitions: int) -> list[str]:
     timings = harness.by_turns({form: training(row, form) for form in forms}, repetitions)
     cells = [f"{timing.median / NUM_ITERATIONS * 1e3:.1f}" for timing in timings.values()]
     for form in forms[1:]:
-        value, low, high = harness.ratio(timings[forms[0]], timings[form])
-        cells.append(f"**{value:.2f}** ({low:.2f}–{high:.2f})")
+        cells.append(str(harness.ratio(timings[forms[0]], timings[form])))
     return [row.title(), *cells]
 
 
@@ -144,10 +143,7 @@ def main() -> None:
         *(f"{form}: times faster" for form in forms[1:]),
     ]
     print(harness.markdown_table(head, rows))
-    print(
-        f"Medians of {options.repetitions} repetitions, by turns; in brackets the quartiles of the "
-        "turn-by-turn ratios."
-    )
+    print(f"Medians of {options.repetitions} repetitions, by turns; {harness.BRACKETS}.")
     print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n")
 
 

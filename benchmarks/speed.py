@@ -184,10 +184,10 @@ def line(row: Row, result: Result) -> list[str]:
     bounds = [f"{row.must:g}", f"{row.aim:g}"]
     if ours is None or against is None:
         return [row.work, *bounds, "", "left out", "", ""]
-    value, low, high = harness.ratio(result.timings[against], result.timings[ours])
-    shown = f"**{value:.2f}** ({low:.2f}–{high:.2f})"
+    quotient = harness.ratio(result.timings[against], result.timings[ours])
     names = [f"{name}: {1e3 * result.timings[name].median:.3g} ms" for name in (ours, against)]
-    return [row.work, *bounds, shown, verdict(value, row.must, row.aim), *names]
+    met = verdict(quotient.of_medians, row.must, row.aim)
+    return [row.work, *bounds, str(quotient), met, *names]
 
 
 def cost_line(result: Result) -> list[str]:
@@ -291,7 +291,7 @@ class Found:
         return (
             f"How many times faster Koi is: quotients of medians of {self.repetitions} turns, in "
             "which the contestants of a group take turns in one process, sampling, meta-update and "
-            "records included; in brackets the quartiles of the turn-by-turn quotients. Images are "
+            f"records included; {harness.BRACKETS}. Images are "
             "random: the sizes are Omniglot's. The evaluation is of 5-way 1-shot tasks, 50 steps "
             "of batch 5, in Koi's chunks; its unit is a task, since 1,000 tasks are many such "
             f"chunks.\n\n{table}\n\nWhat every contestant took. The first run compiles.\n\n{every}"

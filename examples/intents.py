@@ -25,6 +25,7 @@ if os.environ.get("KOI_EXAMPLE_SHORT"):
     WAYS, SHOTS, SENTENCES, ITERATIONS, NUM_TASKS, NUM_TRIALS = (5,), (1,), 17, 2, 2, 2
 SETTINGS = (0.1, 4), (0.5, 4)  # step sizes and numbers of steps to choose from
 ADAM = {"meta_optimizer": lambda params: torch.optim.Adam(params, lr=1e-3)}
+LORA = LoraConfig(lora_alpha=16, target_modules=["query", "value"])
 NUM_FROZEN, NUM_TOKENS = 4, 16  # of MiniLM's 6 layers; of a sentence, the rest is cut
 
 
@@ -46,14 +47,15 @@ def read_intents(path):
 class Intents(nn.Module):
     """MiniLM's last layers with adapters in them, and a head; nothing else is learned."""
 
-    def __init__(self, num_ways, training):
+    def __init__(self, num_ways, training, adapters=True):
         super().__init__()
         torch.manual_seed(0)
         self.layers = AutoModel.from_pretrained(get_model_path()).encoder.layer[NUM_FROZEN:]
-        inject_adapter_in_model(LoraConfig(lora_alpha=16, target_modules=["query", "value"]), self)
+        if adapters:
+            inject_adapter_in_model(LORA, self)
         self.head = nn.Linear(384, num_ways)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for part in self.head.parameters():
+            nn.init.zeros_(part)
         self.register_buffer("centre", torch.zeros(384))
         four = torch.cartesian_prod(torch.arange(len(training)), torch.arange(4)).T  # of each
         self.centre += self.embed(training.take(*four)).mean(0).detach()

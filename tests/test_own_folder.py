@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from koi import CheckpointError, ConfigurationError, DataError, Koi
 from koi.lab.cli import main
+from koi.lab.markdown import text
 from koi.lab.runs import Classifier, Config, Run
 from koi.lab.runs.measuring import newest_checkpoint
 from koi.models import omniglot_net
@@ -476,7 +477,7 @@ class TestEachOthersFiles:
         (bare / "config.json").write_bytes((trained / "config.json").read_bytes())
         code, stdout, stderr = koi("table", bare, trained)
         assert code == 2
-        assert stdout.splitlines()[2].startswith(f"| {trained} | folder-3way | 5 | 1 | 4 |")
+        assert stdout.splitlines()[2].startswith(f"| {text(trained)} | folder-3way | 5 | 1 | 4 |")
         assert "–" not in stdout
         assert stderr == f"koi: {bare} has no result yet: measure it by koi evaluate {bare}\n"
 

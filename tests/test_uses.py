@@ -24,10 +24,10 @@ def load(name, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("name", ["heat", "images", "intents"])
+@pytest.mark.parametrize("name", ["adapters", "heat", "images", "intents"])
 def test_an_example_is_short(name):
     lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 120
+    assert len(lines) <= 125
 
 
 class TestHeat:

@@ -14,6 +14,12 @@ import torch
 _ADVICE = {
     ".item()": "keep tensors as they are, without .item(), float() or if on their values",
     "data-dependent": "write torch.where in the place of if on a tensor's values",
+    # derivatives with respect to inputs, as losses of physics have them
+    **dict.fromkeys(
+        ("requires_grad_", "does not require grad"),
+        "differentiate by torch.func.grad or torch.func.jvp in the place of requires_grad_() and "
+        "torch.autograd.grad",
+    ),
     # a tensor that stands for many tasks has no memory that NumPy could read
     "data pointer": "compute with torch, or in sample(), what is now computed with NumPy",
 }

@@ -13,7 +13,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from koi import plots
-from koi.errors import ConfigurationError
+from koi.errors import ConfigurationError, printable
 from koi.lab import runs
 from koi.lab.runs import Config, Run
 from koi.recipes import IMAGE_FORMS, RECIPES, FewShotRecipe, Parts, own_folder, recipe_named
@@ -207,7 +207,7 @@ def _print_table(measured: list[Run], console: Console) -> None:
     for is_number, name, _ in found:
         table.add_column(name, justify="right" if is_number else "left")
     for row in zip(*(cells for _, _, cells in found), strict=True):
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console.print(table)
 
 
