@@ -1,5 +1,6 @@
 """Layers as products are those layers."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -11,10 +12,34 @@ from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+import koi
+from engine_toys import assert_agree, trained
 from koi.inner.compiled.layers import layers_as_products, linear_product, patches_product
 from koi.inner.compiled.torch_internals import graph_pass
 
 pytestmark = pytest.mark.usefixtures("float64")
+
+
+@koi.tensor_task
+@dataclass
+class Oscillation:
+    """u″ = −u at some times."""
+
+    time: torch.Tensor
+
+    def loss(self, model):
+        def slope(time):
+            return jvp(model, (time,), (torch.ones_like(time),))[1]
+
+        curvature = jvp(slope, (self.time,), (torch.ones_like(self.time),))[1]
+        return (curvature + model(self.time)).square().mean()
+
+
+class Oscillations:
+    def sample(self):
+        return Oscillation(torch.rand(6, 1))
+
+
 small = partial(st.integers, 1)
 
 
@@ -181,3 +206,15 @@ def test_zeros_have_memory(products):
     found = traced(torch.ones(2, 3))
     assert found.data_ptr() != 0
     assert torch.equal(found, torch.zeros(2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_derivative_of_a_derivative_compiles():
+    """By Inductor in earnest, whose code without that pass ended the process."""
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    compiled, eager = (
+        trained(engine, model, Oscillations(), num_iterations=2, num_steps=2)
+        for engine in ("vectorized+compiled", "eager")
+    )
+    assert_agree(compiled, eager)
