@@ -194,6 +194,12 @@ class TestTrain:
             (["--data", "shapes", "--ways", "4", "--shots", "9"], "or take at most 3 shots"),
             (["--data", "shapes", "--network", "omniglott"], 'did you mean "omniglot"?'),
             (["--data", "new/ring"], "lies beside the class folders"),
+            (
+                ["--data", "shapes", "--device", "nonsense"],
+                "--device: nonsense cannot be used",
+            ),
+            (["--data", "shapes", "--device", "cuda:99"], "--device: cuda:99 cannot be used here"),
+            (["--data", "shapes", "--device", "meta"], "--device: meta cannot be used here"),
         ],
     )
     def test_what_cannot_be_trained_is_one_sentence(self, place, koi, monkeypatch, options, said):
@@ -462,6 +468,8 @@ class TestEachOthersFiles:
                 "should be its folder",
             ),
             (["evaluate", "run", "--shots", "20", "--tasks", "2"], "has 4: take 3 or fewer"),
+            (["evaluate", "run", "--tasks", "0"], "--tasks"),
+            (["train", "mini-imagenet-5way", "--out", "mini"], "give them by --data"),
         ],
     )
     def test_what_cannot_be_done_has_a_mend(self, files, place, koi, monkeypatch, words, said):

@@ -65,7 +65,9 @@ def test_a_run_leaves_all_that_is_wanted(tmp_path):
     assert Run(run.folder).config() == Config(SMALL, seed=3)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(at, tmp_path, monkeypatch):
+    """In a validation, also in the last: then repeating the command still has that to do."""
     whole = Run.begun(tmp_path / "whole", Config(SMALL))
     train(whole)
 
@@ -75,10 +77,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     original = koi.lab.runs.training.Validation.__call__
 
     def stop(validation, learner):
-        value = original(validation, learner)
-        if learner.iteration == 2:
+        if learner.iteration == at:
             raise StoppedError
-        return value
+        return original(validation, learner)
 
     monkeypatch.setattr(koi.lab.runs.training.Validation, "__call__", stop)
     stopped = Run.begun(tmp_path / "stopped", Config(SMALL))
