@@ -210,6 +210,7 @@ def test_zeros_have_memory(products):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_a_derivative_of_a_derivative_compiles():
     """By Inductor in earnest, whose code without that pass ended the process."""
     model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
