@@ -19,6 +19,7 @@ from torch import Tensor
 from koi.errors import ConfigurationError, EngineError, TaskError
 
 _TASK_MARK = "__koi_tensor_task__"
+_EXTRAS = "__koi_extras__"  # of a task made by `with_tensors`: what it holds besides its fields
 TaskClass = TypeVar("TaskClass", bound=type)
 
 
@@ -111,15 +112,23 @@ def tensors_of(task: Any) -> dict[str, Tensor]:
 def with_tensors(task: Any, tensors: dict[str, Tensor]) -> Any:
     """Return ``task`` with its tensor fields replaced, all else kept, __init__ not called."""
     other = object.__new__(type(task))
-    for name, value in {**everything_of(task), **tensors}.items():
+    everything = {**everything_of(task), **tensors}
+    for name, value in everything.items():
         object.__setattr__(other, name, value)
+    extras = [name for name in everything if name not in field_names(type(task))]
+    if extras:
+        object.__setattr__(other, _EXTRAS, extras)
     return other
 
 
 def everything_of(task: Any) -> dict[str, Any]:
     """Return a tensor task's fields and whatever else was assigned to it."""
     fields = {name: getattr(task, name) for name in field_names(type(task))}
-    return {**fields, **getattr(task, "__dict__", {})}
+    if torch.compiler.is_compiling():  # before torch 2.13 the compiler cannot list __dict__
+        others = getattr(task, _EXTRAS, ())
+    else:
+        others = [name for name in getattr(task, "__dict__", ()) if name != _EXTRAS]
+    return {**fields, **{name: getattr(task, name) for name in others}}
 
 
 def settings_of(task: Any) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class Dispatch:
         chunk_size: int | None,
         check: bool,
     ) -> None:
+        if compile:
+            from koi.inner.compiled.torch_internals import check_version
+
+            check_version(compile)
         self._model, self._inner = model, inner
         self._vectorize = vectorize
         self._together = "vectorized+compiled" if compile else "vectorized"
