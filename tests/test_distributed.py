@@ -60,9 +60,9 @@ def test_same_as_one_process(engine, size, on_ranks):
             assert_close(rank, together[0], tolerance=0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise", "weighted"])
+@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise", "weighted", "by themselves"])
 def test_tasks_of_every_kind(kind, on_ranks):
-    """With a generator of their own, with a state, with a loss that draws, with weights."""
+    """With a generator, state, draws, weights or an inner loop of their own."""
     alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
     torch.manual_seed(100)  # as rank 0 of the pool
     alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})

@@ -16,7 +16,7 @@ class Record:
     Args:
         iteration: its number, from 0.
         loss_before: mean over tasks of the loss at the first inner step, thus at φ. Tasks count as
-            their ``weight`` says.
+            their ``weight`` says. NaN where tasks have an inner loop of their own.
         loss_after: mean over tasks of the last loss that was computed: at the last inner step,
             before its update (Reptile), or the query loss at φ̃ (FOMAML, MAML). No loss is
             evaluated for the record's sake.
@@ -132,7 +132,7 @@ def mean_ends(losses: list[list[float]], weights: list[float] | None = None) -> 
     """
     weights = [1] * len(losses) if weights is None else weights
     total = sum(weights)
-    if total == 0:
+    if total == 0 or not all(losses):
         return math.nan, math.nan
     pairs = list(zip(weights, losses, strict=True))
     return sum(w * row[0] for w, row in pairs) / total, sum(w * row[-1] for w, row in pairs) / total

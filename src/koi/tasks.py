@@ -25,7 +25,10 @@ TaskClass = TypeVar("TaskClass", bound=type)
 
 @runtime_checkable
 class Task(Protocol):
-    """Anything with a loss. It may also have ``minibatches(num_steps)`` and ``query``."""
+    """Anything with a loss. It may also have ``minibatches(num_steps)`` and ``query``.
+
+    In the place of a loss it may have ``adapt(model, num_steps)``, an inner loop of its own.
+    """
 
     def loss(self, model: Any) -> Tensor:
         """Return the loss of ``model`` on this task, a scalar tensor."""
@@ -308,6 +311,16 @@ def _enough(task: Any, num_steps: int) -> Iterator[Any]:
             f"minibatches({num_steps}) of {type(task).__name__} gave {given}: it must "
             "give one for each inner step, going through the data again where they run out"
         )
+
+
+def has_own_loop(task: Any) -> bool:
+    """Return whether a task adapts a module by itself."""
+    return callable(getattr(task, "adapt", None))
+
+
+def is_task(task: Any) -> bool:
+    """Return whether ``task`` has a loss, or an inner loop of its own."""
+    return callable(getattr(task, "loss", None)) or has_own_loop(task)
 
 
 def query_of(task: Any) -> Any:
