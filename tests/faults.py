@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+import faults_from_elsewhere
 import mortal_run
 import mortal_shards
 from faults_among_callbacks import among_callbacks
@@ -329,6 +330,10 @@ FAULTS = [
     Fault("loss that is NaN", nan_task, 100, 10),
     Fault("loss that raises", raising_task, 100, 10),
     Fault("worker that draws ahead dies", dead_worker, 40, 2),
+    Fault("wrong argument of a public callable", faults_from_elsewhere.wrong_arguments, 10_000, 0),
+    Fault("forged classifier", faults_from_elsewhere.forged_classifiers, 500, 20),
+    Fault("run's files edited by hand", faults_from_elsewhere.edited_runs, 1000, 50),
+    Fault("checkpoint with any bytes in it", faults_from_elsewhere.fuzzed_files, 1000, 50),
     Fault("rank that dies under torchrun", dead_rank, 4, 0),
     Fault("rank that dies with a shard of φ", dead_shard, 4, 0),
     Fault("link cut between two nodes", cut_link, 1, 0),
