@@ -335,7 +335,7 @@ FAULTS = [
     Fault("run's files edited by hand", faults_from_elsewhere.edited_runs, 1000, 50),
     Fault("checkpoint with any bytes in it", faults_from_elsewhere.fuzzed_files, 1000, 50),
     Fault("rank that dies under torchrun", dead_rank, 4, 0),
-    Fault("rank that dies with a shard of φ", dead_shard, 4, 0),
+    Fault("rank that dies with a shard of φ", dead_shard, 1, 0),
     Fault("link cut between two nodes", cut_link, 1, 0),
 ]
 
