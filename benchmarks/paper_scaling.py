@@ -99,3 +99,51 @@ def text(messages: Mapping[int, float], memory: Mapping[str, float], omniglot_st
         f"counted: on a GPU of 80 GB that is room for {largest['sgd'] / 1e9:.1f}·10^9 and "
         f"{largest['adam'] / 1e9:.1f}·10^9 parameters."
     )
+
+
+# Assumed, not measured: between the GPUs of one machine, which hold the shards of one φ.
+INSIDE = Link(3e-6, 300e9)
+SHARDS = 8
+
+
+def sharded_efficiency(parameters: float, ranks: int, steps: int) -> float:
+    """Return the part of its time that a rank computes, φ sharded over the GPUs of a machine.
+
+    Each inner step gathers the weights twice and reduces the gradient once, each of them half a
+    ring's all-reduce within the machine, layer after layer and nothing computed meanwhile. Between
+    machines each rank sends its own rows alone, once in a meta-iteration.
+    """
+    step = 6 * parameters * TOKENS / GPU_SPEED
+    within = 1.5 * INSIDE.seconds(4 * parameters, SHARDS)
+    between = GPU_LINK.seconds(4 * parameters / SHARDS, ranks // SHARDS)
+    return steps * step / (steps * (step + within) + between)
+
+
+def sharded_text(memory: Mapping[int, float]) -> str:
+    """Return the computed rows for sharded models, and what they come from.
+
+    Args:
+        memory: measured bytes for each parameter on a rank, by the number of shards.
+    """
+    head = ["parameters", "inner steps", *(f"{ranks:,} ranks" for ranks in RANKS)]
+    rows = [
+        [
+            f"10^{power}, {SHARDS} shards",
+            str(steps),
+            *(f"{100 * sharded_efficiency(10**power, n, steps):.0f} %" for n in RANKS),
+        ]
+        for power in (10, 11)
+        for steps in STEPS
+    ]
+    # a part that every rank needs whole (a layer at a time), and one that the shards share
+    least, most = max(memory), min(memory)
+    slope = (memory[most] - memory[least]) / (1 / most - 1 / least)
+    rest = memory[most] - slope / most
+    at = rest + slope / SHARDS
+    return (
+        f"{harness.markdown_table(head, rows)}\n\n"
+        f"From measurements: a rank needs about {rest:.1f} + {slope:.1f} / S bytes for each "
+        f"parameter with S shards and SGD (the line through {most} and {least} shards above), so "
+        f"{at:.1f} with {SHARDS}, and a GPU of 80 GB has room for {80 / at:.0f}·10^9 parameters. "
+        "All else in this table is arithmetic from the assumptions."
+    )
