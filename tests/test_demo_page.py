@@ -39,7 +39,6 @@ PHONE = {
 expect.set_options(timeout=20_000)
 
 pytestmark = [
-    pytest.mark.timeout(180),
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium: .ci/install-chromium on Debian"),
 ]
 
