@@ -26,7 +26,7 @@ PARALLEL := --numprocesses auto --dist worksteal
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-slow test-shard faults check format docs bench clean
+.PHONY: help run test test-torch test-slow test-shard faults check format docs bench clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,21 @@ run: .venv/.run ## Run the main job: meta-learn the paper's sine waves, then ada
 
 test: .venv/.dev ## Run all tests: unit tests, doctests, documentation and examples
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+# What any torch from 2.6 on is held to: the engines and all below them, eager and vectorised, and
+# compiled where the compiler is known (koi.inner.compiled.torch_internals).
+TORCH ?= torch
+ENGINES := $(addprefix tests/test_,$(addsuffix .py,algorithms cases checkpoints elementwise \
+           engines_any_optimizer engines_chunks engines_equal engines_evaluate engines_fallback \
+           engines_minibatches engines_optimizers evaluation frozen inner_step meta_update modules \
+           normalisation optimizers outer_step parameters quadratics randomness recurrence resume \
+           roles self_check storage task_kinds tasks torch_optimizer training vision))
+
+test-torch: .venv/.made ## Run the engines' tests with another torch: make test-torch TORCH="torch==2.6.0 torchvision"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) $(TORCH) \
+		--editable . pytest pytest-timeout pytest-xdist hypothesis
+	@$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" \
+		--deselect tests/test_cases.py::test_compiled $(ENGINES) $(ARGS)
 
 test-slow: .venv/.dev ## Run the tests that take minutes each: every engine in full, compiled
 	@$(BIN)/python -m pytest -m slow $(PARALLEL) $(ARGS)

@@ -1,6 +1,6 @@
 """What each choice of omniglot-5way-koi is worth, on validation characters: docs/results.md.
 
-python benchmarks/recipe.py DATA                                   all of them, an hour on one core
+python benchmarks/recipe.py DATA                              all of them, two hours on one core
 python benchmarks/recipe.py DATA --choices paper recipe --seeds 0 1 2
 python benchmarks/recipe.py DATA --iterations 10 --tasks 5 --choices recipe
 
@@ -40,9 +40,13 @@ CHOICES: dict[str, tuple[Any, dict[str, Any]]] = {
     "10 queries": (replace(OURS, num_queries=10), {}),
     "5 shots": (replace(OURS, num_shots=5, num_queries=5), {}),
     "2 steps": (replace(OURS, num_steps=2), {}),
-    "rates learned, layer": (OURS, {"learn_step_size": "layer"}),
-    "rates learned, layer, 2 steps": (replace(OURS, num_steps=2), {"learn_step_size": "layer"}),
-    "rates learned, parameter": (OURS, {"learn_step_size": "parameter"}),
+    "5 tasks": (replace(OURS, meta_batch_size=5), {}),
+    "fixed rates": (replace(OURS, learn_step_size=None), {}),
+    "5 tasks, fixed rates": (replace(OURS, meta_batch_size=5, learn_step_size=None), {}),
+    "5 tasks, a rate for each number": (
+        replace(OURS, meta_batch_size=5, learn_step_size="parameter"),
+        {},
+    ),
     "mean of φ": (OURS, {"average": 0.99}),
     "tested after 1 step": (replace(OURS, adaptations={1: Adaptation(25, 1)}), {}),
     "tested after 10 steps": (replace(OURS, adaptations={1: Adaptation(25, 10)}), {}),

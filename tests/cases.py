@@ -198,6 +198,7 @@ TASKS = {
         tasks.of(tasks.GradientPenalty),
         (
             Refusal("cannot be empty", FAST),
+            Refusal("does not require grad", FAST),  # as torch 2.6 says it
             Refusal("torch.autograd.grad", COMPILED, traced=True),
         ),
         anywhere=False,

@@ -252,7 +252,11 @@ def torchrun(folder: Path, victim: int, at: int) -> int:
     script = Path(mortal_run.__file__)
     return subprocess.run(
         [sys.executable, "-m", *command, script, folder, str(victim), str(at)],
-        env={**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         timeout=300,
         check=False,
@@ -301,8 +305,8 @@ FAULTS = [
     Fault("Ctrl-C among the callbacks", among_callbacks, 300, 5),
     Fault("two processes in one folder", in_one_folder, 20, 1),
     Fault("two trainings in two threads", in_two_threads, 50, 3),
-    Fault("checkpoint cut anywhere", cut, 4000, 200),
-    Fault("checkpoint with a flipped bit", flipped, 4000, 200),
+    Fault("checkpoint cut anywhere", cut, 5000, 200),
+    Fault("checkpoint with a flipped bit", flipped, 5000, 200),
     Fault("disk full in the middle of a checkpoint", full_disk, 100, 10),
     Fault("folder that vanishes", vanishing_folder, 100, 10),
     Fault("folder that cannot be written", read_only_folder, 100, 10),

@@ -11,11 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 import long_run
 from koi import Koi
+from koi.training import past
 from toys import small_net, snapshot
 
 _draw = random.SystemRandom()
@@ -28,6 +30,7 @@ LENGTH = 200  # meta-iterations of a long run
 def run_long(folder: Path, seen) -> None:
     """Train in a process of its own, which is to be stopped from outside."""
     torch.set_num_threads(1)
+    past._BLOCK = 20  # so that a history has a file of its own soon
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # tracebacks that are meant to be
     koi, tasks = long_run.make()
 
@@ -86,13 +89,17 @@ def stops(times: int, stop: Callable[[int], None], codes: set[int], saves: bool)
 
 def ends_well(folder: Path, end: dict) -> bool:
     """Let the training go on to its end; return whether φ and the log are as they must be."""
-    koi, tasks = long_run.make()
-    koi.train(tasks, checkpoint_dir=folder, resume=True, log_dir=folder)
+    learner, tasks = long_run.make()
+    with mock.patch("koi.training.past._BLOCK", 20):
+        learner.train(tasks, checkpoint_dir=folder, resume=True, log_dir=folder)
+    history = Koi.load(max(folder.glob("iteration-*")), small_net()).history
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     half_written = list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
-    good = [line["iteration"] for line in lines] == list(range(LENGTH)) and not half_written
+    good = lines == [vars(record) for record in history] and not half_written
+    good &= [record.iteration for record in history] == list(range(LENGTH))
+    good &= (folder / "history.f64").exists()
     shutil.rmtree(folder)
-    return good and same(snapshot(koi.model), end)
+    return good and same(snapshot(learner.model), end)
 
 
 def killed(times: int) -> int:

@@ -1,5 +1,6 @@
 """What the tests of several ranks let each of them do."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from torch import nn
 
 from engine_toys import NETS, Fit, Fits, everything, trained
 from koi import ClientTasks, Koi, ModelError, stack
+from koi.ranks import presence
 from toys import Regression, Regressions, small_net, snapshot
 
 SETTINGS = {
@@ -186,7 +188,25 @@ def clients(rank, secret=False):
     return snapshot(koi.model)
 
 
+class Alone(Regression):
+    """Adapts by itself, drawing as it goes."""
+
+    def adapt(self, model, num_steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            (self.loss(model) + model(torch.randn(6, 3)).square().mean()).backward()
+            optimizer.step()
+
+
+class ByThemselves(Regressions):
+    def sample(self):
+        task = super().sample()
+        return Alone(task.inputs, task.targets)
+
+
 KINDS = {
+    "by themselves": ByThemselves,
     "plain": Regressions,
     "own": Own,
     "counted": Counted,
@@ -376,8 +396,39 @@ def in_step(rank):
     return koi.iteration
 
 
-def with_settings_of_its_own(rank):
-    learner(seed=0, step_size=0.1 * (rank + 1)).train(Regressions())
+def with_settings_of_its_own(rank, name, *values, **options):
+    """Train with one setting of the learner, or argument of train, that differs between ranks."""
+    settings = {"seed": 0, "meta_step_size": 0.5}
+    given = {name: values[rank]}
+    if name in ("validate_every", "patience"):
+        learner(**settings).train(Regressions(), validate=Regressions(), **given)
+    else:
+        learner(**settings | given).train(Regressions())
+
+
+def never_comes(rank, seconds):
+    """Rank 1 has left before; rank 0 waits."""
+    if rank == 0:
+        with patch.dict(os.environ, KOI_RANKS_SECONDS=seconds):
+            learner(seed=0).train(Regressions())
+
+
+def ends_between(rank, ended):
+    """Rank 1 does not come to a second training; it has said that its process ends, or not."""
+    koi = learner(seed=0)
+    koi.train(Regressions())
+    koi.num_iterations = 8
+    if rank == 1:
+        if ended:
+            store = dist.group.WORLD.get_group_store()
+            presence._say_goodbye(store, json.dumps([presence._machine(), os.getpid()]))
+        else:
+            time.sleep(2)  # measures, say
+            koi.train(Regressions())
+        return koi.iteration
+    with patch.dict(os.environ, KOI_RANKS_SECONDS="0.5"):
+        koi.train(Regressions())
+    return koi.iteration
 
 
 def rank_0_cannot_save(rank, folder):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import koi.ranks.group
+import koi.ranks.presence
 
 
 class Failed(NamedTuple):
@@ -65,7 +65,7 @@ class Pool:
 def serve(pipe, port):
     """Act as a rank again and again."""
     torch.set_num_threads(1)
-    koi.ranks.group._ROLL_CALL = timedelta(seconds=1)
+    koi.ranks.presence.ROLL_CALL = 1.0
     store = dist.TCPStore("localhost", port)
     pipe.send("ready")
     while True:

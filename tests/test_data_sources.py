@@ -238,7 +238,7 @@ class TestFolder:
         [
             (lambda content: b"", "is empty"),
             (lambda content: content[: len(content) // 2], ""),
-            (lambda content: b"no image at all", "cannot identify"),
+            (lambda content: b"no image at all", "no image that is known"),
         ],
         ids=["empty", "cut", "something else"],
     )

@@ -60,9 +60,9 @@ def test_same_as_one_process(engine, size, on_ranks):
             assert_close(rank, together[0], tolerance=0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise", "weighted"])
+@pytest.mark.parametrize("kind", ["plain", "own", "counted", "noise", "weighted", "by themselves"])
 def test_tasks_of_every_kind(kind, on_ranks):
-    """With a generator of their own, with a state, with a loss that draws, with weights."""
+    """With a generator, state, draws, weights or an inner loop of their own."""
     alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
     torch.manual_seed(100)  # as rank 0 of the pool
     alone, _ = rank_runs.one_by_one(0, kind, {"seed": 0})
@@ -244,11 +244,35 @@ class TestTrouble:
         assert "No such file" in second[2]
         assert "(on rank 0)" in second[2]
 
-    def test_settings_that_differ(self, on_ranks):
-        for end in on_ranks(2, rank_runs.with_settings_of_its_own):
-            assert end.kind == "CheckpointError"
-            assert "step_size: 0.1 in the checkpoint, 0.2 here" in end.text
-            assert "rank 1" in end.text
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            *[("step_size", (0.1, 0.2)), ("num_iterations", (6, 7)), ("check", (True, False))],
+            *[
+                ("inner_optimizer", ("sgd", "adam")),
+                ("validate_every", (2, 3)),
+                ("patience", (1, 2)),
+            ],
+        ],
+    )
+    def test_settings_that_differ(self, name, values, on_ranks):
+        for end in on_ranks(2, rank_runs.with_settings_of_its_own, name, *values):
+            assert end.kind == "ConfigurationError"
+            shown = [repr(value) for value in values]
+            assert f"{name}: {shown[0]} on rank 0, {shown[1]} on rank 1" in end.text
+
+    def test_rank_that_left_before(self, on_ranks):
+        waiting, left = on_ranks(2, rank_runs.never_comes, "0.5")
+        assert left is None
+        assert waiting.kind == "RankError"
+        assert "no news of rank 1 for 0.5 seconds: has its script ended before" in waiting.text
+
+    def test_rank_that_ends_between_two_trainings(self, on_ranks):
+        """Its process has said so; of one that lives on the others wait for, however long."""
+        waiting, left = on_ranks(2, rank_runs.ends_between, True)
+        assert (waiting.kind, left) == ("RankError", 6)
+        assert "rank 1" in waiting.text
+        assert on_ranks(2, rank_runs.ends_between, False) == [8, 8]
 
 
 def test_checksums_on_request(on_ranks):
@@ -292,13 +316,19 @@ def test_rank_that_dies(on_ranks, tmp_path):
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     done = subprocess.run(
         [sys.executable, "-m", *command, script, tmp_path, "1", "17"],
-        env={**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=130,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]
+    assert "rank 0 cannot reach the others" in done.stderr
+    assert "rank 1 has ended; φ is as it was before" in done.stderr
     whole, _ = on_ranks(2, mortal_run.train)
     newest = tmp_path / "iteration-000000040.safetensors"
     koi = Koi.load(newest, mortal_run.make()[0].model)

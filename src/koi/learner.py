@@ -19,7 +19,7 @@ from koi.phi.schedules import value_at
 from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
-from koi.records import STOP, Record, mean_ends
+from koi.records import STOP, History, Record, mean_ends
 from koi.sampling import check_tasks, weighted
 from koi.settings import Settings, check_count
 from koi.training import start
@@ -94,8 +94,8 @@ class Koi(Adapting):
         return self._state.iteration
 
     @property
-    def history(self) -> list[Record]:
-        """What is remembered of each of them."""
+    def history(self) -> History:
+        """What is remembered of each of them, read like a list."""
         return self._state.history
 
     @property
@@ -188,14 +188,16 @@ class Koi(Adapting):
         workers: int,
     ) -> nn.Module:
         state, total = self._state, self.settings.num_iterations
-        ranks, ready, watch, draws = self._begin(tasks, callbacks, folder, resume, workers)
+        ranks, ready, watch, draws = self._begin(
+            tasks, callbacks, folder, resume, workers, validation
+        )
         update = self._meta_update(ready)
         bar = ProgressBar(progress if ranks.first else False, total, state.iteration)
         duties = Duties(self, state, validation, callbacks, ranks)
         saver = Autosave(self, state, folder, checkpoint_every, ranks)
         with ranks.agreed():
             logged = log_dir if ranks.first else None
-            log = Log(logged, state.history, total, resume, saver.first_line)
+            log = Log(logged, state, total, resume, saver.first_line)
         with bar, self._interrupts, ranks.training(update.phi), saver, log, draws:
             start.let_go(state, saves=saver.saves)
             duties.catch_up(bar)
@@ -303,11 +305,13 @@ class Koi(Adapting):
         folder: Folder | None,
         resume: bool,
         workers: int = 0,
+        validation: Validation | None = None,
     ) -> tuple[Ranks, Ready, Watch, Draws]:
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
         device, carry = self._phi(ready, settings).params[0].device, settings.inner_state == "carry"
-        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts)
+        alike = settings.in_words() | ({} if validation is None else validation.in_words())
+        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts, alike)
         start.begin(self, self._state, tasks, callbacks, folder, resume, ranks)
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from koi import allowed
 from koi.errors import ConfigurationError, EngineError, TaskError
@@ -210,6 +209,9 @@ def _counting(counted: Counted) -> Iterator[None]:
         _counted.pop()
 
 
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+
+
 def _normalises_by_batch(model: nn.Module) -> bool:
     """Return whether some BatchNorm looks across the batch.
 
@@ -218,7 +220,7 @@ def _normalises_by_batch(model: nn.Module) -> bool:
     """
     found = False
     for name, part in model.named_modules():
-        if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
+        if isinstance(part, _NORMS) and (part.training or part.running_mean is None):
             if not getattr(part, "leaves_padding_out", False):
                 raise EngineError(
                     f"{type(part).__name__} {name!r} normalises by all rows of a batch, and tasks "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from koi.errors import ConfigurationError, TaskError, annotate, is_end, wrong
 from koi.randomness import Place
-from koi.tasks import TaskBatch, everything_of, is_tensor_task, tensors_of
+from koi.tasks import TaskBatch, everything_of, is_task, is_tensor_task, tensors_of
 
 # Means are sums in the parameters' own precision, of which a larger weight would leave nothing.
 _LARGEST = 1e18
@@ -35,7 +35,7 @@ def check_task(task: Any) -> None:
     Raises:
         ConfigurationError: it is not.
     """
-    if not callable(getattr(task, "loss", None)):
+    if not is_task(task):
         hint = " (this looks like many tasks: give one that they sample)"
         problem = wrong("task", task, "an object with a method loss(model) -> scalar tensor")
         raise ConfigurationError([problem + (hint if hasattr(task, "sample") else "")])
@@ -121,10 +121,10 @@ def _has_sample(distribution: Any) -> bool:
 def _drawn_apart(distribution: Any, number: int, place: Place) -> Any:
     place.set("sample", number)
     task = asked(distribution.sample, f"task {number} of {place}")
-    if not callable(getattr(task, "loss", None)):
+    if not is_task(task):
         raise TaskError(
             f"sample of {type(distribution).__name__} returned {type(task).__name__}, which "
-            "has no method loss(model): a task must have one"
+            "has no method loss(model): a task must have one, or adapt(model, num_steps)"
         )
     return task
 

@@ -217,6 +217,10 @@ class Settings:
         """Return the values of those settings of which engines are made."""
         return [getattr(self, each.name) for each in fields(self) if each.metadata["engines"]]
 
+    def in_words(self) -> dict[str, str]:
+        """Return all settings as they are shown, code by its name."""
+        return {each.name: shown(as_data(getattr(self, each.name))) for each in fields(self)}
+
     def stored(self) -> dict[str, Any]:
         """Return the settings that φ depends on, as a file can hold them."""
         names = [each.name for each in fields(self) if each.metadata["stored"]]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from koi import allowed
 from koi.errors import ConfigurationError
 from koi.randomness import split_mix
-from koi.tasks import tensor_task
+from koi.tasks import tensor_task, with_tensors
 
 
 def cycled_order(key: Tensor, size: int, batch_size: int, num_steps: int) -> Tensor:
@@ -129,7 +129,7 @@ class SupervisedTask:
         return [self._on(x, y) for x, y in pairs]
 
     def _on(self, inputs: Tensor, targets: Tensor) -> SupervisedTask:
-        other: SupervisedTask = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.support_inputs, other.support_targets = inputs, targets
+        other: SupervisedTask = with_tensors(
+            self, {"support_inputs": inputs, "support_targets": targets}
+        )
         return other

@@ -19,12 +19,16 @@ from torch import Tensor
 from koi.errors import ConfigurationError, EngineError, TaskError
 
 _TASK_MARK = "__koi_tensor_task__"
+_EXTRAS = "__koi_extras__"  # of a task made by `with_tensors`: what it holds besides its fields
 TaskClass = TypeVar("TaskClass", bound=type)
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Anything with a loss. It may also have ``minibatches(num_steps)`` and ``query``."""
+    """Anything with a loss. It may also have ``minibatches(num_steps)`` and ``query``.
+
+    In the place of a loss it may have ``adapt(model, num_steps)``, an inner loop of its own.
+    """
 
     def loss(self, model: Any) -> Tensor:
         """Return the loss of ``model`` on this task, a scalar tensor."""
@@ -108,15 +112,23 @@ def tensors_of(task: Any) -> dict[str, Tensor]:
 def with_tensors(task: Any, tensors: dict[str, Tensor]) -> Any:
     """Return ``task`` with its tensor fields replaced, all else kept, __init__ not called."""
     other = object.__new__(type(task))
-    for name, value in {**everything_of(task), **tensors}.items():
+    everything = {**everything_of(task), **tensors}
+    for name, value in everything.items():
         object.__setattr__(other, name, value)
+    extras = [name for name in everything if name not in field_names(type(task))]
+    if extras:
+        object.__setattr__(other, _EXTRAS, extras)
     return other
 
 
 def everything_of(task: Any) -> dict[str, Any]:
     """Return a tensor task's fields and whatever else was assigned to it."""
     fields = {name: getattr(task, name) for name in field_names(type(task))}
-    return {**fields, **getattr(task, "__dict__", {})}
+    if torch.compiler.is_compiling():  # before torch 2.13 the compiler cannot list __dict__
+        others = getattr(task, _EXTRAS, ())
+    else:
+        others = [name for name in getattr(task, "__dict__", ()) if name != _EXTRAS]
+    return {**fields, **{name: getattr(task, name) for name in others}}
 
 
 def settings_of(task: Any) -> dict[str, Any]:
@@ -299,6 +311,16 @@ def _enough(task: Any, num_steps: int) -> Iterator[Any]:
             f"minibatches({num_steps}) of {type(task).__name__} gave {given}: it must "
             "give one for each inner step, going through the data again where they run out"
         )
+
+
+def has_own_loop(task: Any) -> bool:
+    """Return whether a task adapts a module by itself."""
+    return callable(getattr(task, "adapt", None))
+
+
+def is_task(task: Any) -> bool:
+    """Return whether ``task`` has a loss, or an inner loop of its own."""
+    return callable(getattr(task, "loss", None)) or has_own_loop(task)
 
 
 def query_of(task: Any) -> Any:

@@ -239,8 +239,9 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Any]:
     except KoiError:
         raise
     except bad as error:  # Pillow raises all of these
-        is_empty = path.is_file() and not path.stat().st_size
-        problem = "is empty" if is_empty else getattr(error, "strerror", None) or str(error)
+        problem = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, pillow().UnidentifiedImageError):
+            problem = "no image that is known" if path.stat().st_size else "is empty"
         raise DataError(
             f"the image {path} cannot be read ({problem}): replace or remove it"
         ) from error

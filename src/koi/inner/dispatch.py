@@ -13,12 +13,13 @@ from koi.errors import EngineError, KoiError, NonFiniteError
 from koi.inner.base import Engine, InnerLoop, Metric
 from koi.inner.checks.selfcheck import DisagreementError, Request, SelfCheck
 from koi.inner.eager import EagerEngine
+from koi.inner.own_loop import check_engine
 from koi.inner.reasons import advice_on, reason_of
 from koi.inner.vectorized import VectorizedEngine
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
 from koi.randomness import Place, capture, restore
-from koi.tasks import TaskBatch, is_tensor_task
+from koi.tasks import TaskBatch, has_own_loop, is_tensor_task
 
 log = logging.getLogger("koi")
 Result = TypeVar("Result")
@@ -52,6 +53,10 @@ class Dispatch:
         chunk_size: int | None,
         check: bool,
     ) -> None:
+        if compile:
+            from koi.inner.compiled.torch_internals import check_version
+
+            check_version(compile)
         self._model, self._inner = model, inner
         self._vectorize = vectorize
         self._together = "vectorized+compiled" if compile else "vectorized"
@@ -84,6 +89,16 @@ class Dispatch:
 
     def _form(self, batch: TaskBatch) -> str:
         """Return the form that tasks like these run in."""
+        if has_own_loop(batch.example):
+            check_engine(batch.example, self._vectorize, self._compile)
+            if "own loop" not in self._told:
+                self._told.add("own loop")
+                log.info(
+                    "tasks of %s adapt by themselves: inner_optimizer and step_size have no part "
+                    "in it",
+                    type(batch.example).__name__,
+                )
+            return "eager"
         if self._vectorize is True:
             return self._together
         possible = self._vectorize == "auto" and len(batch) > 1 and is_tensor_task(batch.example)
@@ -156,6 +171,8 @@ class Dispatch:
         """Compare a form with the plainest way, before it first does such work on such tasks."""
         key = request.form, request.purpose, type(request.batch.example)
         if not self._check or key in self._checked or self._inner.scale is not None:
+            return
+        if has_own_loop(request.batch.example):
             return
         rows = 1
         if request.form == self._together:

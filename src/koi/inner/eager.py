@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from koi.algorithms import given
 from koi.inner.base import (
     InnerLoop,
     Metric,
@@ -27,13 +28,21 @@ from koi.inner.base import (
 from koi.inner.functional import PureLoss
 from koi.inner.layers.normalisation import map_weight_norm
 from koi.inner.optimizers.bound import bound_optimizer
+from koi.inner.own_loop import (
+    adapt_by_itself,
+    check_algorithm,
+    check_alike,
+    check_measured,
+    check_settings,
+)
 from koi.inner.second_order import SecondOrderEngine
+from koi.inner.stepwise import Adapted, Given
 from koi.inner.working import WorkingCopy
 from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, OutcomeMean, Phi
 from koi.randomness import Place
-from koi.tasks import TaskBatch, query_of, views
+from koi.tasks import TaskBatch, has_own_loop, query_of, views
 
 
 class Kept(NamedTuple):
@@ -64,11 +73,12 @@ class EagerEngine(SecondOrderEngine):
     @torch.enable_grad()
     def meta_batch(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Outcome:
         """Adapt to each task in turn."""
+        check_alike(batch.tasks)
         means, distance = OutcomeMean(copy=len(batch) > 1), None
         for number, task in enumerate(batch.tasks, start=batch.first):
             with explained(place, number, 1):
                 place.set("inner", number)
-                adapted = self.run(phi, task, views(task, num_steps), num_steps)
+                adapted = self._of_task(phi, task, num_steps)
                 if adapted is None:
                     continue
                 with torch.no_grad():
@@ -86,7 +96,7 @@ class EagerEngine(SecondOrderEngine):
         """Return the working copy, adapted to one task."""
         with explained(place, 0, 1):
             place.set("inner", 0)
-            adapted = self.adapt_to(phi, views(task, num_steps))
+            adapted = self._adapted(phi, task, num_steps)
             self._finite(adapted.params, adapted.losses, 0, place)
             self.copy.check()
         return self.copy.module
@@ -99,8 +109,15 @@ class EagerEngine(SecondOrderEngine):
             curve: Tensors = []
             with explained(place, number, 1):
                 place.set("inner", number)
-                steps = views(task, num_steps)
-                self.adapt_to(phi, steps, partial(self._measure, query_of(task), curve))
+                measure = partial(self._measure, query_of(task), curve)
+                if has_own_loop(task):
+                    check_measured(query_of(task))
+                    for count in range(num_steps + 1):  # anew: only its end is known
+                        place.set("inner", number)
+                        self._adapted(phi, task, count)
+                        measure()
+                else:
+                    self.adapt_to(phi, views(task, num_steps), measure)
                 self.copy.check()
             rows.append(torch.stack(curve))
         return torch.stack(rows)
@@ -114,11 +131,31 @@ class EagerEngine(SecondOrderEngine):
         for number, task in enumerate(batch.tasks):
             with explained(place, number, 1):
                 place.set("inner", number)
-                self.adapt_to(phi, views(task, num_steps))
+                self._adapted(phi, task, num_steps)
                 self.copy.check()
                 module = self.copy.module
                 values += metrics_of(metric, module, task, self.inner, number, place)
         return values
+
+    def _of_task(self, phi: Phi, task: Any, num_steps: int) -> Given | None:
+        """Return what the algorithm makes of a task; None where float16 overflowed."""
+        if not has_own_loop(task):
+            return self.run(phi, task, views(task, num_steps), num_steps)
+        check_algorithm(task, self.inner)
+        adapted = self._adapted(phi, task, num_steps)
+        end = self.inner.learned.those_learned(adapted.params)
+        with torch.no_grad():
+            found = given(self.inner.algorithm, phi.learned, end, [], [])
+        return Given(found, adapted.moments, adapted.losses)
+
+    def _adapted(self, phi: Phi, task: Any, num_steps: int) -> Adapted:
+        """Return where the inner loop ends: Koi's own, or the task's."""
+        if not has_own_loop(task):
+            return self.adapt_to(phi, views(task, num_steps))
+        check_settings(task, self.copy.module, self.inner, phi)
+        start = self.adapt_to(phi, [])  # moments stay as they are
+        adapt_by_itself(task, self.copy.module, self.inner, num_steps)
+        return start
 
     def begin(self, phi: Phi) -> None:
         """Set the working copy to φ."""

@@ -27,6 +27,8 @@ _ADVICE = {
 _ADVICE_ANYWHERE = {
     "escaped from inside": "what is computed again or kept for later (torch.utils.checkpoint) is "
     "of many tasks then: switch that off, or use vectorize=False",
+    "_NoopSaveInputs": "switch off what computes activations again (torch.utils.checkpoint), or "
+    "use vectorize=False",  # as torch 2.6 says it
     "saved tensor hooks": "switch off what computes activations again (torch.utils.checkpoint), or "
     "use vectorize=False, compile=False",
     "setup_context": "give the torch.autograd.Function a setup_context and generate_vmap_rule (of "

@@ -12,10 +12,10 @@ none waits for it in vain, and all stop at the same φ.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -28,14 +28,14 @@ from koi.errors import ConfigurationError, KoiError, RankError, annotate
 from koi.phi.arithmetic import same_tensors
 from koi.phi.outcome import Outcome, Phi
 from koi.ranks.exchange import Buffer, Form, share
+from koi.ranks.presence import Presence, gathered, patience
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 Result = TypeVar("Result")
+log = logging.getLogger("koi")
 
-# Where a collective has failed: how long the ranks may take to say that they are there.
-_ROLL_CALL = timedelta(seconds=5)
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,7 +48,12 @@ def join(device: torch.device) -> bool:
             return False
         from torch.distributed.rendezvous import rendezvous
 
-        store, rank, size = next(rendezvous("env://"))
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=patience())))
+        except dist.DistError as error:
+            raise RankError(
+                f"the ranks cannot find each other ({error}): has one ended before koi.train?"
+            ) from error
         dist.init_process_group(
             # by itself torch takes NCCL for the GPU, gloo for what is on the CPU
             "gloo" if device.type == "cpu" else None,
@@ -72,20 +77,16 @@ def of_this_attempt(store: Store, rank: int, size: int) -> Store:
     name = f"koi/{uuid.uuid4()}"
     if rank > 0:
         store.set(f"koi/hello/{rank}", name)
+        gathered(store, lambda _: name, [0], lambda _: None)
         name = store.get(name).decode()
         store.set(f"{name}/{rank}", "")
-    missing = set(range(1, size)) if rank == 0 else set()
-    until = time.monotonic() + default_pg_timeout.total_seconds()
-    while missing:
-        for other in list(missing):
-            if store.check([f"koi/hello/{other}"]):  # of this attempt, or of an earlier one
-                store.set(store.get(f"koi/hello/{other}").decode(), name)
-            if store.check([f"{name}/{other}"]):
-                missing.discard(other)
-        if time.monotonic() > until:
-            named = ", ".join(map(str, sorted(missing)))
-            raise RankError(f"rank 0 waits in vain for the ranks {named}: did their scripts end?")
-        time.sleep(0.01)
+
+    def answer(other: int) -> None:
+        if store.check([f"koi/hello/{other}"]):  # of this attempt, or of an earlier one
+            store.set(store.get(f"koi/hello/{other}").decode(), name)
+
+    gathered(store, lambda other: f"{name}/{other}", range(1, size if rank == 0 else 1), answer)
+    store.set_timeout(default_pg_timeout)
     return PrefixStore(name, store)
 
 
@@ -109,13 +110,20 @@ class Ranks:
         num_tasks: meta_batch_size.
         carry: whether moments live on from one meta-iteration to the next.
         interrupts: holds Ctrl-C back while ranks meet.
+        settings: what must be the same on all, by name and in words.
 
     Raises:
-        ConfigurationError: there are more ranks than tasks.
+        ConfigurationError: there are more ranks than tasks, or settings differ between ranks.
+        RankError: a rank does not come.
     """
 
     def __init__(
-        self, device: torch.device, num_tasks: int, carry: bool, interrupts: Holding
+        self,
+        device: torch.device,
+        num_tasks: int,
+        carry: bool,
+        interrupts: Holding,
+        settings: Mapping[str, str],
     ) -> None:
         several = join(device)
         self.rank = dist.get_rank() if several else 0
@@ -125,12 +133,17 @@ class Ranks:
         self._phi: Phi | None = None
         self._buffer: Buffer | None = None
         self._check = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper() != "OFF"
-        self._count = 0  # collectives so far
+        self._presence: Presence | None = None
         self._over = False  # no rank will come to another collective
         self._stopping = self._ending = False
         self._error: BaseException | None = None
         self.wants_to_stop: Callable[[], bool] = lambda: False
         self.wants_to_end = False
+        if several:
+            group = dist.group.WORLD
+            assert group is not None
+            self._presence = Presence(self.rank, self.size, group.get_group_store())
+            self._presence.meet(settings)
 
     @property
     def first(self) -> bool:
@@ -319,42 +332,19 @@ class Ranks:
         Raises:
             RankError: it failed, naming the ranks that did not come to it.
         """
-        self._count += 1
+        presence = self._presence
+        assert presence is not None
+        presence.at_collective()
         try:
             return work()
         except RuntimeError as error:
             self._over = True
-            raise RankError(
+            problem = (
                 f"rank {self.rank} cannot reach the others ({str(error).strip()}): "
-                f"{self._roll_call()}; φ is as it was before"
-            ) from error
-
-    def _roll_call(self) -> str:
-        """Return which ranks are not at the collective that failed.
-
-        They are called through the store, with any backend. torch's own `monitored_barrier` is
-        gloo's alone: its connections are closed once a collective has timed out, and on a group
-        made for it none but rank 0 would hear which ranks are missing. NCCL has none; where a
-        collective times out it ends the process, unless told not to, before this is reached.
-        """
-        missing, patience = [], _ROLL_CALL
-        try:
-            group = dist.group.WORLD
-            assert group is not None
-            store, here = group.get_group_store(), f"koi/{self._count}/"
-            store.set(f"{here}{self.rank}", "")
-            for rank in range(self.size):
-                try:
-                    store.wait([f"{here}{rank}"], patience)
-                except dist.DistStoreError:
-                    missing.append(rank)
-                    patience = timedelta(milliseconds=10)  # all have had their time
-        except (RuntimeError, ValueError):
-            return "the store through which ranks find each other is gone too"
-        if not missing:
-            return "all ranks are there, so the connection between them was cut"
-        named = " and ".join(f"rank {rank}" for rank in missing)
-        return f"{named} did not get here, so it hangs, has ended, or is cut off"
+                f"{presence.missing()}; φ is as it was before"
+            )
+            log.error(problem)  # at once: whoever started the ranks may end them soon
+            raise RankError(problem) from error
 
 
 def digest_of(phi: Phi) -> tuple[int, ...]:

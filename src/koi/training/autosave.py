@@ -100,7 +100,7 @@ class Autosave:
         if folder is None or (number == folder.newest and self._state.owed == folder.owed):
             return
         with uninterrupted():
-            checkpoint.save(self._koi, self._state, folder.file(number))
+            checkpoint.save(self._koi, self._state, folder.file(number), folder.past)
             folder.newest, folder.owed = number, self._state.owed
             folder.remove_old()
 

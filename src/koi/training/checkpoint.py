@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from koi.phi.average import ExponentialMean
 from koi.phi.outcome import Phi
 from koi.phi.update import MetaUpdate
 from koi.randomness import States, checked
-from koi.records import Record
+from koi.records import History
 from koi.settings import Settings, from_data, is_code
 from koi.training import frozen, stateful
 from koi.training.agreement import (
@@ -35,6 +34,7 @@ from koi.training.agreement import (
     tensors_of,
 )
 from koi.training.interrupts import uninterrupted
+from koi.training.past import Past, history_from, stored_history
 from koi.training.state import Best, Mark, Owed, Pending, TrainingState, stored_rates
 
 Data = dict[str, Any]
@@ -42,12 +42,13 @@ Data = dict[str, Any]
 _VERSION = version("koi-x")
 
 
-def contents(koi: Configured, state: TrainingState) -> Data:
+def contents(koi: Configured, state: TrainingState, past: Past | None = None) -> Data:
     """Return everything that training needs to go on: of φ and moments the tensors, not copies.
 
     Args:
         koi: the learner, between two meta-iterations.
         state: what it has come to.
+        past: a file for older records; None: all are in it.
     """
     settings, at = koi.settings, state.mark(koi.settings)
     learned = settings.learned(koi.model)
@@ -66,10 +67,7 @@ def contents(koi: Configured, state: TrainingState) -> Data:
         "iteration": state.iteration,
         "engine": state.engine,
         "ruled_out": sorted(state.ruled_out),
-        "history": {
-            column.name: _column([getattr(record, column.name) for record in state.history])
-            for column in fields(Record)
-        },
+        "history": stored_history(state.history, past),
         "params": {name: p.detach() for name, p in zip(learned.params, params, strict=True)},
         "buffers": {name: koi.model.get_buffer(name) for name in names},
         "tensors": tensors_of(koi.model),
@@ -92,13 +90,13 @@ def contents(koi: Configured, state: TrainingState) -> Data:
     }
 
 
-def save(koi: Configured, state: TrainingState, path: Path) -> None:
+def save(koi: Configured, state: TrainingState, path: Path, past: Past | None = None) -> None:
     """Write a checkpoint, Ctrl-C held back.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    storage.write(path, contents(koi, state))
+    storage.write(path, contents(koi, state, past))
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Saved:
     iteration: int
     engine: str
     ruled_out: frozenset[str]
-    history: list[Record]
+    history: History
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     tensors: dict[str, str]
@@ -169,7 +167,7 @@ def saved_from(data: Mapping[str, Any], path: Path | str) -> Saved:
         states = None if generators is None else checked(States(*generators))
         kept["settings"] = {**Settings().stored(), **data["settings"]}  # some may be newer
         kept["ruled_out"] = frozenset(data["ruled_out"])
-        kept["history"] = _records(data["history"])
+        kept["history"] = history_from(data["history"], path)
         kept["owed"] = None if data.get("owed") is None else Owed(**data["owed"])
         return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -288,7 +286,7 @@ def _put(
         arithmetic.copy_(phi.params, sources)
         arithmetic.copy_(buffers, list(saved.buffers.values()))
         state.iteration, state.engine = saved.iteration, saved.engine
-        state.history, state.ruled_out = list(saved.history), set(saved.ruled_out)
+        state.history, state.ruled_out = saved.history, set(saved.ruled_out)
         state.keep(moments, phi.params, settings)
         state.keep_rates(phi.learned_rates, phi.params, settings)
         state.update, state.begun, state.owed = update, None, saved.owed
@@ -380,21 +378,3 @@ def _plain(states: States) -> tuple[Any, ...]:
         return tuple(states)
     name, key, *rest = states.numpy
     return tuple(states._replace(numpy=(name, torch.as_tensor(key), *rest)))
-
-
-def _column(values: list[Any]) -> Tensor:
-    if all(isinstance(value, int) for value in values):
-        return torch.tensor(values, dtype=torch.int64)
-    numbers = [math.nan if value is None else value for value in values]
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _records(columns: Mapping[str, Tensor]) -> list[Record]:
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    records = (Record(**dict(zip(columns, row, strict=True))) for row in rows)
-    return [
-        record
-        if record.validation is None or not math.isnan(record.validation)
-        else replace(record, validation=None)
-        for record in records
-    ]

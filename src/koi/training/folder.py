@@ -13,6 +13,7 @@ from koi.settings import check_count
 from koi.training import checkpoint
 from koi.training.checkpoint import Saved
 from koi.training.lock import Lock
+from koi.training.past import NAME, Past
 from koi.training.state import Owed
 from koi.training.watch import warn
 
@@ -34,6 +35,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = Lock(path)
+        self.past = Past(path / NAME)
         self._damaged: set[int] = set()
         self.newest: int | None = None  # read or written in this training
         self.owed: Owed | None = None  # by what is in it

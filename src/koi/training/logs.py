@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from koi import allowed
 from koi.errors import ConfigurationError
-from koi.files import replace_file
-from koi.records import Record
+from koi.files import replace_file, replacing
+from koi.records import COLUMNS, History
+from koi.training.state import TrainingState
 from koi.training.watch import warn
+from koi.training.whose import OwnPart, encoded, own_part
 
 METRICS = "metrics.jsonl"
 
 # Seconds that a record may wait before it reaches its file.
 _PATIENCE = 5.0
+# Records that are written at a time.
+_SOME = 1000
 # TensorBoard shows 1,000 points of a curve: of a longer training it gets means, as many at least.
 _POINTS = 1000
 
@@ -69,7 +71,7 @@ def append(path: str | os.PathLike[str], line: Mapping[str, Any]) -> None:
     if later:
         with path.with_name(f"{path.name}.old").open("ab") as file:
             file.writelines(later)
-    replace_file(path, b"".join([*kept, _encoded([line])]))
+    replace_file(path, b"".join([*kept, encoded([line])]))
 
 
 _plain = bool | int | float | str | None
@@ -86,18 +88,17 @@ _line = allowed.that(
 class Log:
     """Writes ``koi.history`` into a folder as it grows.
 
-    metrics.jsonl is the history: it is written anew where a training begins or goes on, so that
-    nothing of a killed one is missing, doubled or cut, and again where it is not as it was left.
-    What is there is replaced only if it is of this very training: if it begins with the lines of
-    the history or, where there is no checkpoint yet to hold one, with a line put down in ``begun``.
-    Each has its time to the nanosecond, so that no two trainings have one in common.
+    metrics.jsonl is the history. Where a training goes on it is cut to the lines of what is done,
+    so that nothing of a killed one is doubled or cut, and what is missing is added; it is written
+    anew where it is not as it was left. All that only where it is of this very training (`own_part`
+    says how it is known; ``begun`` holds its first line where there is no checkpoint yet).
     TensorBoard, where it is installed, is told from where on its curves are void.
 
     A log that cannot be written is a warning; the training goes on, and the log once it can.
 
     Args:
         folder: where to write, made if it is missing; None: nowhere.
-        history: the records so far; more are appended to it.
+        state: of the training, with the records so far; more are appended to them.
         num_iterations: meta-iterations that there will be.
         resume: a training goes on, and what it wrote before it was killed is replaced.
         begun: a file for the first line, beside the checkpoints of which there is none yet; None:
@@ -110,15 +111,15 @@ class Log:
     def __init__(
         self,
         folder: Any,
-        history: Sequence[Record],
+        state: TrainingState,
         num_iterations: int,
         resume: bool,
         begun: Path | None,
     ) -> None:
         self._folder = None if folder is None else Path(folder)
-        self._history = history
+        self._state = state
         self._begun = begun
-        self._size: int | None = None  # of the file as it was left; None: not by this training
+        self._size = 0  # of the file as it was left
         self._written = 0
         self._flushed_at = time.monotonic()
         self._failed = False
@@ -148,7 +149,7 @@ class Log:
             return
         self._flushed_at = time.monotonic()
         try:
-            self._write(self._folder / METRICS)
+            self._write(self._folder / METRICS, len(self._state.history))
             self._failed = False
         except OSError as error:
             self._warn(f"{METRICS} cannot be written ({error.strerror or error}): trying again")
@@ -160,27 +161,34 @@ class Log:
             self._warn(f"TensorBoard's events cannot be written ({error}): giving them up")
 
     def _open(self, folder: Path, resume: bool) -> None:
-        path, done = folder / METRICS, len(self._history)
+        path, history = folder / METRICS, self._state.history
+        # the last record may still be owed what validation gives
+        done = len(history) - (self._state.owed is not None)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            found = path.read_bytes() if path.exists() else b""
-            if found and not done and not resume:
+            there = path.exists() and path.stat().st_size > 0
+            if there and not history and not resume:
                 raise ConfigurationError(
                     [
                         f"log_dir {folder} holds the log of an earlier training: choose another "
                         "folder, empty this one, or go on from a checkpoint with resume=True"
                     ]
                 )
-            if not self._is_own(found):
-                here = f"has done {done} meta-iterations" if done else "has no checkpoint yet"
+            own = own_part(path, history, done, self._first_line()) if there else OwnPart(0, 0)
+            if own is None:
+                number = len(history)
+                here = f"has done {number} meta-iterations" if number else "has no checkpoint yet"
                 raise ConfigurationError(
                     [
-                        f"log_dir {folder} holds {len(found.splitlines())} lines that this "
+                        f"log_dir {folder} holds {_num_lines(path)} lines that this "
                         f"training, which {here}, did not write: choose another folder, or move "
                         f"that {METRICS} away"
                     ]
                 )
-            self._write(path)
+            with path.open("ab") as file:
+                file.truncate(own.size)
+            self._size, self._written = own
+            self._write(path, done)
         except OSError as error:
             raise ConfigurationError(
                 [
@@ -191,33 +199,30 @@ class Log:
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            begun = (found or done) and any(folder.glob("events.out.tfevents.*"))
+            begun = (there or done) and any(folder.glob("events.out.tfevents.*"))
             self._drawn = done // self._stride if begun else 0
             self._board = SummaryWriter(folder, purge_step=done if begun else None)
 
-    def _is_own(self, found: bytes) -> bool:
-        """Return whether a file's content is nothing, or what this training wrote of itself."""
-        known = _encoded(map(asdict, self._history))
-        if not known and self._begun is not None:
-            with contextlib.suppress(OSError):
-                known = self._begun.read_bytes()
-        whole = found[: found.rfind(b"\n") + 1] or found
-        return not found or (known != b"" and (known.startswith(whole) or whole.startswith(known)))
+    def _first_line(self) -> bytes:
+        """Return the line that was put down where there was no checkpoint to hold it."""
+        with contextlib.suppress(OSError):
+            return b"" if self._begun is None else self._begun.read_bytes()
+        return b""
 
-    def _write(self, path: Path) -> None:
-        """Append the records that are new, or write all where the file is not as it was left."""
-        size = path.stat().st_size if path.exists() else None
-        if self._begun is not None and self._history and not self._written:
+    def _write(self, path: Path, count: int) -> None:
+        """Append what is new of so many records, or write all if the file is not as it was left."""
+        history, size = self._state.history, path.stat().st_size if path.exists() else None
+        if self._begun is not None and count and not self._written:
             # first: a line in the log without it would be a stranger's to the next process
-            replace_file(self._begun, _encoded([asdict(self._history[0])]))
-        if self._size is None or size != self._size:
-            if self._size is not None and size and not self._is_own(path.read_bytes()):
+            replace_file(self._begun, encoded(history[:1]))
+        if size != self._size:
+            if size and own_part(path, history, count, b"") is None:
                 raise OSError("another training writes there")
-            content = _encoded(map(asdict, self._history))
-            replace_file(path, content)
-            self._size = len(content)
-        elif len(self._history) > self._written:
-            content = _encoded(map(asdict, self._history[self._written :]))
+            with replacing(path) as file:
+                self._size = sum(map(file.write, _encoded_parts(history, 0, count)))
+            self._written = count
+            return
+        for content in _encoded_parts(history, self._written, count):
             try:
                 with path.open("ab") as file:
                     file.write(content)
@@ -226,15 +231,15 @@ class Log:
                     os.truncate(path, self._size)
                 raise
             self._size += len(content)
-        self._written = len(self._history)
+            self._written = min(count, self._written + _SOME)
 
     def _draw(self) -> None:
         """Give TensorBoard the mean of each complete block of meta-iterations; None is no value."""
         if self._board is None:
             return
-        for block in range(self._drawn, len(self._history) // self._stride):
+        for block in range(self._drawn, len(self._state.history) // self._stride):
             step = (block + 1) * self._stride - 1
-            records = self._history[step + 1 - self._stride : step + 1]
+            records = self._state.history[step + 1 - self._stride : step + 1]
             for name in _CURVES:
                 values = [getattr(record, name) for record in records]
                 values = [value for value in values if value is not None]
@@ -249,16 +254,15 @@ class Log:
         self._failed = True
 
 
-_CURVES = tuple(field.name for field in fields(Record) if field.name != "iteration")
+_CURVES = tuple(name for name in COLUMNS if name != "iteration")
 
 
-def _encoded(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return strict JSON, a line each; what is not finite has no number in it and becomes null."""
-    finite = (
-        {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
-        }
-        for line in lines
-    )
-    return "".join(json.dumps(line) + "\n" for line in finite).encode()
+def _num_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _encoded_parts(history: History, start: int, end: int) -> Iterator[bytes]:
+    """Yield the lines of records, some at a time."""
+    for first in range(start, end, _SOME):
+        yield encoded(history[first : min(end, first + _SOME)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,9 +66,10 @@ class ProgressBar:
         """Count one meta-iteration and show its losses and ε."""
         if self._bar.disable:
             return
+        known = not math.isnan(record.loss_before)
+        losses = f"loss {record.loss_before:.3g} → {record.loss_after:.3g}, " if known else ""
         self._bar.set_postfix_str(
-            f"loss {record.loss_before:.3g} → {record.loss_after:.3g}, "
-            f"ε {record.meta_step_size:.3g}" + (f", {self.note}" if self.note else ""),
+            f"{losses}ε {record.meta_step_size:.3g}" + (f", {self.note}" if self.note else ""),
             refresh=False,
         )
         self._bar.update(record.iteration + 1 - self._bar.n)

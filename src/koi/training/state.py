@@ -22,7 +22,7 @@ from koi.phi.learned import Learned
 from koi.phi.outcome import Phi
 from koi.phi.update import MetaUpdate, Moves
 from koi.randomness import States
-from koi.records import Record
+from koi.records import History
 from koi.settings import Settings
 from koi.training import stateful
 
@@ -134,7 +134,7 @@ class TrainingState:
     """
 
     iteration: int = 0
-    history: list[Record] = field(default_factory=list)
+    history: History = field(default_factory=History)
     engine: str = "none yet"
     ruled_out: set[str] = field(default_factory=set)
     moments: Tensors | None = None

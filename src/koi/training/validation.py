@@ -65,6 +65,12 @@ class Validation:
         self._every, self._keep_best, self._patience = every, keep_best, patience
         self._folder = folder
 
+    def in_words(self) -> dict[str, str]:
+        """Return what must be the same on all ranks."""
+        numbers = {"validate_every": self._every, "keep_best": self._keep_best}
+        measures = {"validate": self._validate is not None, "patience": self._patience}
+        return {name: str(value) for name, value in (numbers | measures).items()}
+
     @property
     def exhausted(self) -> bool:
         """Whether patience has run out."""
@@ -74,7 +80,7 @@ class Validation:
     def after(self, ranks: Ranks) -> None:
         """Measure φ if that is due, and put what came of it into the last record."""
         state = self._state
-        owed, record, best = state.owed, state.history[-1], state.best
+        owed, best = state.owed, state.best
         assert owed is not None
         last = state.iteration == self._koi.settings.num_iterations
         if self._validate is None or not (last or state.iteration % self._every == 0):
@@ -85,12 +91,13 @@ class Validation:
             value = self._measure() if ranks.first else math.nan
         value = ranks.value_of_first(value)
         with uninterrupted():
-            state.history[-1] = replace(record, validation=value)
+            state.history.validated(value)
             state.owed = replace(owed, validated=True)
             try:
                 self._take(value, ranks.first)
             except CheckpointError:  # then it is measured again
-                state.history[-1], state.owed, state.best = record, owed, best
+                state.history.validated(None)
+                state.owed, state.best = owed, best
                 raise
 
     def finish(self) -> None:
@@ -123,7 +130,7 @@ class Validation:
         moments = state.carried(koi.settings)
         state.best = replace(state.best, phi=phi, moments=moments and clone(moments))
         if saves and self._folder is not None:
-            checkpoint.save(koi, state, self._folder.best)
+            checkpoint.save(koi, state, self._folder.best, self._folder.past)
 
     def _phi(self) -> Tensors:
         """Return all tensors that are φ's, not copies."""

@@ -45,7 +45,7 @@ class Watch:
                 "the meta-update is exactly zero: adapting to these tasks changes nothing; is the "
                 "loss flat, or the model detached from it?"
             )
-        for losses in outcome.losses:
+        for losses in filter(None, outcome.losses):  # an inner loop of a task's own tells none
             self._seen += 1
             self._rising += losses[num_steps - 1] > losses[0]
         if self._seen >= _WINDOW:

@@ -6,22 +6,23 @@ import itertools
 import logging
 import re
 import sys
+import threading
 import time
 import types
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from koi.errors import EngineError, KoiError
 from koi.inner.compiled.torch_internals import (
+    graph_pass,
     has_graph,
     kernels_apart,
     options_of,
     recurrence_traced,
-    small_products,
     without_lookup,
 )
 from koi.inner.layers.libraries import values_unread
@@ -29,6 +30,7 @@ from koi.inner.reasons import advice_on, reason_of
 
 log = logging.getLogger("koi")
 _numbers = itertools.count()
+_LONG = 60  # seconds
 
 
 class Graph:
@@ -82,6 +84,7 @@ class Graph:
         began = time.perf_counter()
         try:
             with (
+                said_when_long(self._what),
                 kernels_apart() if self._lean else nullcontext(),
                 recurrence_traced(),
                 warnings.catch_warnings(),
@@ -128,6 +131,19 @@ def of_the_user(name: str, value: Any) -> bool:
     return not isinstance(value, types.ModuleType) and not made_by.startswith("torch")
 
 
+@contextmanager
+def said_when_long(what: str) -> Iterator[None]:
+    """Say in a warning that it compiles, where that takes so long that it seems to hang."""
+    message = "compiling %s has taken %d s so far: it happens once, and may take minutes"
+    timer = threading.Timer(_LONG, log.warning, (message, what, _LONG))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class AsItStands:
     """In the place of a `Graph`: the function without the compiler, to compare draws with."""
 
@@ -172,8 +188,9 @@ def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, 
     options: dict[str, Any] = {} if named is None else options_of(named)
     if device == "cuda":
         options["loop_ordering_after_fusion"] = False
+    options |= graph_pass(products=device == "cpu")
     if device == "cpu":
-        options |= small_products() | {
+        options |= {
             "cpp_wrapper": True,
             "cpp.enable_floating_point_contract_flag": "fast",
         }

@@ -1,7 +1,8 @@
 """What the compiled engine uses of torch beyond its public names, and what happens without it.
 
-All of these were seen in torch 2.11 and 2.13. A name that torch takes away costs speed or, where a
-graph then cannot be made, ends in the sentence that says so; nothing else in Koi uses such names.
+Versions of torch in which all of it was tried are in `_TRIED`; others compile nothing, which
+`check_version` says. In a version that is tried, a name that torch takes away costs speed or, where
+a graph then cannot be made, ends in the sentence that says so; nothing else in Koi uses such names.
 ``torch._foreach_*`` are used everywhere: they are the public optimizers' own arithmetic, and the
 only way to many tensors at once.
 """
@@ -18,11 +19,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koi.errors import EngineError
+from koi.errors import ConfigurationError, EngineError
+
+_TRIED = (2, 11), (2, 14)  # and what is between
 
 # Measured on the sine net: products with up to 16 terms in a sum gain, those with 25 do not.
 _MOST_TERMS = 16
 _MOST_WORK = 2**16
+
+
+def check_version(compile: bool | str) -> None:
+    """Check that this torch compiles as Koi knows it.
+
+    Raises:
+        ConfigurationError: nobody has tried it.
+    """
+    first, last = _TRIED
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    if not first <= (major, minor) <= last:
+        known = " to ".join(".".join(map(str, version)) for version in _TRIED)
+        raise ConfigurationError(
+            [
+                f"compile = {compile!r}: the compiler is known to work with torch {known}, and "
+                f"this is torch {torch.__version__}: install one of these, or use compile=False"
+            ]
+        )
 
 
 def _private(module: str, name: str) -> Any:
@@ -129,14 +150,16 @@ def options_of(mode: str) -> dict[str, Any]:
     raise EngineError(f"this torch does not say what its mode {mode!r} means: use compile=True")
 
 
-def small_products() -> dict[str, Any]:
-    """Return the option with a pass that writes A B with few terms in each sum as that sum.
+def graph_pass(*, products: bool) -> dict[str, Any]:
+    """Return the option with a pass over each graph, before Inductor makes code of it.
 
-    The gradient of a linear layer's weight is such a product, with a term for each example of a
-    minibatch. As a call of its own it writes the gradient down and the update reads it again; as a
-    sum Σₖ A[:, k] B[k, :] it becomes a part of the update.
+    It writes ZeroTensors out as zeros (`with_memory`) and, with ``products``, A B with few terms in
+    each sum as that sum. The gradient of a linear layer's weight is such a product, with a term for
+    each example of a minibatch. As a call of its own it writes the gradient down and the update
+    reads it again; as a sum Σₖ A[:, k] B[k, :] it becomes a part of the update.
 
-    Without: no option; small networks are a twentieth to a tenth slower.
+    Without: no option; small networks are a twentieth to a tenth slower, and nested derivatives end
+    the process.
     """
     try:
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -149,21 +172,40 @@ def small_products() -> dict[str, Any]:
     except ImportError:
         return {}
     patterns = PatternMatcherPass()
-    products = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default]
-    pattern = CallFunction(products, Arg(), Arg())
+    pattern = CallFunction([torch.ops.aten.mm.default, torch.ops.aten.bmm.default], Arg(), Arg())
 
     @register_graph_pattern(pattern, pass_dict=patterns, extra_check=_is_small)
     def write_out(match: Any, left: Any, right: Any) -> None:
         match.replace_by_example(sum_of_terms, [left, right])
 
-    class SmallProducts(CustomGraphPass):
+    class Pass(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
-            patterns.apply(graph)
+            with_memory(graph)
+            if products:
+                patterns.apply(graph)
 
         def uuid(self) -> Any:  # what the compiler's cache knows this pass by
-            return get_hash_for_files((__file__,))
+            return get_hash_for_files((__file__,)) + bytes([products])
 
-    return {"post_grad_custom_pre_pass": SmallProducts()}
+    return {"post_grad_custom_pre_pass": Pass()}
+
+
+def with_memory(graph: torch.fx.Graph) -> None:
+    """Make the ZeroTensors of a graph tensors of zeros.
+
+    Torch gives a tangent that is zero, as in a ``torch.func.jvp`` inside another, as a ZeroTensor,
+    which has no memory. The code that Inductor makes reads it there: the process ended with SIGSEGV
+    (torch 2.13).
+    """
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._efficientzerotensor.default:
+            like = node.meta["val"]
+            form = {"dtype": like.dtype, "device": like.device}
+            with graph.inserting_before(node):
+                zeros = graph.call_function(torch.ops.aten.full.default, (node.args[0], 0), form)
+            zeros.meta.update(node.meta)
+            node.replace_all_uses_with(zeros)
+            graph.erase_node(node)
 
 
 def _is_small(match: Any) -> bool:

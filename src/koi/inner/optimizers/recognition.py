@@ -29,14 +29,15 @@ def update_rule(
     """
     if why_no_rule(optimizer) is not None:
         return None
-    group = optimizer.param_groups[0]
+    kind, group = type(optimizer), optimizer.param_groups[0]
     places = frozenset(layout_of(optimizer, params)[0].places)
     only = None if len(places) == len(params) else places
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     if isinstance(optimizer, torch.optim.SGD):
         return SGD(lr, float(group["momentum"]), bool(group["nesterov"]), decay, only)
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    decoupled = bool(group["decoupled_weight_decay"])
+    # in torch 2.6 AdamW is a class of its own, without this entry
+    decoupled = bool(group.get("decoupled_weight_decay", kind is torch.optim.AdamW))
     return Adam(lr, beta1, beta2, float(group["eps"]), decay, decoupled, differentiable, only)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from koi import plots
-from koi.errors import ConfigurationError
+from koi.errors import ConfigurationError, printable
 from koi.lab import runs
 from koi.lab.runs import Config, Run
 from koi.recipes import IMAGE_FORMS, RECIPES, FewShotRecipe, Parts, own_folder, recipe_named
@@ -123,6 +124,7 @@ def train(
     The same command again goes on with a run that was stopped.
     """
     own = {"num_ways": ways, "num_shots": shots, "network": network}
+    _check_device(device)
     chosen, classes = _experiment(recipe, data, seed, own)
     if iterations is not None:
         chosen = replace(chosen, num_iterations=iterations, patience=None)
@@ -158,7 +160,9 @@ def evaluate(
         typer.Option(min=1, metavar="K …", help="Support examples of each class."),
     ] = None,
     more_shots: Annotated[list[int] | None, typer.Argument(min=1, hidden=True)] = None,
-    tasks: TestTasks = 1000,
+    tasks: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Test tasks to measure on; the paper: 10000.")
+    ] = 1000,
 ) -> None:
     """Measure a run on its test classes, both ways, and keep the result in its folder."""
     opened = Run(run)
@@ -207,8 +211,19 @@ def _print_table(measured: list[Run], console: Console) -> None:
     for is_number, name, _ in found:
         table.add_column(name, justify="right" if is_number else "left")
     for row in zip(*(cells for _, _, cells in found), strict=True):
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console.print(table)
+
+
+def _check_device(device: str) -> None:
+    """Check that tensors can be made there, before anything else is done."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = str(error).splitlines()[0].split(" device type")[0]
+        raise typer.BadParameter(
+            f"{device} cannot be used here ({why}): take cpu", param_hint="--device"
+        ) from error
 
 
 def _experiment(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class Classifier:
         """
         what = what_is(Path(path))
         if what != CLASSIFIER:
-            mend = f"adapt it first, by koi adapt {path} SUPPORT_FOLDER" if what == RUN else _WANTED
+            adapting = f"adapt it first, by koi adapt {quote(str(path))} SUPPORT_FOLDER"
+            mend = adapting if what == RUN else _WANTED
             raise CheckpointError(f"{path} is {what}: {mend}")
         data = storage.read(Path(path))
         try:

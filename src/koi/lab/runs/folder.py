@@ -50,7 +50,7 @@ class Config:
             return omniglot.load(self.data, num_validation=self.num_validation, seed=self.seed)
         if self.data is None:
             raise ConfigurationError(
-                [f"the data of {self.recipe.name} cannot be downloaded: say where they are"]
+                [f"the data of {self.recipe.name} cannot be downloaded: give them by --data"]
             )
         if self.classes is None:
             return mini_imagenet.load(self.data)

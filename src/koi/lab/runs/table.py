@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from shlex import quote
 
 from koi.errors import DataError
 from koi.lab.markdown import text
@@ -43,11 +44,11 @@ def columns(runs: Iterable[Run]) -> list[Column]:
 def markdown_table(runs: Iterable[Run]) -> str:
     """Return `columns` as a table in Markdown."""
     found = columns(runs)
-    rows = zip(*(cells for _, _, cells in found), strict=True)
+    escaped = (cells if is_number else map(text, cells) for is_number, _, cells in found)
     lines = [
         tuple(name for _, name, _ in found),
         tuple("--:" if is_number else ":--" for is_number, _, _ in found),
-        *([cell.replace("|", "\\|") for cell in row] for row in rows),
+        *zip(*escaped, strict=True),
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -63,7 +64,7 @@ def check_measured(runs: Iterable[Run]) -> None:
     if missing:
         raise DataError(
             "\n".join(
-                f"{folder} has no result yet: measure it by koi evaluate {folder}"
+                f"{folder} has no result yet: measure it by koi evaluate {quote(str(folder))}"
                 for folder in missing
             )
         )
@@ -80,8 +81,8 @@ def _rows(run: Run) -> Iterator[tuple[str, ...]]:
         for way, paper in zip(("inductive", "transductive"), published, strict=True):
             mean, interval = (100 * value for value in result[way])
             yield (
-                text(run.folder),
-                text(recipe.name),
+                str(run.folder),
+                recipe.name,
                 length,
                 str(num_shots),
                 tasks + (f" ({skipped:,} left out)" if skipped else ""),
