@@ -44,13 +44,13 @@ ENGINES := $(addprefix tests/test_,$(addsuffix .py,algorithms cases checkpoints 
            engines_any_optimizer engines_chunks engines_equal engines_evaluate engines_fallback \
            engines_minibatches engines_optimizers evaluation frozen inner_step meta_update modules \
            normalisation optimizers outer_step parameters quadratics randomness recurrence resume \
-           roles self_check storage task_kinds tasks torch_optimizer training vision))
+           roles self_check storage task_kinds tasks torch_optimizer training))
 
-test-torch: .venv/.made ## Run the engines' tests with another torch: make test-torch TORCH="torch==2.6.0 torchvision"
+test-torch: .venv/.made ## Run the engines' tests with another torch: TORCH="torch==2.6.0 torchvision"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) $(TORCH) \
 		--editable . pytest pytest-timeout pytest-xdist hypothesis
-	@$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" \
-		--deselect tests/test_cases.py::test_compiled $(ENGINES) $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ENGINES) $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m slow tests/test_vision.py
 
 test-slow: .venv/.dev ## Run the tests that take minutes each: every engine in full, compiled
 	@$(BIN)/python -m pytest -m slow $(PARALLEL) $(ARGS)

@@ -97,6 +97,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def on_ranks():
+    """Four processes that act as ranks, for all tests that need some."""
+    from ranks import Pool
+
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
 def untraced(monkeypatch):
     """Run the compiled engines' functions as they stand, without the compiler."""

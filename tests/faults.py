@@ -23,7 +23,9 @@ from typing import NamedTuple
 
 import torch
 
+import faults_from_elsewhere
 import mortal_run
+import mortal_shards
 from faults_among_callbacks import among_callbacks
 from faults_long import interrupted, killed, same, terminated
 from faults_together import in_one_folder, in_two_threads
@@ -246,16 +248,18 @@ def dead_worker(times: int) -> int:
     return lost
 
 
-def torchrun(folder: Path, victim: int, at: int) -> int:
+def torchrun(folder: Path, victim: int, at: int, module=mortal_run, size: int = 2) -> int:
     """Run the script whose rank dies once; return torchrun's exit code."""
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    script = Path(mortal_run.__file__)
+    command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    command.append("--max-restarts=1")
+    script = Path(module.__file__)
     return subprocess.run(
         [sys.executable, "-m", *command, script, folder, str(victim), str(at)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
             "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # for a group that the script makes itself
         },
         capture_output=True,
         timeout=300,
@@ -275,6 +279,19 @@ def dead_rank(times: int) -> int:
             lost += any(part.abs().max() > 1e-5 for part in parts)
             lines = (Path(name) / "metrics.jsonl").read_text().splitlines()
             lost += [json.loads(line)["iteration"] for line in lines] != list(range(40))
+    return lost
+
+
+def dead_shard(times: int) -> int:
+    """kill -9 of one of the ranks that hold a sharded φ; the job comes back to the same end."""
+    lost, end = 0, mortal_shards.alone()
+    for number in range(times):
+        with tempfile.TemporaryDirectory() as name:
+            at = _draw.randrange(mortal_shards.LENGTH - 1)
+            lost += torchrun(Path(name), number % 4, at, mortal_shards, 4) != 0
+            lost += not (Path(name) / "died").exists()
+            phi = torch.load(Path(name) / "phi.pt")
+            lost += any((end[key] - phi[key]).abs().max() > 1e-5 for key in end)
     return lost
 
 
@@ -313,7 +330,12 @@ FAULTS = [
     Fault("loss that is NaN", nan_task, 100, 10),
     Fault("loss that raises", raising_task, 100, 10),
     Fault("worker that draws ahead dies", dead_worker, 40, 2),
+    Fault("wrong argument of a public callable", faults_from_elsewhere.wrong_arguments, 10_000, 0),
+    Fault("forged classifier", faults_from_elsewhere.forged_classifiers, 500, 20),
+    Fault("run's files edited by hand", faults_from_elsewhere.edited_runs, 1000, 50),
+    Fault("checkpoint with any bytes in it", faults_from_elsewhere.fuzzed_files, 1000, 50),
     Fault("rank that dies under torchrun", dead_rank, 4, 0),
+    Fault("rank that dies with a shard of φ", dead_shard, 4, 0),
     Fault("link cut between two nodes", cut_link, 1, 0),
 ]
 

@@ -1,5 +1,6 @@
 """Trainings that meet: two processes in one folder, two threads in one process; see faults.py."""
 
+import logging
 import random
 import signal
 import sys
@@ -59,6 +60,7 @@ def in_two_threads(times: int) -> int:
         return Koi(dropout_net(), 0.01, 3, 8, meta_step_size=0.1, vectorize=False, seed=seed)
 
     lost = 0
+    logging.getLogger("koi").setLevel(logging.ERROR)  # a seed in a thread is said
     for number in range(times):
         seeds = 2 * number, 2 * number + 1
         whole = [learner(seed) for seed in seeds]
@@ -72,4 +74,5 @@ def in_two_threads(times: int) -> int:
             thread.join()
         for one, other in zip(both, whole, strict=True):
             lost += not faults_long.same(snapshot(one.model), snapshot(other.model))
+    logging.getLogger("koi").setLevel(logging.NOTSET)
     return lost

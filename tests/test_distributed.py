@@ -15,7 +15,7 @@ from engine_toys import ENGINES
 from koi import Koi
 from koi.inner.compiled.workers import threads
 from koi.training.lock import Lock
-from ranks import Failed, Pool
+from ranks import Failed
 
 # starting processes takes long where others keep the machine busy
 pytestmark = pytest.mark.timeout(300)
@@ -26,13 +26,6 @@ CASES = [
     ("fomaml", "adam", "conv"),
     ("maml", "sgd", "mlp"),
 ]
-
-
-@pytest.fixture(scope="module")
-def on_ranks():
-    pool = Pool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(autouse=True)
@@ -304,9 +297,8 @@ def test_more_ranks_than_tasks(on_ranks):
         assert "meta_batch_size = 3 on 4 ranks" in end.text
 
 
-def test_sharded_models_are_refused(on_ranks):
-    for sharded, wrapped in on_ranks(2, rank_runs.sharded):
-        assert "has sharded parameters (0.weight, 0.bias, 2.weight, 2.bias)" in sharded
+def test_wrapped_models_are_refused(on_ranks):
+    for wrapped in on_ranks(2, rank_runs.wrapped):
         assert "the model is wrapped" in wrapped
 
 

@@ -142,7 +142,7 @@ def test_what_is_no_run(tmp_path):
     with pytest.raises(ConfigurationError, match="is not there: give the folder of a run"):
         Run(tmp_path / "nothing").config()
     (tmp_path / "config.json").write_text('{"recipe": 3}')
-    with pytest.raises(ConfigurationError, match="is no folder of a run"):
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
         Run(tmp_path).config()
     run = Run.begun(tmp_path / "untrained", Config(SMALL))
     with pytest.raises(CheckpointError, match="train it first"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, field, fields
 from numbers import Integral, Real
 from os import PathLike, fspath
 from typing import Any, TypeVar
@@ -45,6 +45,11 @@ def check(**given: tuple[Any, Check]) -> None:
             problems.append(wrong(name, value, str(refused)))
     if problems:
         raise ConfigurationError(problems)
+
+
+def of(check: Check, default: Any = MISSING) -> Any:
+    """Return a field of a dataclass that `check_fields` checks."""
+    return field(default=default, metadata={"check": check})
 
 
 def check_fields(made: Any) -> None:

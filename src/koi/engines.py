@@ -18,6 +18,7 @@ from koi.inner.dispatch import Dispatch
 from koi.inner.optimizers.recognition import update_rule, why_no_rule
 from koi.inner.optimizers.rules import UpdateRule, layout_of, of_part
 from koi.inner.scaling import LossScale
+from koi.inner.sharded import check_sharded
 from koi.phi.arithmetic import Tensors
 from koi.phi.learned import Learned
 from koi.settings import Settings
@@ -165,6 +166,8 @@ def inner_loop(model: nn.Module, settings: Settings, scale: LossScale | None) ->
     optimizer = settings.optimizer(learned.those_adapted(params))
     algorithm = algorithm_of(settings.algorithm)
     _check_roles(learned, algorithm)
+    if learned.shards is not None:
+        check_sharded(settings, params, optimizer)
     settings.at(settings.step_size).rates(
         learned, 0, settings.num_steps
     )  # says which name is unknown

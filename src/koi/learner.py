@@ -31,6 +31,7 @@ from koi.training.folder import Folder
 from koi.training.interrupts import Interrupts
 from koi.training.logs import Log
 from koi.training.progress import ProgressBar
+from koi.training.sharded import ShardedFolder
 from koi.training.state import Best, Owed, TrainingState
 from koi.training.stepping import Stepping
 from koi.training.validation import Validation
@@ -166,7 +167,8 @@ class Koi(Adapting):
         check_options(progress, checkpoint_dir, resume, log_dir)
         callbacks = checked_callbacks(callbacks)
         check_count("workers", workers, least=0, most=1000)
-        folder = Folder.given(checkpoint_dir, checkpoint_every, resume)
+        kind = Folder if self.settings.learned(self.model).shards is None else ShardedFolder
+        folder = kind.given(checkpoint_dir, checkpoint_every, resume)
         validation = Validation(
             *(self, self._state, validate, self._validation_loss),
             *(validate_every, keep_best, patience, folder),
@@ -310,8 +312,9 @@ class Koi(Adapting):
         """Put everything into the state that meta-iterations go on from, on all ranks."""
         settings, ready = self.settings, self._ready()
         device, carry = self._phi(ready, settings).params[0].device, settings.inner_state == "carry"
+        shards = ready.inner.learned.shards
         alike = settings.in_words() | ({} if validation is None else validation.in_words())
-        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts, alike)
+        ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts, alike, shards)
         start.begin(self, self._state, tasks, callbacks, folder, resume, ranks)
         if self._state.pending is not None:
             ready.engines.refused |= self._state.ruled_out

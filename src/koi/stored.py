@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from koi import allowed
 from koi.configured import Configured
-from koi.errors import ConfigurationError
+from koi.errors import CheckpointError, ConfigurationError
 from koi.phi.arithmetic import copy_
 from koi.phi.learned import copy_module
 from koi.training import checkpoint
@@ -125,6 +125,11 @@ class Stored(Configured):
             CheckpointError: it cannot be written.
         """
         allowed.check(path=(path, allowed.path))
+        if self.settings.learned(self.model).shards is not None:
+            raise CheckpointError(
+                "koi.save writes one file, and a sharded model lies on several ranks: train with "
+                "checkpoint_dir, or give torch.distributed.checkpoint koi.model.state_dict()"
+            )
         checkpoint.save(self, self._state, Path(path))
 
     @classmethod

@@ -16,7 +16,6 @@ from koi.algorithms import Algorithm
 from koi.errors import NonFiniteError, TaskError, annotate, is_end
 from koi.inner.optimizers.rules import Layout, OptimizerFactory, UpdateRule
 from koi.inner.scaling import LossScale
-from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors
 from koi.phi.learned import Learned
 from koi.phi.outcome import Outcome, Phi
@@ -120,7 +119,7 @@ def metrics_of(
         NonFiniteError: an adapted parameter is not finite.
         TaskError: the metric returned no tensor.
     """
-    size = arithmetic.norm([p.detach() for p in inner.learned.params_of(model)]).item()
+    size = inner.learned.norm([p.detach() for p in inner.learned.params_of(model)])
     if not finite_tasks([[]], [size], number, place, inner.skip_nonfinite):
         return []
     with torch.no_grad():

@@ -15,6 +15,7 @@ from koi.inner.checks.selfcheck import DisagreementError, Request, SelfCheck
 from koi.inner.eager import EagerEngine
 from koi.inner.own_loop import check_engine
 from koi.inner.reasons import advice_on, reason_of
+from koi.inner.sharded import ShardedEngine
 from koi.inner.vectorized import VectorizedEngine
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
@@ -101,6 +102,8 @@ class Dispatch:
             return "eager"
         if self._vectorize is True:
             return self._together
+        if self._inner.learned.shards is not None:
+            return self._one_by_one
         possible = self._vectorize == "auto" and len(batch) > 1 and is_tensor_task(batch.example)
         if not possible or self._together in self.refused:
             return self._one_by_one
@@ -153,6 +156,8 @@ class Dispatch:
         return None
 
     def _make(self, form: str) -> Engine:
+        if form == "eager" and self._inner.learned.shards is not None:
+            return ShardedEngine(self._model, self._inner, self._inner.learned.shards)
         if form == "eager":
             return EagerEngine(self._model, self._inner)
         if form == "vectorized":
@@ -170,7 +175,8 @@ class Dispatch:
     def _compare(self, engine: Engine, request: Request) -> None:
         """Compare a form with the plainest way, before it first does such work on such tasks."""
         key = request.form, request.purpose, type(request.batch.example)
-        if not self._check or key in self._checked or self._inner.scale is not None:
+        cannot = self._inner.scale is not None or self._inner.learned.shards is not None
+        if not self._check or key in self._checked or cannot:
             return
         if has_own_loop(request.batch.example):
             return

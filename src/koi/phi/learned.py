@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from koi.errors import ModelError
+from koi.phi import arithmetic
 from koi.phi.arithmetic import Tensors, copy_
 from koi.phi.roles import Names, chosen
+from koi.phi.shards import Shards, local
 
 Item = TypeVar("Item")
 
@@ -33,6 +36,7 @@ class Learned:
         constants: of the other buffers.
         adapted: the places in ``params`` of those that the inner loop moves; None: all.
         learned: the places of those that the meta-update moves; None: all.
+        shards: the ranks over which the parameters are sharded; None: all of them are here.
     """
 
     params: tuple[str, ...]
@@ -40,6 +44,7 @@ class Learned:
     constants: tuple[str, ...]
     adapted: tuple[int, ...] | None = None
     learned: tuple[int, ...] | None = None
+    shards: Shards | None = None
 
     @classmethod
     def of(cls, module: nn.Module, adapts: Names = None, learns: Names = None) -> Learned:
@@ -52,9 +57,11 @@ class Learned:
 
         Raises:
             ConfigurationError: ``adapts`` or ``learns`` chooses nothing.
-            ModelError: no parameter can learn, lazy ones have no shape yet, they are sharded, or
-                a copy would not do what the module does (`check_plain`).
+            ModelError: no parameter can learn, lazy ones have no shape yet, they are sharded
+                otherwise than by ``fully_shard``, or a copy would not do what the module does
+                (`check_plain`).
         """
+        shards = Shards.of(module)
         named = dict(module.named_parameters())
         everything = (*named.items(), *module.named_buffers())
         lazy = [name for name, tensor in everything if is_lazy(tensor)]
@@ -63,12 +70,10 @@ class Learned:
                 f"the model has lazy parameters or buffers without a shape ({', '.join(lazy)}): "
                 "run one batch through it before giving it to Koi"
             )
-        sharded = [name for name, tensor in everything if hasattr(tensor, "device_mesh")]
-        if sharded or isinstance(module, nn.parallel.DistributedDataParallel):
-            what = f"has sharded parameters ({', '.join(sharded)})" if sharded else "is wrapped"
+        if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ModelError(
-                f"the model {what}, and Koi shares out tasks, not parameters, to processes: give "
-                "it the plain module, on one device of each, and start the script by torchrun"
+                "the model is wrapped, and Koi shares out tasks to processes by itself: give it "
+                "the plain module, on one device of each, and start the script by torchrun"
             )
         check_plain(module)
         if not any(p.requires_grad for p in named.values()):
@@ -88,6 +93,7 @@ class Learned:
             tuple(name for name in moves if not moves[name]),
             None if inner == params else tuple(map(params.index, inner)),
             None if outer == params else tuple(map(params.index, outer)),
+            shards,
         )
 
     def those_adapted(self, each: Sequence[Item]) -> list[Item]:
@@ -103,8 +109,11 @@ class Learned:
         return {n: p for n, p in module.named_parameters() if n not in self.params}
 
     def params_of(self, module: nn.Module) -> Tensors:
-        """Return the learned parameters of ``module``, not copies, in this order."""
-        return [module.get_parameter(name) for name in self.params]
+        """Return the learned parameters of ``module``, not copies, in this order.
+
+        Of sharded ones these are the rows that are here.
+        """
+        return [local(module.get_parameter(name)) for name in self.params]
 
     def buffers_of(self, module: nn.Module) -> Tensors:
         """Return the adapted buffers of ``module``, not copies, in this order."""
@@ -117,6 +126,13 @@ class Learned:
     def tensors_of(self, module: nn.Module) -> Tensors:
         """Return parameters, buffers and constants of ``module``, not copies, in this order."""
         return [*self.params_of(module), *self.buffers_of(module), *self.constants_of(module)]
+
+    def norm(self, tensors: Sequence[Tensor]) -> float:
+        """Return the Euclidean norm of tensors like the parameters, wherever their rows are."""
+        here = arithmetic.norm(tensors)
+        if self.shards is None:
+            return here.item()
+        return math.sqrt(self.shards.total(here.double().square()).item())
 
     def put(self, module: nn.Module, tensors: Sequence[Tensor]) -> None:
         """Overwrite parameters, buffers and constants of ``module``, given in this order."""
@@ -174,6 +190,11 @@ def copy_module(module: nn.Module, shared: dict[int, Any] | None = None) -> nn.M
     Raises:
         ModelError: the module holds something that cannot be copied.
     """
+    if Shards.of(module) is not None:
+        raise ModelError(
+            "a sharded model cannot be copied, as torch's FSDP has no copy: use koi.evaluate and "
+            "koi.measure, which adapt in its place, or adapt and average a model that is whole"
+        )
     try:
         return copy.deepcopy(module, dict(shared or {}))
     except (RuntimeError, TypeError) as error:

@@ -87,7 +87,7 @@ class MetaUpdate:
         gradient, norm = None, outcome.distance
         if self.optimizer is not None or norm is None:
             gradient = algorithm.meta_gradient(params, outcome.given)
-            norm = arithmetic.norm(gradient).item() if norm is None else norm
+            norm = self.phi.names.norm(gradient) if norm is None else norm
         share = 1.0 if clip is None else min(1.0, clip / (norm + _CLIP_EPS))
         if self.optimizer is None:
             size = self._finite(epsilon * share * norm)
@@ -128,7 +128,7 @@ class MetaUpdate:
                 param.grad = grad
             with scaled_rates(optimizer, epsilon):
                 optimizer.step()
-            return self._finite(arithmetic.norm(arithmetic.difference(params, before)).item())
+            return self._finite(self.phi.names.norm(arithmetic.difference(params, before)))
         except BaseException:
             arithmetic.copy_(params, before)
             optimizer.state.clear()

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from koi import errors, memory
+from koi.errors import ConfigurationError, KoiError, RankError
 from koi.phi.arithmetic import Tensors, clone
 from koi.phi.outcome import Outcome, Phi
 
@@ -104,10 +106,10 @@ class Buffer:
         self._set(6, 0, [end])
         self._set(7, 0, [constants])
 
-    def reduce(self) -> Told:
-        """Sum over the ranks and return the figures."""
+    def reduce(self, group: dist.ProcessGroup | None = None) -> Told:
+        """Sum over the ranks, or those of a group, and return the figures."""
         self._flat[self._size :] = torch.tensor(self._figures, dtype=self._flat.dtype)
-        dist.all_reduce(self._flat)
+        dist.all_reduce(self._flat, group=group)
         figures = self._flat[self._size :].tolist()
         losses, weights, counts, failed, digests, stop, end, constants = (
             figures[start:end] for start, end in itertools.pairwise(self._places)
@@ -159,3 +161,20 @@ def share(rank: int, num_ranks: int, num_tasks: int) -> tuple[int, int]:
     [(0, 2), (2, 5), (5, 7), (7, 10)]
     """
     return rank * num_tasks // num_ranks, (rank + 1) * num_tasks // num_ranks
+
+
+def digest_of(phi: Phi) -> tuple[int, ...]:
+    """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
+    parts = *phi.params, *phi.learned_rates, *phi.buffers, *(phi.moments or [])
+    digest = memory.digest(*parts, size=6)
+    return tuple(int.from_bytes(digest[i : i + 2], "big") for i in (0, 2, 4))
+
+
+def error_of(rank: int, name: str, text: str) -> Exception:
+    """Return what the other ranks raise: Koi's own error, if it was one."""
+    kind = getattr(errors, name, None)
+    if kind is ConfigurationError:
+        return ConfigurationError([f"{text} (on rank {rank})"])
+    if isinstance(kind, type) and issubclass(kind, KoiError):
+        return kind(f"{text} (on rank {rank})")
+    return RankError(f"rank {rank} has stopped, φ is as it was before: {name}: {text}")

@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from koi import errors, memory
-from koi.errors import ConfigurationError, KoiError, RankError, annotate
+from koi import memory
+from koi.errors import ConfigurationError, RankError, annotate
 from koi.phi.arithmetic import same_tensors
 from koi.phi.outcome import Outcome, Phi
-from koi.ranks.exchange import Buffer, Form, share
+from koi.phi.shards import Shards
+from koi.ranks.exchange import Buffer, Form, digest_of, error_of, share
+from koi.ranks.grid import Grid
 from koi.ranks.presence import Presence, gathered, patience
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ class Ranks:
         carry: whether moments live on from one meta-iteration to the next.
         interrupts: holds Ctrl-C back while ranks meet.
         settings: what must be the same on all, by name and in words.
+        shards: the ranks that hold one φ together; None: each has it whole.
 
     Raises:
         ConfigurationError: there are more ranks than tasks, or settings differ between ranks.
@@ -124,17 +127,20 @@ class Ranks:
         carry: bool,
         interrupts: Holding,
         settings: Mapping[str, str],
+        shards: Shards | None = None,
     ) -> None:
         several = join(device)
         self.rank = dist.get_rank() if several else 0
         self.size = dist.get_world_size() if several else 1
-        self._set(num_tasks, carry)
+        self.shards = shards
+        self.grid: Grid | None = None
         self._interrupts = interrupts
         self._phi: Phi | None = None
         self._buffer: Buffer | None = None
         self._check = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper() != "OFF"
         self._presence: Presence | None = None
         self._over = False  # no rank will come to another collective
+        self._cut_off = False  # since one could not be reached
         self._stopping = self._ending = False
         self._error: BaseException | None = None
         self.wants_to_stop: Callable[[], bool] = lambda: False
@@ -144,6 +150,8 @@ class Ranks:
             assert group is not None
             self._presence = Presence(self.rank, self.size, group.get_group_store())
             self._presence.meet(settings)
+            self.grid = None if shards is None else Grid(shards, device)
+        self._set(num_tasks, carry)
 
     @property
     def first(self) -> bool:
@@ -162,6 +170,11 @@ class Ranks:
         Several ranks do so one meta-iteration after one of them wanted it, when all know.
         """
         return self._ending if self.size > 1 else self.wants_to_end
+
+    @property
+    def all_have_stopped(self) -> bool:
+        """Whether all ranks have heard of an error, and are at the same φ."""
+        return self.size == 1 or (self._over and not self._cut_off)
 
     def training(self, phi: Phi) -> Ranks:
         """Return this, to be used in ``with`` around the meta-iterations."""
@@ -185,14 +198,18 @@ class Ranks:
                     self._meet(None)
 
     def _set(self, num_tasks: int, carry: bool) -> None:
-        if num_tasks < self.size:
+        place, size, what = self.rank, self.size, "rank"
+        if self.grid is not None:
+            place, size, what = self.grid.number, self.grid.size, "task group"
+        if num_tasks < size:
             raise ConfigurationError(
                 [
-                    f"meta_batch_size = {num_tasks} on {self.size} ranks: every rank needs a task "
-                    f"of each meta-batch, so take at least {self.size}, or fewer ranks"
+                    f"meta_batch_size = {num_tasks} on {size} {what}s: every {what} needs a task "
+                    f"of each meta-batch, so take at least {size}, or fewer {what}s"
                 ]
             )
-        self.share = share(self.rank, self.size, num_tasks)
+        self._place, self._parts = place, size
+        self.share = share(place, size, num_tasks)
         self._num_tasks = num_tasks
         self._carry = carry
 
@@ -214,7 +231,10 @@ class Ranks:
         if self.size == 1:
             return adapt(0, self._num_tasks)
         try:
-            return adapt(*self.share)
+            if self.grid is None:
+                return adapt(*self.share)
+            with self._interrupts.held():  # a rank that stopped alone would be waited for
+                return adapt(*self.share)
         except BaseException as error:
             self._error = error
             return None
@@ -266,7 +286,7 @@ class Ranks:
         buffer.clear()
         if outcome is not None:
             try:
-                buffer.put(outcome, self.rank, self.share[0])
+                buffer.put(outcome, self._place, self.share[0])
             except Exception as error:
                 self._error = error
         digest = digest_of(self._phi) if self._check else (0, 0, 0)
@@ -274,8 +294,13 @@ class Ranks:
         own = outcome.constants if outcome is not None and outcome.losses else None
         changed = own is not None and not all(map(torch.equal, own, before))
         wishes = self.wants_to_stop(), self.wants_to_end
-        buffer.tell(self.rank, self._error is not None, *wishes, digest, changed)
-        told = self._together(buffer.reduce)
+        failing = self._error is not None
+        buffer.tell(self._place, failing, *wishes, digest, changed)
+        told = self._together(lambda: buffer.reduce(self._column))
+        if self.grid is not None:
+            grid, said = self.grid, (failing, *wishes, told.constants)
+            flags = self._together(lambda: grid.any(*said))
+            told = told._replace(failed=flags[:1], stop=flags[1], end=flags[2], constants=flags[3])
         if any(told.failed):
             self._hear()
         if len(set(told.digests)) > 1:
@@ -296,14 +321,14 @@ class Ranks:
         if outcome is not None and outcome.losses:
             moments = outcome.moments if self._carry else []
             mine = Form(tuple((m.shape, m.dtype) for m in moments), len(outcome.losses[0]))
-        forms = {form for form in self._all(mine) if form is not None}
+        forms = {form for form in self._all(mine, self._column) if form is not None}
         if len(forms) > 1:
             self._over = True
             raise RankError(
                 "the optimizer's moments or the losses differ in number or shape between ranks: "
                 "let inner_optimizer and tasks be alike on all of them"
             )
-        buffer = Buffer(phi, next(iter(forms), Form((), 0)), self._num_tasks, self.size)
+        buffer = Buffer(phi, next(iter(forms), Form((), 0)), self._num_tasks, self._parts)
         if forms:
             self._buffer = buffer
         return buffer
@@ -321,9 +346,14 @@ class Ranks:
             raise own
         raise error_of(*failed[0])
 
-    def _all(self, value: Any) -> list[Any]:
-        gathered = [None] * self.size
-        self._together(lambda: dist.all_gather_object(gathered, value))
+    @property
+    def _column(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same rows of φ; None: all."""
+        return None if self.grid is None else self.grid.column
+
+    def _all(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        gathered = [None] * (self.size if group is None else self._parts)
+        self._together(lambda: dist.all_gather_object(gathered, value, group))
         return gathered
 
     def _together(self, work: Callable[[], Result]) -> Result:
@@ -338,27 +368,10 @@ class Ranks:
         try:
             return work()
         except RuntimeError as error:
-            self._over = True
+            self._over = self._cut_off = True
             problem = (
                 f"rank {self.rank} cannot reach the others ({str(error).strip()}): "
                 f"{presence.missing()}; φ is as it was before"
             )
             log.error(problem)  # at once: whoever started the ranks may end them soon
             raise RankError(problem) from error
-
-
-def digest_of(phi: Phi) -> tuple[int, ...]:
-    """Return 48 bits of a hash of φ, its buffers and moments, in numbers that float32 can hold."""
-    parts = *phi.params, *phi.learned_rates, *phi.buffers, *(phi.moments or [])
-    digest = memory.digest(*parts, size=6)
-    return tuple(int.from_bytes(digest[i : i + 2], "big") for i in (0, 2, 4))
-
-
-def error_of(rank: int, name: str, text: str) -> Exception:
-    """Return what the other ranks raise: Koi's own error, if it was one."""
-    kind = getattr(errors, name, None)
-    if kind is ConfigurationError:
-        return ConfigurationError([f"{text} (on rank {rank})"])
-    if isinstance(kind, type) and issubclass(kind, KoiError):
-        return kind(f"{text} (on rank {rank})")
-    return RankError(f"rank {rank} has stopped, φ is as it was before: {name}: {text}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "omniglot": omniglot_net,
     "mini-imagenet": mini_imagenet_net,
 }
-
-
-def of(check: allowed.Check, default: Any = MISSING) -> Any:
-    """Return a field of a dataclass that `koi.allowed.check_fields` checks."""
-    return field(default=default, metadata={"check": check})
 
 
 def _adaptations(value: Any) -> Any:
@@ -53,8 +48,8 @@ class Adaptation:
         num_steps: inner steps.
     """
 
-    batch_size: int = of(allowed.count(1))
-    num_steps: int = of(allowed.count(0, allowed.MOST_STEPS))
+    batch_size: int = allowed.of(allowed.count(1))
+    num_steps: int = allowed.of(allowed.count(0, allowed.MOST_STEPS))
 
     def __post_init__(self) -> None:
         allowed.check_fields(self)
@@ -92,26 +87,26 @@ class FewShotRecipe:
             but ``num_iterations`` does.
     """
 
-    name: str = of(allowed.name)
-    problem: str = of(allowed.one_of(("omniglot", "mini-imagenet", "folder")))
-    network: str = of(allowed.one_of(NETWORKS))
-    num_ways: int = of(allowed.count(1, MOST_CLASSES))
-    num_shots: int = of(allowed.count(1))
-    step_size: float = of(allowed.number(above=0))
-    batch_size: int = of(allowed.count(1))
-    num_steps: int = of(allowed.count(1, allowed.MOST_STEPS))
-    num_iterations: int = of(allowed.count(0))
-    adaptations: Mapping[int, Adaptation] = of(_adaptations)
-    algorithm: str = of(allowed.one_of(NAMED), "reptile")
-    num_queries: int = of(allowed.count(1), 1)
-    meta_batch_size: int = of(allowed.count(1), 5)
-    meta_step_size: float = of(allowed.number(), 1.0)
-    meta_rate: float | None = of(allowed.optional(allowed.number(above=0)), None)
-    inner_state: str = of(allowed.one_of(("carry", "reset")), "carry")
-    inner_optimizer: str = of(allowed.one_of(("adam", "sgd")), "adam")
-    learn_step_size: str | None = of(allowed.one_of((None, "parameter", "layer")), None)
-    torch_defaults: bool = of(allowed.truth, False)
-    patience: int | None = of(allowed.optional(allowed.count(1)), None)
+    name: str = allowed.of(allowed.name)
+    problem: str = allowed.of(allowed.one_of(("omniglot", "mini-imagenet", "folder")))
+    network: str = allowed.of(allowed.one_of(NETWORKS))
+    num_ways: int = allowed.of(allowed.count(1, MOST_CLASSES))
+    num_shots: int = allowed.of(allowed.count(1))
+    step_size: float = allowed.of(allowed.number(above=0))
+    batch_size: int = allowed.of(allowed.count(1))
+    num_steps: int = allowed.of(allowed.count(1, allowed.MOST_STEPS))
+    num_iterations: int = allowed.of(allowed.count(0))
+    adaptations: Mapping[int, Adaptation] = allowed.of(_adaptations)
+    algorithm: str = allowed.of(allowed.one_of(NAMED), "reptile")
+    num_queries: int = allowed.of(allowed.count(1), 1)
+    meta_batch_size: int = allowed.of(allowed.count(1), 5)
+    meta_step_size: float = allowed.of(allowed.number(), 1.0)
+    meta_rate: float | None = allowed.of(allowed.optional(allowed.number(above=0)), None)
+    inner_state: str = allowed.of(allowed.one_of(("carry", "reset")), "carry")
+    inner_optimizer: str = allowed.of(allowed.one_of(("adam", "sgd")), "adam")
+    learn_step_size: str | None = allowed.of(allowed.one_of((None, "parameter", "layer")), None)
+    torch_defaults: bool = allowed.of(allowed.truth, False)
+    patience: int | None = allowed.of(allowed.optional(allowed.count(1)), None)
 
     def __post_init__(self) -> None:
         allowed.check_fields(self)

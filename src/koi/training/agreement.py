@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from koi.algorithms import schedule_of
 from koi.phi.arithmetic import in_words
@@ -40,8 +40,13 @@ def arguments_of(optimizer: torch.optim.Optimizer) -> Data:
     return {"class": f"{kind.__module__}.{kind.__qualname__}", **arguments}
 
 
-def different_tensors(there: dict[str, str], here: dict[str, str]) -> Iterator[str]:
-    """Yield what differs between the model of a checkpoint and the one here."""
+def different_tensors(
+    there: dict[str, str], here: dict[str, str], values: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """Yield what differs between the model of a checkpoint, its values too, and the one here."""
+    for name, value in values.items():
+        if f" of {in_words(value)}" not in there.get(name, ""):
+            yield f"model: {name} is {in_words(value)} and said to be {there.get(name, 'missing')}"
     for name in dict.fromkeys((*there, *here)):
         if here.get(name) != there.get(name):
             yield (

@@ -8,7 +8,6 @@ from types import TracebackType
 from koi.configured import Configured
 from koi.errors import CheckpointError, annotate
 from koi.ranks.group import Ranks
-from koi.training import checkpoint
 from koi.training.folder import Folder
 from koi.training.interrupts import Termination, uninterrupted
 from koi.training.state import TrainingState
@@ -19,7 +18,7 @@ class Autosave:
 
     What a stopped training saves is its state after the last completed meta-iteration, so that
     going on from there gives what going on without a stop would have given. Of several ranks the
-    first saves.
+    first saves; where φ is sharded, all of them do, if all have come to the same end.
 
     Args:
         koi: the learner.
@@ -39,7 +38,7 @@ class Autosave:
     ) -> None:
         self._koi = koi
         self._state = state
-        self._folder = folder if ranks.first else None
+        self._folder = folder if ranks.first or ranks.shards is not None else None
         self._every = every
         self._holds_sigterm = folder is not None
         self._ranks = ranks
@@ -60,7 +59,11 @@ class Autosave:
         try:
             if error is None:
                 self._save()
-            elif self._state.iteration > 0 and not isinstance(error, CheckpointError):
+            elif (
+                self._state.iteration > 0
+                and not isinstance(error, CheckpointError)
+                and (self._ranks.shards is None or self._ranks.all_have_stopped)
+            ):
                 self._save_stopped(error)
         finally:
             self._termination.__exit__(kind, error, trace)
@@ -100,7 +103,7 @@ class Autosave:
         if folder is None or (number == folder.newest and self._state.owed == folder.owed):
             return
         with uninterrupted():
-            checkpoint.save(self._koi, self._state, folder.file(number), folder.past)
+            folder.save(self._koi, self._state, number)
             folder.newest, folder.owed = number, self._state.owed
             folder.remove_old()
 

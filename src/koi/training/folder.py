@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 
 from koi import files
+from koi.configured import Configured
 from koi.errors import CheckpointError, ConfigurationError
 from koi.settings import check_count
 from koi.training import checkpoint
 from koi.training.checkpoint import Saved
 from koi.training.lock import Lock
 from koi.training.past import NAME, Past
-from koi.training.state import Owed
+from koi.training.state import Owed, TrainingState
 from koi.training.watch import warn
 
 _NAME = re.compile(r"iteration-(\d+)\.safetensors")
@@ -107,7 +108,15 @@ class Folder:
                 f"{ahead[-1]}: give resume=True to go on with it, or another folder"
             )
 
-    def newest_good(self, iteration: int) -> Saved | None:
+    def save(self, koi: Configured, state: TrainingState, number: int) -> None:
+        """Write the file of a learner with so many meta-iterations behind it.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        checkpoint.save(koi, state, self.file(number), self.past)
+
+    def newest_good(self, _: Configured, iteration: int) -> Saved | None:
         """Return the newest file that can be read, of those that are not behind ``iteration``.
 
         Raises:

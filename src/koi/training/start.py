@@ -13,10 +13,13 @@ from typing import Any
 
 from koi import randomness, storage
 from koi.configured import Configured
+from koi.errors import CheckpointError
 from koi.phi import arithmetic
+from koi.ranks.grid import Grid
 from koi.ranks.group import Ranks
-from koi.training import checkpoint, stateful
+from koi.training import checkpoint, sharded, stateful
 from koi.training.folder import Folder
+from koi.training.sharded import ShardedFolder
 from koi.training.state import TrainingState
 from koi.training.watch import warn
 
@@ -50,12 +53,16 @@ def begin(
     owners = stateful.holders(callbacks)
     state.tasks, state.begun = tasks, None
     with ranks.agreed():
-        if ranks.first:
+        if isinstance(folder, ShardedFolder):
+            folder.attach(ranks)
+        if ranks.first or ranks.shards is not None:
             resumed = folder is not None and _resumed(koi, state, tasks, owners, folder, resume)
             if state.pending is not None and not resumed:
                 stateful.give_states(owners, state.pending.callbacks)
                 stateful.give_state(tasks, state.pending.mark.tasks)
-    if ranks.size > 1:
+    if ranks.size > 1 and ranks.grid is not None:
+        _become_the_first_group(koi, state, tasks, owners, ranks, ranks.grid)
+    elif ranks.size > 1:
         _become_the_first(koi, state, tasks, owners, ranks)
     state.callbacks = owners
     thread = threading.current_thread()
@@ -98,7 +105,7 @@ def _resumed(
     if not wanted:
         folder.check_unused(state.iteration)
         return False
-    saved = folder.newest_good(state.iteration)
+    saved = folder.newest_good(koi, state.iteration)
     if saved is not None:
         checkpoint.go_on(koi, state, saved, tasks, owners)
     return saved is not None
@@ -125,6 +132,44 @@ def _become_the_first(
             saved = checkpoint.saved_from(data, "of rank 0")
             checkpoint.go_on(koi, state, saved, tasks, owners)
             arithmetic.copy_(list(frozen.values()), [data["frozen_values"][n] for n in frozen])
+
+
+def _become_the_first_group(
+    koi: Configured,
+    state: TrainingState,
+    tasks: Any,
+    owners: tuple[Any, ...],
+    ranks: Ranks,
+    grid: Grid,
+) -> None:
+    """Let every task group have the φ of the first one, and all ranks the rest of rank 0's state.
+
+    Raises:
+        CheckpointError: what is sharded differs in form.
+    """
+    if ranks.first:
+        state.draw_seed(koi.settings)
+    callbacks = None if state.pending is None else state.pending.callbacks
+    own = checkpoint.contents(koi, state) | {"callbacks": callbacks}
+    rest, pairs = sharded.taken_out(koi, own)
+    content = ranks.from_first(storage.pack(rest))
+    parts = [tensor for tensor, _ in pairs]
+    with ranks.agreed():
+        forms = [(tensor.dtype, number) for tensor, number in pairs]
+        data, marks = storage.unpack(content, "of rank 0"), []
+        sharded.mapped(koi, data, lambda mark, _number: marks.append(mark))
+        if [(str(dtype), i) for dtype, i in forms] != [(f"torch.{m[1]}", m[2]) for m in marks]:
+            raise CheckpointError(
+                "φ, moments or the meta-optimizer's state differ in form between ranks: let all "
+                "begin with a learner of the same settings and the same past"
+            )
+    grid.from_first_group(parts)
+    with ranks.agreed():
+        if not ranks.first:
+            if not owners:
+                data["callbacks"] = None
+            whole = sharded.put_in(koi, data, parts)
+            checkpoint.go_on(koi, state, checkpoint.saved_from(whole, "of rank 0"), tasks, owners)
 
 
 def _look_for_a_scheduler(state: TrainingState) -> None:

@@ -61,6 +61,13 @@ class Validation:
         if not (validate is None or hasattr(validate, "sample") or callable(validate)):
             allowed = "tasks, or a callable (koi) that returns a number, the smaller the better"
             raise ConfigurationError([wrong("validate", validate, allowed)])
+        if validate is not None and koi.settings.learned(koi.model).shards is not None:
+            raise ConfigurationError(
+                [
+                    "validate measures on one rank, where a sharded model is not: let a callback "
+                    "on all ranks call koi.evaluate"
+                ]
+            )
         self._koi, self._state, self._validate, self._loss = koi, state, validate, loss
         self._every, self._keep_best, self._patience = every, keep_best, patience
         self._folder = folder

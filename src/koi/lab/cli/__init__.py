@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from koi.errors import KoiError
+from koi.errors import KoiError, printable
 
 _WRONG_USE = 2
 _INTERRUPTED = 130  # as the shell has it for Ctrl-C
@@ -50,5 +50,5 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("koi:", "; ".join(message.splitlines()), file=sys.stderr)
+    print("koi:", "; ".join(map(printable, message.splitlines())), file=sys.stderr)
     sys.exit(code)

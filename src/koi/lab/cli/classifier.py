@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from koi.errors import DataError
+from koi.errors import DataError, printable
 from koi.fewshot.images import IMAGE_SUFFIXES, Unread
 from koi.lab import runs
 from koi.lab.cli.fewshot import RunFolder
@@ -39,12 +39,14 @@ def adapt(
 
     There can be as many classes as the run has ways, or fewer.
     """
+    if out is None:
+        Run(run).check_links()
     classifier = runs.adapt(Run(run), support_folder, steps)
     path = out or run / f"adapted-{support_folder.resolve().name}.safetensors"
     classifier.save(path)
     typer.echo(
         f"Adapted to {len(classifier.support)} images of {len(classifier.classes)} classes "
-        f"({', '.join(classifier.classes)})\nClassifier: {path}"
+        f"({', '.join(map(printable, classifier.classes))})\nClassifier: {printable(str(path))}"
     )
 
 
@@ -67,7 +69,7 @@ def predict(
     """
     classifier = Classifier.load(adapted)
     paths = [path for given in images for path in _files(given)]
-    width = max(len(str(path)) for path in paths)
+    width = max(len(printable(str(path))) for path in paths)
     unread = Unread()
     for path in paths:
         image = unread.tried(classifier.image_form.read, path)
@@ -102,5 +104,7 @@ def _line(path: Path, probabilities: dict[str, float], width: int, as_json: bool
     name, probability = max(probabilities.items(), key=lambda item: item[1])
     if as_json:
         line = {"file": str(path), "class": name, "probability": probability}
-        return json.dumps({**line, "probabilities": probabilities}, ensure_ascii=False)
-    return f"{path!s:<{width}}  {probability:6.1%}  {name}"
+        text = json.dumps({**line, "probabilities": probabilities}, ensure_ascii=False)
+        # what a terminal would obey, as JSON writes it too
+        return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return f"{printable(str(path)):<{width}}  {probability:6.1%}  {printable(name)}"

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -138,8 +137,10 @@ def train(
         classes=classes,
     )
     run = Run.begun(out or Path("runs") / (recipe or Path(str(config.data)).name), config)
-    console = Console(highlight=False)
-    console.print(f"{chosen.name}: {chosen.num_iterations:,} meta-iterations in {run.folder}")
+    console = _console()
+    console.print(
+        f"{chosen.name}: {chosen.num_iterations:,} meta-iterations in {_shown(run.folder)}"
+    )
     if classes is not None:
         console.print(_description(chosen, classes), soft_wrap=True)
     learner = runs.train(run, say=tqdm.write)
@@ -168,7 +169,7 @@ def evaluate(
     opened = Run(run)
     wanted = [*(shots or []), *(more_shots or [])]  # an option takes one value: `--shots 1 5`
     default = list(opened.config().recipe.adaptations)
-    _measure(opened, wanted or default, tasks, Console(highlight=False))
+    _measure(opened, wanted or default, tasks, _console())
 
 
 def table(
@@ -180,7 +181,7 @@ def table(
     opened = [Run(folder) for folder in folders]
     measured = [run for run in opened if run.results()]
     if measured:
-        _print_table(measured, Console(highlight=False))
+        _print_table(measured, _console())
     runs.check_measured(opened)
 
 
@@ -189,7 +190,16 @@ def export(
 ) -> None:
     """Write a run's learner as one small file, which Koi.load and koi demo read."""
     runs.export(Run(run), file)
-    typer.echo(f"{file}: {file.stat().st_size:,} bytes")
+    typer.echo(f"{_shown(file)}: {file.stat().st_size:,} bytes")
+
+
+def _console() -> Console:
+    """Return a console that takes what it is given as it is: names of folders can hold marks."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))
 
 
 def _measure(run: Run, shots: list[int], num_tasks: int, console: Console) -> None:
@@ -199,7 +209,7 @@ def _measure(run: Run, shots: list[int], num_tasks: int, console: Console) -> No
     plots.save(plots.learning_curve(run.validations(), run.results()), run.picture)
     runs.write_card(run)
     _print_table([run], console)
-    console.print(f"Picture: {run.picture}", soft_wrap=True)
+    console.print(f"Picture: {_shown(run.picture)}", soft_wrap=True)
 
 
 def _print_table(measured: list[Run], console: Console) -> None:
@@ -211,7 +221,7 @@ def _print_table(measured: list[Run], console: Console) -> None:
     for is_number, name, _ in found:
         table.add_column(name, justify="right" if is_number else "left")
     for row in zip(*(cells for _, _, cells in found), strict=True):
-        table.add_row(*(escape(printable(cell)) for cell in row))
+        table.add_row(*(printable(cell) for cell in row))
     console.print(table)
 
 

@@ -46,6 +46,7 @@ def write_card(run: Run) -> None:
     Raises:
         CheckpointError: it has not trained yet, or the learner cannot be written.
     """
+    run.check_links()
     iteration = export(run, run.learner)
     config = run.config()
     recipe = config.recipe

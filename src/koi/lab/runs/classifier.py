@@ -94,7 +94,7 @@ class Classifier:
         data = storage.read(Path(path))
         try:
             return _from_file(data["classifier"], data["weights"])
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path} holds no classifier ({type(error).__name__}: {error}): {_WANTED}"
             ) from error

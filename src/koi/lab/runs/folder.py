@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from koi import allowed
 from koi.errors import ConfigurationError
 from koi.fewshot import Splits, labelled
-from koi.files import mend, replace_file
+from koi.files import content_of, mend, replace_file
+from koi.lab.runs import schema
 from koi.lab.runs.kinds import CONFIG, what_is
 from koi.problems import mini_imagenet, omniglot
 from koi.recipes import IMAGE_FORMS, FewShotRecipe, Parts
@@ -36,13 +38,16 @@ class Config:
         classes: of a folder of one's own, the classes of each part.
     """
 
-    recipe: FewShotRecipe
-    data: str | None = None
-    seed: int = 0
-    num_validation: int = 100
-    compile: bool = False
-    device: str = "cpu"
-    classes: Parts | None = None
+    recipe: FewShotRecipe = allowed.of(allowed.instance(FewShotRecipe, "a recipe"))
+    data: str | None = allowed.of(allowed.optional(allowed.path), None)
+    seed: int = allowed.of(allowed.count(0, most=2**64), 0)
+    num_validation: int = allowed.of(allowed.count(0), 100)
+    compile: bool = allowed.of(allowed.truth, False)
+    device: str = allowed.of(allowed.device, "cpu")
+    classes: Parts | None = allowed.of(allowed.optional(schema.parts), None)
+
+    def __post_init__(self) -> None:
+        allowed.check_fields(self)
 
     def splits(self) -> Splits:
         """Return the data in three parts."""
@@ -69,8 +74,15 @@ class Config:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Config:
-        """Return the configuration that `as_data` was given."""
-        return cls(**{**data, "recipe": FewShotRecipe.from_data(data["recipe"])})
+        """Return the configuration that `as_data` was given.
+
+        Raises:
+            ConfigurationError: a field is missing, unknown or cannot be what it is.
+        """
+        given = dict(data)
+        if "recipe" in given:
+            given["recipe"] = FewShotRecipe.from_data(given["recipe"])
+        return allowed.made(cls, given)
 
 
 class Run:
@@ -131,10 +143,33 @@ class Run:
         Raises:
             ConfigurationError: the folder holds no run.
         """
+        data = self._described()
+        data.pop("made_with", None)
         try:
-            data = json.loads(self._config.read_text(encoding="utf-8"))
-            data.pop("made_with")
             return Config.from_data(data)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{self._config}: {problem}; {schema.MEND}" for problem in error.problems
+            ) from error
+
+    def environment(self) -> dict[str, str]:
+        """Return what the run was made with."""
+        made_with = self._described().get("made_with")
+        words = isinstance(made_with, dict) and all(
+            isinstance(value, str) for value in made_with.values()
+        )
+        if not words or not isinstance(made_with, dict):
+            raise ConfigurationError([f"{self._config}: made_with is no dictionary of words"])
+        return made_with
+
+    def _described(self) -> dict[str, Any]:
+        """Return what config.json holds.
+
+        Raises:
+            ConfigurationError: the folder holds no run.
+        """
+        try:
+            return schema.read(self._config)
         except OSError as error:
             raise ConfigurationError(
                 [
@@ -142,27 +177,40 @@ class Run:
                     "koi train makes"
                 ]
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(
-                [
-                    f"{self.folder} is no folder of a run ({type(error).__name__}: {error}): give "
-                    "one that koi train made"
-                ]
-            ) from error
 
-    def environment(self) -> dict[str, str]:
-        """Return what the run was made with."""
-        made_with: dict[str, str] = json.loads(self._config.read_text(encoding="utf-8"))[
-            "made_with"
-        ]
-        return made_with
+    def check_links(self) -> None:
+        """Check that nothing here leads elsewhere, where Koi would then write.
+
+        Raises:
+            ConfigurationError: a link lies in the folder, or among its checkpoints.
+        """
+        for folder in (self.folder, self.checkpoints):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_symlink():
+                    raise ConfigurationError(
+                        [
+                            f"{path} is a link, and Koi writes through none in a run's folder: "
+                            "put the file itself there, or make the whole folder a link"
+                        ]
+                    )
 
     def results(self) -> dict[int, Any]:
         """Return what `koi.lab.runs.measure` found: number of shots -> accuracies."""
         if not self._results.exists():
             return {}
-        found = json.loads(self._results.read_text(encoding="utf-8"))
-        return {int(shots): result for shots, result in found.items()}
+        results = {}
+        try:
+            for shots, found in schema.read(self._results).items():
+                allowed.check(shots=(shots, schema.shots))
+                results[int(shots)] = vars(
+                    allowed.made(schema.Result, found, f"of {shots} shots, ")
+                )
+        except (ConfigurationError, OSError) as error:
+            problem = "; ".join(getattr(error, "problems", [str(error)]))
+            raise ConfigurationError(
+                [f"{self._results}: {problem}; put it back as it was, or measure without the file"]
+            ) from error
+        return results
 
     def add_result(self, num_shots: int, result: Mapping[str, Any]) -> None:
         """Keep the result for a number of shots, in the place of an earlier one."""
@@ -173,13 +221,23 @@ class Run:
         """Return the accuracies that were measured during the training."""
         if not self.validation.exists():
             return []
-        lines = self.validation.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        lines = []
+        try:
+            for text in content_of(self.validation, 16 * schema.MAX_BYTES).splitlines():
+                line = json.loads(text)
+                allowed.check(line=(line, schema.measured))
+                lines.append(line)
+        except (ConfigurationError, OSError, RecursionError, ValueError) as error:
+            raise ConfigurationError(
+                [f"{self.validation}: line {len(lines) + 1} is no measurement; take it out"]
+            ) from error
+        return lines
 
-    @staticmethod
-    def _write(path: Path, data: Mapping[str, Any]) -> None:
+    def _write(self, path: Path, data: Mapping[str, Any]) -> None:
+        self.check_links()
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-        replace_file(path, text.encode())
+        # what is no UTF-8 in a name becomes JSON's own escape of it
+        replace_file(path, text.encode(errors="backslashreplace"))
 
 
 # What was typed to set a value; all else follows from these and from the data.

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from koi import Koi
-from koi.errors import CheckpointError, DataError
+from koi.errors import CheckpointError, ConfigurationError, DataError
 from koi.fewshot import Accuracy, LabelledData
 from koi.fewshot.accuracy import both_ways
 from koi.lab.runs.folder import Config, Run
-from koi.lab.runs.kinds import RUN, what_is
+from koi.lab.runs.kinds import CONFIG, RUN, what_is
+from koi.settings import Settings
+from koi.training import checkpoint
+from koi.training.agreement import different_settings
 
 # Tasks that are adapted to at once on a CPU; on a GPU as many as are drawn together.
 _CHUNK = 20
@@ -38,11 +41,12 @@ def measure(run: Run, num_shots: int, num_tasks: int = 1000, progress: bool | No
         CheckpointError: the run has no checkpoint.
     """
     config = run.config()
-    checkpoint = chosen_checkpoint(run)
+    run.check_links()
+    chosen = chosen_checkpoint(run)
     test = config.splits().test
     _check_shots(test, num_shots)
     began = time.perf_counter()
-    learner = measuring_learner(checkpoint, config, num_shots)
+    learner = measuring_learner(chosen, config, num_shots)
     found = measured(learner, config, test, num_shots, num_tasks, progress)
     result = {
         "transductive": list(found.transductive),
@@ -67,7 +71,7 @@ def _check_shots(test: LabelledData, num_shots: int) -> None:
         )
 
 
-def measuring_learner(checkpoint: Path, config: Config, num_shots: int) -> Koi:
+def measuring_learner(path: Path, config: Config, num_shots: int) -> Koi:
     """Return a learner that adapts as the recipe's test tasks want it, from a checkpoint.
 
     It is not compiled: a graph for each number of shots would take longer than it saves. A task on
@@ -75,7 +79,7 @@ def measuring_learner(checkpoint: Path, config: Config, num_shots: int) -> Koi:
     """
     recipe = config.recipe
     model, settings = recipe.model().to(config.device), _measuring(config, num_shots)
-    return Koi.load(checkpoint, model, **recipe.code(), **settings)
+    return Koi.load(path, model, **recipe.code(), **settings)
 
 
 def measuring_copy(learner: Koi, config: Config, num_shots: int) -> Koi:
@@ -127,9 +131,26 @@ def chosen_checkpoint(run: Run) -> Path:
 
     Raises:
         CheckpointError: there is none.
+        ConfigurationError: it was trained by another configuration.
     """
     best = run.checkpoints / "best.safetensors"
-    return best if best.exists() else newest_checkpoint(run)
+    chosen = best if best.exists() else newest_checkpoint(run)
+    _check_settings(run, chosen)
+    return chosen
+
+
+def _check_settings(run: Run, path: Path) -> None:
+    """Check that the configuration is still that by which a checkpoint was trained.
+
+    Raises:
+        ConfigurationError: it says something else, as a card would then.
+    """
+    config = run.config()
+    given = config.recipe.settings() | {"seed": config.seed, "compile": config.compile}
+    there, here = checkpoint.read(path).settings, Settings(**given).stored()
+    problems = [f"{run.folder / CONFIG}: {each}" for each in different_settings(there, here)]
+    if problems:
+        raise ConfigurationError([*problems, "put it back as it was, or train anew elsewhere"])
 
 
 def newest_checkpoint(run: Run) -> Path:

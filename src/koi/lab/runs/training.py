@@ -44,6 +44,7 @@ def train(
         say: is told after a few meta-iterations how long the rest will take; None: nothing is.
     """
     config = run.config()
+    run.check_links()
     recipe = config.recipe
     splits = config.splits()
     torch.manual_seed(config.seed)

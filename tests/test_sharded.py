@@ -1,0 +1,125 @@
+"""A sharded φ is learned as a whole one is, on task groups × shards."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import sharded_runs
+from koi.inner.compiled.workers import threads
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def on_ranks(on_ranks):
+    """With time for what torch does for each layer of a sharded model."""
+    return partial(on_ranks, timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
+
+
+def assert_close(one, other, tolerance=1e-8):
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_same_as_one_process(size, on_ranks):
+    """1 × 2 and 2 × 2: φ, buffers, losses and norms."""
+    alone = sharded_runs.trained(0, None)
+    together = on_ranks(size, sharded_runs.trained, 2)
+    for found in together:
+        assert_close(found, alone)
+        assert_close(found, together[0], tolerance=0)
+
+
+@pytest.mark.parametrize("case", ["reptile with Adam", "fomaml with a meta-optimizer"])
+def test_saved_on_four_ranks_and_resumed_on_two(case, on_ranks, tmp_path):
+    """What is saved is what is read, bit for bit; so is the end on the same ranks."""
+    whole = on_ranks(4, sharded_runs.saved, 2, 4, tmp_path / "whole", case)
+    (_, *there), *_ = on_ranks(4, sharded_runs.saved, 2, 3, tmp_path / "part", case)
+    names = sorted(path.name for path in (tmp_path / "part").iterdir())
+    assert names == ["iteration-000000002.shards", "iteration-000000003.shards"]
+    for size, shards in [(2, 2), (4, 4)]:
+        found = on_ranks(size, sharded_runs.saved, shards, 3, tmp_path / "part", case)
+        for iteration, *read in found:
+            assert iteration == 3
+            assert_close(read, there, tolerance=0)
+    for size, tolerance in [(4, 0), (2, 1e-8)]:
+        folder = tmp_path / f"on {size}"
+        (tmp_path / "part").rename(folder)
+        for end in on_ranks(size, sharded_runs.saved, 2, 4, folder, case):
+            assert_close(end, whole[0], tolerance)
+        folder.rename(tmp_path / "part")
+        for path in (tmp_path / "part").glob("*4.shards"):
+            path.rename(tmp_path / f"done on {size}")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "text"),
+    [
+        ("nan", "NonFiniteError", "meta-iteration 2, task 2"),
+        ("raises", "ZeroDivisionError", "division by zero"),
+    ],
+)
+def test_loss_that_goes_wrong(wrong, kind, text, on_ranks, tmp_path):
+    """All stop at the same φ, which is saved; the learner itself and another one go on from it."""
+    *_, whole, _ = on_ranks(4, sharded_runs.in_trouble, None, tmp_path / "whole")[0]
+    ended = on_ranks(4, sharded_runs.in_trouble, wrong, tmp_path / "run")
+    kinds = {end[0] for end in ended}
+    assert kinds <= {kind, "RankError"}
+    assert kind in kinds
+    for _, said, iteration, phi, stopped, went_on, resumed in ended:
+        assert text in said
+        assert iteration == 2
+        assert_close(stopped, phi, tolerance=0)
+        assert_close(went_on, whole, tolerance=0)
+        assert_close(resumed, whole, tolerance=0)
+
+
+def test_evaluates_and_measures_in_place(on_ranks):
+    losses, measured, _ = sharded_runs.adapted(0, None)
+    for own_losses, own_measured, unchanged in on_ranks(4, sharded_runs.adapted, 2):
+        assert_close((own_losses, own_measured), (losses, measured))
+        assert unchanged
+
+
+def test_a_rank_holds_its_rows_alone(on_ranks):
+    """Of 5 × 3, 5, 5, 5, 2 × 5 and 2 numbers, three times with Adam."""
+    rows = [3 * (3 * 3 + 3 + 3 + 3 + 5 + 1), 3 * (2 * 3 + 2 + 2 + 2 + 5 + 1)]
+    assert on_ranks(2, sharded_runs.sizes, 2) == rows
+    assert sum(rows) == sharded_runs.sizes(0, None)
+
+
+def test_what_is_refused(on_ranks):
+    for said in on_ranks(2, sharded_runs.refused):
+        assert "has sharded parameters (weight): Koi trains what" in said["shards of columns"]
+        lines = said["settings"].splitlines()
+        wanted = ["'maml'", "vectorize=True", "clip_inner", "inner_optimizer", "Adafactor"]
+        assert len(lines) == len(wanted)
+        for line, word in zip(lines, wanted, strict=True):
+            assert line.startswith("a sharded model does not go with ")
+            assert word in line
+        assert "a sharded model cannot be copied" in said["adapt"]
+        assert "validate" in said["validate"]
+        assert "checkpoint_dir" in said["save"]
+
+
+def test_torch_itself_cannot():
+    """So that what is refused for this reason is looked at again once torch can."""
+    script = Path(__file__).parent.parent / "benchmarks" / "fsdp_limits.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script], capture_output=True, text=True, check=True
+    )
+    copied, gradient, twice, others = done.stdout.splitlines()
+    assert "FSDP does not support deepcopy" in copied
+    assert "not to have been used in the graph" in gradient
+    assert "does not require grad" in twice
+    assert others == "other weights: 6"
