@@ -299,6 +299,8 @@ def _put(
 def _model_problems(koi: Configured, saved: Saved) -> list[str]:
     """Return what differs in form, or, where nothing does, which frozen parameters do in value."""
     values = {**saved.params, **saved.buffers}
+    if koi.settings.learned(koi.model).shards is not None:  # of parameters these are rows
+        values = saved.buffers
     problems = [*different_tensors(saved.tensors, tensors_of(koi.model), values)]
     return problems or [
         *frozen.different_frozen(saved.frozen, _phi(koi).names.others_of(koi.model))
