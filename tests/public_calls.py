@@ -48,6 +48,9 @@ def supervised() -> SupervisedTask:
     return SupervisedTask(**of_a_task())
 
 
+WITHOUT_CLASSES: dict[str, Any] = {"num_ways": None, "capacity": (6, 6)}
+
+
 def of_a_task() -> dict[str, Any]:
     x = torch.linspace(-1, 1, 6).unsqueeze(1)
     sets = {"support_inputs": x, "support_targets": x, "query_inputs": x, "query_targets": x}
@@ -146,6 +149,9 @@ CALLS = {
     "Koi.state_dict": Call(lambda: trained().state_dict(), dict),
     "ClientTasks": Call(koi.ClientTasks, lambda: {"tasks": Lines()}),
     "SupervisedTask": Call(SupervisedTask, of_a_task),
+    "RaggedTask": Call(
+        koi.RaggedTask, lambda: {**of_a_task(), "num_ways": None, "capacity": (6, 6)}
+    ),
     "SupervisedTask.minibatches": Call(
         lambda **given: supervised().minibatches(**given), lambda: {"num_steps": 2}
     ),

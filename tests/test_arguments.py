@@ -16,7 +16,7 @@ from public_calls import CALLS, DOORS, PLACES, WRONG, elsewhere, of_a_task, raw
 # What is called by Koi alone, or is no more than a form.
 NOT_CALLED = {"Task", "TaskDistribution", "SupervisedTask.loss", "Adaptation", "Algorithm", "given"}
 NOT_CALLED |= {"AgainstGradient", "TowardsPoint", "schedule_of", "Task.loss"}
-NOT_CALLED |= {"SupervisedTask.criterion", "TaskDistribution.sample"}
+NOT_CALLED |= {"RaggedTask.loss", "SupervisedTask.criterion", "TaskDistribution.sample"}
 NOT_CALLED |= {"LabelledData.take_known"}
 
 

@@ -113,7 +113,6 @@ def test_traced(model, engine, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("engine", COMPILED)
 @pytest.mark.parametrize("case", REPTILE, ids=str)

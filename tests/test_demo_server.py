@@ -126,6 +126,7 @@ def test_an_answer(client, initialisation):
     assert len(answer["losses"]) == 3
     assert [len(row) for row in answer["probabilities"]] == [3, 3, 3]
     assert all(abs(sum(row) - 1) < 1e-5 for row in answer["probabilities"])
+    assert answer["known"] == []  # this network is not calibrated
     assert [len(image) for image in answer["images"]] == [28 * 28] * 4
     line, hook, dot, query = answer["images"]
     assert hook == query

@@ -18,7 +18,6 @@ from koi.training.lock import Lock
 from ranks import Failed
 
 # starting processes takes long where others keep the machine busy
-pytestmark = pytest.mark.timeout(300)
 
 CASES = [
     ("reptile", "sgd", "mlp"),

@@ -81,7 +81,6 @@ def test_traced(algorithm, optimizer, net, engine):
     agree(engine, algorithm, optimizer, net)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("algorithm", "optimizer", "net", "engine", "written_out"), COMPLETE)
 def test_compiled(algorithm, optimizer, net, engine, written_out, monkeypatch):
     monkeypatch.setattr("koi.inner.compiled.graphs._MOST_WRITTEN_OUT", written_out)

@@ -7,7 +7,6 @@ from faults import FAULTS
 SHORT = [fault for fault in FAULTS if fault.short]
 
 
-@pytest.mark.timeout(150)
 @pytest.mark.parametrize("fault", SHORT, ids=[fault.name for fault in SHORT])
 def test_nothing_is_lost(fault):
     assert fault.happens(fault.short) == 0

@@ -143,7 +143,6 @@ def test_between_two_evaluations_traced(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("engine", COMPILED)
 @pytest.mark.parametrize("name", CHANGES)
@@ -152,7 +151,6 @@ def test_between_two_evaluations_traced_in_full(name, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("engine", COMPILED)
 @pytest.mark.parametrize("name", CHANGES | OF_TRAINING)

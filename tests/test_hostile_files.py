@@ -17,8 +17,6 @@ from koi.lab.runs import Classifier
 from koi.models import omniglot_net
 from toys import Regressions, small_net
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def forged(path, entries, content=b"", data='{"dict": []}'):
     """Write a checkpoint with any header and a right checksum."""

@@ -26,7 +26,6 @@ def pictures(notebook: nbformat.NotebookNode) -> list[int]:
     ]
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, tmp_path, monkeypatch):
     """In its short form, without a word on stderr, showing the pictures that are committed."""

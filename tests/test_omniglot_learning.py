@@ -17,7 +17,6 @@ DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "omniglot"
 BETWEEN = 0.45
 
 
-@pytest.mark.timeout(600)  # half a minute where nothing else runs
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/omniglot")
 def test_reptile_learns_omniglot():
     recipe = replace(RECIPES["omniglot-5way"], num_iterations=150)

@@ -136,7 +136,6 @@ def test_as_one_by_one(name, engine, batch_size, algorithm):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("float64", "traced", "one_thread")
 def test_traced():
     test_as_one_by_one("layer norm", "vectorized+compiled", 4, "reptile")

@@ -213,7 +213,6 @@ def test_compiled_engines(vectorize, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_compiled(vectorize, tmp_path):
     assert_compiled_resumes(vectorize, tmp_path)

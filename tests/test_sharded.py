@@ -11,8 +11,6 @@ import torch
 import sharded_runs
 from koi.inner.compiled.workers import threads
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture
 def on_ranks(on_ranks):

@@ -121,7 +121,6 @@ class TestMissing:
             torch_internals.options_of("max-autotune")
         assert torch_internals.graph_pass(products=True) == {}
 
-    @pytest.mark.timeout(300)
     @pytest.mark.usefixtures("float64")
     def test_the_numbers_are_the_same(self):
         start, tasks = mlp(), Fits()

@@ -148,7 +148,6 @@ class TestImages:
         assert after > before + 1
 
 
-@pytest.mark.timeout(240)
 class TestIntents:
     @pytest.fixture
     def intents(self, monkeypatch):

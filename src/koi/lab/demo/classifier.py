@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from koi import Koi
 from koi.errors import CheckpointError
+from koi.lab.demo.calibration import Reading, Readings, readings_of, signs
 from koi.lab.runs.folder import Run
 from koi.lab.runs.kinds import LEARNER, what_is
 from koi.lab.runs.measuring import chosen_checkpoint
@@ -29,11 +32,15 @@ class Answer:
 
     Args:
         losses: cross entropy on the examples, num_steps + 1 numbers.
-        probabilities: of the new drawing, by class, num_steps + 1 rows; none without one.
+        probabilities: of the new drawing, by class, given that it is of one of them, num_steps + 1
+            rows; none without a drawing.
+        known: the probability that it is of one of them, num_steps + 1 numbers; none where that was
+            not calibrated.
     """
 
     losses: list[float]
     probabilities: list[list[float]]
+    known: list[float]
 
 
 class Examples:
@@ -47,12 +54,16 @@ class Examples:
     Args:
         images: shape (num_classes, 1, 28, 28).
         query: an image of shape (1, 28, 28), or None.
+        readings: how scores are read at each step; none: as a softmax has them.
     """
 
-    def __init__(self, images: Tensor, query: Tensor | None) -> None:
+    def __init__(
+        self, images: Tensor, query: Tensor | None, readings: Sequence[Reading] = ()
+    ) -> None:
         self.images = images
         self.query = query
-        self.answer = Answer([], [])
+        self.answer = Answer([], [], [])
+        self._readings = iter(readings)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the cross entropy on the examples, and note it with the answer."""
@@ -62,9 +73,26 @@ class Examples:
         if self.query is not None:
             # The network normalises by the batch at hand, so the drawing comes among the examples.
             with torch.no_grad():
-                scores = model(torch.cat([self.images, self.query.unsqueeze(0)]))[-1, :num_classes]
-            self.answer.probabilities.append(scores.softmax(dim=0).tolist())
+                scores, features = seen(model, torch.cat([self.images, self.query.unsqueeze(0)]))
+            self._note(scores[-1, :num_classes], features)
         return loss
+
+    def _note(self, scores: Tensor, features: Tensor) -> None:
+        reading = next(self._readings, None)
+        if reading is None:
+            self.answer.probabilities.append(scores.softmax(dim=0).tolist())
+        else:
+            self.answer.probabilities.append(reading.probabilities(scores).tolist())
+            self.answer.known.append(reading.known(*signs(scores, features)))
+
+
+def seen(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores of images, and what the last layer is given to make them."""
+    *layers, last = model.children()
+    features = images
+    for layer in layers:
+        features = layer(features)
+    return last(features), features
 
 
 class Classifier:
@@ -72,9 +100,11 @@ class Classifier:
 
     Args:
         learned: a learner of the network of Omniglot episodes.
+        readings: how its scores are read; None: as a softmax has them.
     """
 
-    def __init__(self, learned: Koi) -> None:
+    def __init__(self, learned: Koi, readings: Readings | None = None) -> None:
+        self._readings = readings or {}
         self.num_outputs = _num_outputs(dict(learned.model.named_parameters()))
         self.num_tasks = learned.iteration * learned.meta_batch_size
         with preserved_generators(0):
@@ -118,7 +148,7 @@ class Classifier:
         code = dict.fromkeys(saved.code())
         if "inner_optimizer" in code:
             code["inner_optimizer"] = adam_without_momentum
-        return cls(Koi.load(file, omniglot_net(num_outputs), **code))
+        return cls(Koi.load(file, omniglot_net(num_outputs), **code), readings_of(file))
 
     def answer(
         self, images: Tensor, query: Tensor | None, num_steps: int, initialisation: str
@@ -132,11 +162,15 @@ class Classifier:
             initialisation: "learned", with the moments that the inner optimizer had gathered in
                 training, or "random", with none.
         """
-        task = Examples(images, query)
-        adapted = self._learners[initialisation].adapt(task, num_steps)
+        task = Examples(images, query, self._readings.get(initialisation, ()))
+        adapted = self.adapted(task, num_steps, initialisation)
         with torch.no_grad():
             task.loss(adapted)
         return task.answer
+
+    def adapted(self, task: Any, num_steps: int, initialisation: str) -> nn.Module:
+        """Return the network adapted to a task from the initialisation of that name."""
+        return self._learners[initialisation].adapt(task, num_steps)
 
 
 def _num_outputs(params: dict[str, Tensor]) -> int:

@@ -52,8 +52,8 @@ _PATIENCE = 1  # seconds that answers under way are waited for at the end
 def application(classifier: Classifier, names: Collection[str] = ()) -> Starlette:
     """Return the demo as an ASGI application.
 
-    ``POST /answer`` takes a `Question` as JSON. What comes back has ``losses`` and
-    ``probabilities``, as `Answer`, and ``images``: of the examples and then of the query what the
+    ``POST /answer`` takes a `Question` as JSON. What comes back has ``losses``, ``probabilities``
+    and ``known``, as `Answer`, and ``images``: of the examples and then of the query what the
     network sees, each 784 characters, row by row, "1" for ink. Anything else than a question gets
     a status from 400 to 499 and ``{"error": one sentence}``. ``GET /limits`` says what may be
     asked. A request for a host that is no address, and neither localhost nor one of ``names``, is
@@ -160,6 +160,7 @@ def _answer(classifier: Classifier, question: Question) -> dict[str, Any]:
     return {
         "losses": answer.losses,
         "probabilities": answer.probabilities,
+        "known": answer.known,
         "images": ["".join("1" if ink else "0" for ink in _ink(image)) for image in seen],
     }
 

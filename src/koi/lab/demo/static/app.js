@@ -2,20 +2,18 @@
 
 import { Chart } from "./chart.js";
 import { Pad, trace } from "./pad.js";
+import { forget, remember, remembered } from "./memory.js";
 import { again, drawing, NAMES, STARTS } from "./shapes.js";
 
 const LETTERS = ["A", "B", "C", "D", "E"];
-const OTHER = { learned: "random", random: "learned" };
+const NONE = "?";
+const STARTED = { learned: "", random: "-random" }; // initialisations, and what ends their places' names
 const QUIET = 700; // milliseconds without a change after which the answer is spoken
 const PLAYING = 350; // milliseconds that a step is shown for
 
 const $ = (id) => document.getElementById(id);
 
 const limits = await ask("limits");
-const MEANING = {
-  learned: `The network has practised on ${limits.num_tasks.toLocaleString("en")} such puzzles, none with your shapes. One or two steps are enough.`,
-  random: "The same network and the same steps, without the practice: it soon knows your examples by heart, but often takes a new drawing for something else.",
-};
 const page = {
   pads: [],
   query: new Pad({
@@ -24,19 +22,16 @@ const page = {
     onchange: changed,
     onsample: sampleQuery,
   }),
-  initialisation: "learned",
   step: Number($("steps").value),
   version: 0, // of what is drawn
+  resting: false, // while many pads are changed as one
   answers: {}, // by initialisation, each with the version that it is the answer to
   problem: "",
 };
 const charts = {
-  losses: new Chart($("losses"), { label: "Loss on your examples", ticks: lossTicks, format: String }),
-  beliefs: new Chart($("beliefs"), {
-    label: "Probability of the likeliest shape",
-    ticks: () => [0, 0.5, 1],
-    format: (value) => `${100 * value}%`,
-  }),
+  losses: new Chart($("losses"), { label: "Mistakes on your examples", ticks: lossTicks, format: String }),
+  learned: beliefChart("beliefs", "practised"),
+  random: beliefChart("beliefs-random", "never practised"),
 };
 let asking = false;
 let playing = null;
@@ -49,12 +44,12 @@ function setUp() {
   $("query").append(page.query.element);
   $("steps").max = limits.max_steps;
   $("about").textContent =
-    `The network: four convolutions, meta-learned with Reptile on the handwritten characters of Omniglot. It sees drawings as the small pictures of 28 × 28 pixels beside the bars.`;
+    `The network: four convolutions, meta-learned with Reptile on the handwritten characters of Omniglot. It sees drawings as the small pictures of 28 × 28 pixels beside the letters.`;
   for (const start of STARTS) {
     if (start.shapes.length <= limits.max_classes) $("starts").append(startButton(start));
   }
   $("clear-all").addEventListener("click", () => {
-    for (const pad of [...page.pads, page.query]) pad.clear();
+    asOne(() => [...page.pads, page.query].forEach((pad) => pad.clear()));
     page.pads[0].canvas.focus({ focusVisible: false });
   });
   for (const id of ["more", "add"]) {
@@ -66,21 +61,63 @@ function setUp() {
     showStep(Number($("steps").value));
   });
   $("play").addEventListener("click", play);
-  for (const radio of document.getElementsByName("start")) {
-    radio.addEventListener("change", () => {
-      page.initialisation = radio.value;
-      show();
-      pump();
+  document.addEventListener("keydown", (event) => {
+    if (event.key.toLowerCase() !== "z" || !(event.ctrlKey || event.metaKey) || event.shiftKey) return;
+    event.preventDefault();
+    if (![...page.pads, page.query].some((pad) => pad.isDrawing)) restore(forget());
+  });
+  for (const info of document.querySelectorAll(".info")) {
+    info.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") info.open = false;
     });
   }
   document.documentElement.addEventListener("themechange", show);
-  begin(STARTS[0]);
+  $("meaning").textContent =
+    `Both networks are the same and take the same steps. One has practised on ${limits.num_tasks.toLocaleString("en")} such puzzles, none with your shapes. The other soon knows your examples by heart, too, but not what makes a new drawing one of them.`;
+  const before = remembered(limits);
+  if (before) restore(before);
+  else begin(STARTS[0]);
 }
 
-function begin({ shapes, again: number }) {
-  resize(shapes.length);
-  shapes.forEach((name, i) => fill(page.pads[i], name));
-  page.query.set(again(drawing(shapes[number]), number + 1));
+function beliefChart(id, kind) {
+  return new Chart($(id), {
+    label: `Probability of the likeliest shape, ${kind}`,
+    ticks: () => [0, 0.5, 1],
+    format: (value) => `${100 * value}%`,
+  });
+}
+
+function begin({ shapes, again: number, attempt }) {
+  asOne(() => {
+    resize(shapes.length);
+    shapes.forEach((name, i) => fill(page.pads[i], name));
+    page.query.set(again(drawing(shapes[number]), attempt));
+  });
+}
+
+// What is drawn, as it is kept for a reload and for Ctrl-Z.
+function drawn() {
+  const examples = page.pads.map(({ strokes, sampled }) => ({ strokes: rounded(strokes), sampled }));
+  return { examples, query: rounded(page.query.strokes) };
+}
+
+function restore(state) {
+  if (!state) return;
+  asOne(() => {
+    resize(state.examples.length);
+    state.examples.forEach(({ strokes, sampled }, i) => {
+      page.pads[i].sampled = sampled;
+      page.pads[i].set(strokes);
+    });
+    page.query.set(state.query);
+  });
+}
+
+function asOne(change) {
+  page.resting = true;
+  change();
+  page.resting = false;
+  changed();
 }
 
 function resize(count) {
@@ -131,8 +168,10 @@ function padLimits() {
 // Questions. One is under way at a time; what is drawn meanwhile makes the next.
 
 function changed() {
+  if (page.resting) return;
   page.version += 1;
   page.problem = "";
+  if (![...page.pads, page.query].some((pad) => pad.isDrawing)) remember(drawn());
   show();
   pump();
 }
@@ -161,13 +200,13 @@ async function pump() {
   asking = false;
 }
 
-// The initialisation to ask about next: the chosen one, then, with the pen lifted, the other.
+// The initialisation to ask about next: the learned one, then, with the pen lifted, the random one.
 function wanted() {
   if (missing().length) return null;
   const old = (name) => (page.answers[name]?.version ?? -1) < page.version;
-  if (old(page.initialisation)) return page.initialisation;
+  if (old("learned")) return "learned";
   const busy = [...page.pads, page.query].some((pad) => pad.isDrawing);
-  return !busy && old(OTHER[page.initialisation]) ? OTHER[page.initialisation] : null;
+  return !busy && old("random") ? "random" : null;
 }
 
 function missing() {
@@ -198,26 +237,34 @@ function rounded(strokes) {
 // What is shown
 
 function show() {
-  const answer = answerTo(page.initialisation);
-  const other = answerTo(OTHER[page.initialisation]);
-  const belief = answer?.probabilities[page.step];
-  $("meaning").textContent = MEANING[page.initialisation];
-  showBars(answer, belief);
-  paintSeen($("query-seen"), page.query.isEmpty ? undefined : answer?.images.at(-1));
-  showVerdict(belief);
-  showOther(other);
-  const lines = [[answer, page.initialisation], [other, OTHER[page.initialisation]]];
+  const answers = Object.fromEntries(Object.keys(STARTED).map((name) => [name, answerTo(name)]));
   charts.losses.show(
-    lines.flatMap(([each, kind]) => (each ? [{ values: each.losses, kind }] : [])),
+    Object.entries(answers).flatMap(([kind, each]) => (each ? [{ values: each.losses, kind }] : [])),
     page.step,
     limits.max_steps,
   );
-  const classes = belief ? page.pads.map((_, i) => answer.probabilities.map((row) => row[i])) : [];
-  charts.beliefs.show(
-    classes.map((values, i) => ({ values, kind: `class-${LETTERS[i]}` })),
-    page.step,
-    limits.max_steps,
-  );
+  const seen = answers.learned?.images;
+  page.pads.forEach((pad, i) => paintSeen(pad.seen, pad.isEmpty ? undefined : seen?.[i]));
+  paintSeen($("query-seen"), page.query.isEmpty ? undefined : seen?.at(-1));
+  for (const [name, answer] of Object.entries(answers)) {
+    const rows = answer?.probabilities.map((row, step) => withNone(row, answer.known[step]));
+    showBars(name, rows?.[page.step], answer?.known.length !== 0);
+    showVerdict(name, rows?.[page.step]);
+    const kinds = rows?.length ? [...page.pads.map((_, i) => `class-${LETTERS[i]}`), "class-none"] : [];
+    charts[name].show(
+      kinds.map((kind, i) => ({ values: rows.map((row) => row[i]), kind })),
+      page.step,
+      limits.max_steps,
+    );
+  }
+  showHint();
+  clearTimeout(speaking);
+  speaking = setTimeout(speak, QUIET);
+}
+
+// Of each shape, and then of none of them; of the latter 0 where the network is not calibrated.
+function withNone(row, known = 1) {
+  return [...row.map((part) => known * part), 1 - known];
 }
 
 // The latest answer, as long as it is to a question of the kind that is on the pads now.
@@ -229,23 +276,27 @@ function answerTo(initialisation) {
 }
 
 function buildBars() {
-  $("bars").replaceChildren(
-    ...page.pads.map((_, i) => {
+  for (const end of Object.values(STARTED)) {
+    const letters = [...LETTERS.slice(0, page.pads.length), NONE];
+    const rows = letters.map((letter) => {
       const row = document.createElement("li");
-      row.className = `class-${LETTERS[i]}`;
-      row.innerHTML = `<span class="letter">${LETTERS[i]}</span><canvas class="seen" width="28" height="28" aria-hidden="true"></canvas><span class="bar"><span class="fill"></span></span><span class="percent"></span>`;
+      row.className = letter === NONE ? "class-none" : `class-${letter}`;
+      row.innerHTML = `<span class="letter">${letter}</span><span class="bar"><span class="fill"></span></span><span class="percent"></span>`;
+      if (letter === NONE) row.title = "None of these";
       return row;
-    }),
-  );
+    });
+    $(`bars${end}`).replaceChildren(...rows);
+  }
 }
 
-function showBars(answer, belief) {
-  [...$("bars").children].forEach((row, i) => {
+function showBars(name, belief, calibrated) {
+  const rows = [...$(`bars${STARTED[name]}`).children];
+  rows.at(-1).hidden = $("none").hidden = !calibrated;
+  rows.forEach((row, i) => {
     const part = belief?.[i] ?? 0;
     row.querySelector(".fill").style.width = `${100 * part}%`;
     row.querySelector(".percent").textContent = belief ? percent(part) : "";
     row.classList.toggle("best", belief !== undefined && part === Math.max(...belief));
-    paintSeen(row.querySelector(".seen"), page.pads[i].isEmpty ? undefined : answer?.images[i]);
   });
 }
 
@@ -259,39 +310,46 @@ function paintSeen(canvas, pixels) {
   });
 }
 
-function showVerdict(belief) {
-  const verdict = $("verdict");
-  verdict.className = "verdict";
-  let spoken;
-  if (page.problem) {
-    verdict.classList.add("problem");
-    verdict.textContent = page.problem;
-  } else if (missing().length) {
-    verdict.textContent = `Draw an example of ${listed(missing(), "and")} first.`;
-  } else if (page.query.isEmpty) {
-    verdict.textContent = `Now draw ${listed(LETTERS.slice(0, page.pads.length), "or")} again, in your own way.`;
-  } else if (belief) {
-    const best = belief.indexOf(Math.max(...belief));
-    verdict.classList.add(`class-${LETTERS[best]}`);
-    verdict.innerHTML = `It says <strong>${LETTERS[best]}</strong><span>${percent(belief[best])} sure</span>`;
-    spoken = `It says ${LETTERS[best]}, ${percent(belief[best])} sure.`;
-  }
-  clearTimeout(speaking);
-  speaking = setTimeout(() => {
-    $("spoken").textContent = spoken ?? verdict.textContent;
-  }, QUIET);
+// Sure is more than one half; the rest is said to be not sure, with what it may be.
+function judged(belief) {
+  const best = belief.indexOf(Math.max(...belief.slice(0, -1)));
+  const [letter, none] = [LETTERS[best], belief.at(-1)];
+  if (belief[best] > 0.5) return { letter, words: `It says ${letter}`, more: `${percent(belief[best])} sure` };
+  const likely = none > belief[best] ? `perhaps none of these, perhaps ${letter}` : `perhaps ${letter}`;
+  return { letter: null, words: "Not sure", more: likely };
 }
 
-function showOther(other) {
-  const belief = other?.probabilities[page.step];
-  if (!belief) {
-    $("other").textContent = "";
-    return;
-  }
-  const best = belief.indexOf(Math.max(...belief));
-  const from = { learned: "a random initialisation", random: "the learned initialisation" };
-  $("other").textContent =
-    `From ${from[page.initialisation]}, the same steps lead to ${LETTERS[best]}, ${percent(belief[best])} sure.`;
+function showVerdict(name, belief) {
+  const verdict = $(`verdict${STARTED[name]}`);
+  verdict.className = "verdict";
+  verdict.replaceChildren();
+  if (!belief || page.problem) return;
+  const { letter, words, more } = judged(belief);
+  verdict.classList.add(letter ? `class-${letter}` : "unsure");
+  verdict.innerHTML = letter ? `It says <strong>${letter}</strong>` : `<strong>${words}</strong>`;
+  verdict.insertAdjacentHTML("beforeend", `<span>${more}</span>`);
+}
+
+function showHint() {
+  const hint = $("hint");
+  hint.classList.toggle("problem", page.problem !== "");
+  if (page.problem) hint.textContent = page.problem;
+  else if (missing().length) hint.textContent = `Draw an example of ${listed(missing(), "and")} first.`;
+  else if (page.query.isEmpty) {
+    hint.textContent = `Now draw ${listed(LETTERS.slice(0, page.pads.length), "or")} again, in your own way. Or something else.`;
+  } else hint.textContent = "The small picture is what the network sees.";
+}
+
+// For people who hear the page.
+function speak() {
+  const said = Object.keys(STARTED).flatMap((name) => {
+    const answer = page.problem ? undefined : answerTo(name);
+    const row = answer?.probabilities[page.step];
+    if (!row) return [];
+    const { words, more } = judged(withNone(row, answer.known[page.step]));
+    return [`${name === "learned" ? "Practised" : "Never practised"}: ${words}, ${more}.`];
+  });
+  $("spoken").textContent = said.join(" ") || $("hint").textContent;
 }
 
 function showStep(step) {

@@ -30,7 +30,7 @@ export class Pad {
   }
 
   get isDrawing() {
-    return this.pointer !== null;
+    return this.pointer !== null || this.penDown;
   }
 
   set(strokes) {
@@ -77,10 +77,13 @@ export class Pad {
     head.className = "pad-head";
     const label = document.createElement("span");
     label.className = "letter";
-    label.textContent = letter ?? "?";
+    label.textContent = letter ?? "new";
     label.setAttribute("aria-hidden", "true");
+    this.seen = document.createElement("canvas"); // what the network sees
+    Object.assign(this.seen, { className: "seen", width: 28, height: 28, title: "What the network sees" });
+    this.seen.setAttribute("aria-hidden", "true");
     head.append(
-      label,
+      ...(letter ? [label, this.seen] : [label]),
       button("sample", `Draw something on ${this.name} for me`, onsample),
       button("undo", `Take back the last stroke on ${this.name}`, () => this.undo()),
       button("clear", `Clear ${this.name}`, () => this.clear()),
@@ -119,8 +122,9 @@ export class Pad {
     canvas.addEventListener("keydown", (event) => this.#key(event));
     canvas.addEventListener("focus", () => this.paint());
     canvas.addEventListener("blur", () => {
+      if (!this.penDown) return this.paint();
       this.penDown = false;
-      this.paint();
+      this.#changed();
     });
   }
 

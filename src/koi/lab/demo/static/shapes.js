@@ -21,12 +21,13 @@ const SHAPES = {
   snail: [curve([52, 50], [60, 46], [60, 58], [46, 62], [38, 48], [48, 34], [68, 38], [74, 60], [56, 78], [30, 74], [20, 48], [34, 20], [62, 14])],
 };
 
-// What the page offers, each with the shape that is drawn again.
+// What the page offers, each with the shape that is drawn again, and in which attempt: one that the
+// practised network takes for the right shape, and the other network for another.
 export const STARTS = [
-  { name: "Pond", shapes: ["fish", "wave", "leaf"], again: 0 },
-  { name: "Harbour", shapes: ["key", "ladder", "anchor"], again: 2 },
-  { name: "Night", shapes: ["moon", "bolt", "star"], again: 1 },
-  { name: "Five", shapes: ["house", "eye", "fork", "heart", "snail"], again: 4 },
+  { name: "Pond", shapes: ["fish", "wave", "leaf"], again: 0, attempt: 1 },
+  { name: "Harbour", shapes: ["key", "ladder", "anchor"], again: 0, attempt: 11 },
+  { name: "Night", shapes: ["moon", "bolt", "star"], again: 0, attempt: 3 },
+  { name: "Five", shapes: ["house", "eye", "fork", "heart", "snail"], again: 3, attempt: 7 },
 ];
 
 export const NAMES = Object.keys(SHAPES);

@@ -1,0 +1,100 @@
+"""How a network's scores are read: probabilities that hold, and whether it is none of the classes.
+
+What a softmax says of a drawing that is of no class is as sure as ever. Two signs tell: how far the
+highest score leads, and how far the drawing lies from all examples in what the last layer sees.
+`benchmarks/calibrate.py` fits both on validation characters, for each number of steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Of each initialisation, how to read scores before the first step and after each.
+Readings = dict[str, list["Reading"]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How scores after a number of steps are read.
+
+    Args:
+        temperature: scores are divided by it (Guo et al., arXiv 1706.04599).
+        offset, lead, distance: of a logistic regression on the two `signs`, whether a drawing is
+            of one of the classes.
+
+    >>> reading = Reading(temperature=2.0, offset=1.0, lead=0.5, distance=-3.0)
+    >>> reading.probabilities(torch.tensor([0.0, math.log(9)]))
+    tensor([0.2500, 0.7500])
+    >>> round(reading.known(lead=4.0, distance=1.0), 3)
+    0.5
+    """
+
+    temperature: float
+    offset: float
+    lead: float
+    distance: float
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return the probability of each class, given that it is one of them."""
+        return (scores / self.temperature).softmax(dim=-1)
+
+    def known(self, lead: float, distance: float) -> float:
+        """Return the probability that it is one of the classes."""
+        odds = self.offset + self.lead * lead + self.distance * distance
+        return 1 / (1 + math.exp(-max(-30.0, min(30.0, odds))))
+
+
+def signs(scores: Tensor, features: Tensor) -> tuple[float, float]:
+    """Return how far the highest score leads, and how far the drawing is from the nearest example.
+
+    Args:
+        scores: of the drawing, shape (num_classes,).
+        features: what the last layer is given, of the examples and, in the last row, of the
+            drawing; shape (num_classes + 1, num_features).
+
+    Returns:
+        The difference of the two highest scores; the distance in parts of the mean distance of two
+        examples.
+
+    >>> signs(torch.tensor([3.0, 1.0]), torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 1.0]]))
+    (2.0, 0.25)
+    """
+    first, second = scores.topk(2).values.tolist()
+    examples, drawing = features[:-1], features[-1:]
+    apart = torch.pdist(examples).mean().clamp(min=1e-12)
+    nearest = torch.cdist(drawing, examples, compute_mode="donot_use_mm_for_euclid_dist").min()
+    return first - second, float(nearest / apart)
+
+
+def write(path: Path, checkpoint: Path, readings: Readings, **facts: str) -> None:
+    """Write how the scores of a checkpoint are read, and which file that is."""
+    rows = {name: [list(vars(each).values()) for each in part] for name, part in readings.items()}
+    content = {**facts, "sha256": _digest(checkpoint), "readings": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def readings_of(checkpoint: Path) -> Readings | None:
+    """Return how a checkpoint's scores are read, from the .json beside it.
+
+    None where there is none, or it is of another checkpoint.
+    """
+    beside = checkpoint.with_suffix(".json")
+    if not beside.is_file():
+        return None
+    content = json.loads(beside.read_text(encoding="utf-8"))
+    if content["sha256"] != _digest(checkpoint):
+        return None
+    rows: dict[str, Sequence[Sequence[float]]] = content["readings"]
+    return {name: [Reading(*row) for row in part] for name, part in rows.items()}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
