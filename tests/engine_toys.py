@@ -141,7 +141,8 @@ def everything(learner):
 
 def assert_agree(one, other, tolerance=1e-10):
     """Assert that two learners are in the same state, up to rounding."""
-    torch.testing.assert_close(everything(one), everything(other), rtol=0, atol=tolerance)
+    pair = everything(one), everything(other)
+    torch.testing.assert_close(*pair, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def moved(learner, start):

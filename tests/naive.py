@@ -73,7 +73,8 @@ def meta_train(
                 gradient = against_main_direction(path)
             elif algorithm == "fomaml":
                 gradient = gradient_of(query, adapted, learns)
-                gradient += inner_rates.slopes(gradient_of(query, adapted), adapted)
+                if own_rates:
+                    gradient += inner_rates.slopes(gradient_of(query, adapted), adapted)
             gradients.append(gradient)
             adapted_models.append(adapted)
             states.append(final_state)

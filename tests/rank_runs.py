@@ -461,9 +461,9 @@ def bytes_sent(rank):
     sizes = []
     real = dist.all_reduce
 
-    def counted(tensor):
+    def counted(tensor, **options):
         sizes.append(tensor.nbytes)
-        return real(tensor)
+        return real(tensor, **options)
 
     with patch("torch.distributed.all_reduce", counted):
         for optimizer in ("sgd", "adam"):
@@ -479,3 +479,28 @@ def wrapped(rank):
     except ModelError as error:
         return str(error)
     return None
+
+
+def stopped_among_callbacks(rank, victim, folder):
+    """Train with two callbacks, of which the second stops the victim once, and go on.
+
+    Returns what they were called for since.
+    """
+    seen = []
+
+    def first(koi, record):
+        seen.append(("first", record.iteration))
+
+    def second(koi, record):
+        if rank == victim and record.iteration == 3:
+            fail()
+        seen.append(("second", record.iteration))
+
+    for _ in range(2):
+        torch.manual_seed(0)  # a frozen parameter is not in a checkpoint
+        koi = learner(seed=0)
+        try:
+            koi.train(Regressions(), callbacks=[first, second], checkpoint_dir=folder, resume=True)
+        except Exception:
+            seen, victim = [], None
+    return seen

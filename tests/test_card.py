@@ -112,13 +112,14 @@ def test_the_card_of_a_run(tmp_path):
     run = Run.begun(tmp_path / "run", Config(recipe))
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         write_card(run)
-    learner = Koi(recipe.model(), **recipe.settings())
+    learner = Koi(recipe.model(), **recipe.settings(), seed=0)
     learner._state.iteration = 7
     run.checkpoints.mkdir()
     learner.save(run.checkpoints / "iteration-000000007.safetensors")
     write_card(run)
     assert ModelCard((run.folder / "README.md").read_text("utf-8")).data.eval_results is None
     result = {"transductive": [0.9, 0.02], "inductive": [0.8, 0.03], "iteration": 7}
+    result |= {"num_tasks": 100, "num_skipped": 0, "seconds": 1.0}
     run.add_result(5, result)
     run.add_result(1, {**result, "iteration": 5})  # of another φ
     write_card(run)

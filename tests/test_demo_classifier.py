@@ -1,6 +1,7 @@
 """The network of the demo: what it adapts, from where, and which checkpoint it is of."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from koi import Koi, SupervisedTask, linear
 from koi.errors import CheckpointError
 from koi.lab.demo.classifier import Classifier, Examples
+from koi.lab.runs.folder import Config, Run
 from koi.models import omniglot_net
+from koi.recipes import RECIPES
 from koi.recipes.fewshot import adam_without_momentum as adam
 
 
@@ -145,10 +148,12 @@ class TestLoading:
         assert loaded.answer(images, images[2], 2, "learned") == expected
 
     def test_of_a_run_the_newest_checkpoint(self, tmp_path):
-        koi = learner(num_iterations=2)
-        koi.train(Noise(), checkpoint_dir=tmp_path / "checkpoints", checkpoint_every=1)
-        assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 2
-        assert Classifier.load(tmp_path).num_tasks == 4
+        recipe = replace(RECIPES["omniglot-5way"], num_iterations=2, num_steps=2, meta_batch_size=2)
+        run = Run.begun(tmp_path / "run", Config(recipe))
+        koi = Koi(recipe.model(), **recipe.settings(), seed=0)
+        koi.train(Noise(), checkpoint_dir=run.checkpoints, checkpoint_every=1)
+        assert len(list(run.checkpoints.glob("*.safetensors"))) == 2
+        assert Classifier.load(run.folder).num_tasks == 4
 
     def test_a_folder_without_checkpoints(self, tmp_path):
         with pytest.raises(CheckpointError, match="is a folder without a run"):

@@ -354,10 +354,10 @@ def test_tensors_of_a_subclass_are_its_own():
 
     @dataclass
     class Weighted(Fit):
-        weight: Tensor
+        scale: Tensor
 
         def loss(self, model):
-            return (self.weight * (model(self.x) - self.y)).square().mean()
+            return (self.scale * (model(self.x) - self.y)).square().mean()
 
     class Tasks:
         def sample(self):

@@ -124,7 +124,7 @@ class TestForms:
 
     @pytest.mark.parametrize("image_size", [0, -28, 2.5, True, None])
     def test_sizes_that_cannot_be(self, image_size):
-        with pytest.raises(ConfigurationError, match="must be a number of pixels"):
+        with pytest.raises(ConfigurationError, match="must be a whole number of at least 1"):
             omniglot.characters("nowhere", image_size=image_size)
 
 

@@ -170,7 +170,7 @@ class TestIntents:
         padded = torch.zeros(2, intents.NUM_TOKENS, 384)
         hidden = states.hidden_states[intents.NUM_FROZEN] * mask
         padded[:, : hidden.shape[1]] = hidden
-        data = intents.LabelledData(padded.repeat(4, 1, 1), ["a", "b"], [4, 4])
+        data = intents.LabelledData(padded.repeat_interleave(4, 0), ["a", "b"], [4, 4])
 
         model = intents.Intents(2, data)
         with torch.no_grad():

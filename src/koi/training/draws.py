@@ -174,6 +174,7 @@ def _size(value: Any) -> int:
 def alike(left: Any, right: Any, depth: int = 0) -> bool:
     """Return whether two drawn tasks hold the same, bit for bit.
 
+    >>> import torch
     >>> alike([torch.ones(2), "a"], [torch.ones(2), "a"]), alike(torch.ones(2), torch.ones(1, 2))
     (True, False)
     """
