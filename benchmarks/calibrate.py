@@ -6,8 +6,8 @@ DATA is Omniglot, as `koi train --data` takes it. Episodes of 3 to 5 characters,
 each, and two new drawings: one of them, and one of another character. On the 100 characters that
 koi.problems.omniglot.load sets apart for validation (which the network should not have been
 trained on; the one that is shipped was, as docs/demo.md says) it fits, for each initialisation and
-number of steps, the temperature of the scores and a logistic regression that tells the two kinds of drawings
-apart; writes them beside the checkpoint; and prints what they say of test characters.
+number of steps, the temperature of the scores and a logistic regression that tells the two kinds of
+drawings apart; writes them beside the checkpoint; and prints what they say of test characters.
 """
 
 import argparse
