@@ -238,7 +238,7 @@ def dead_worker(times: int) -> int:
 
             try:
                 run.train(callbacks=[kill], workers=2)
-                lost += 1  # its tasks are missing
+                lost += at < 6  # its tasks are missing; near the end all may be drawn by then
             except TaskError as error:
                 lost += f"worker process {killed[0]}," not in str(error)
             lost += (
