@@ -72,9 +72,11 @@ class Duties:
         """Do what the last record is owed."""
         state = self._state
         assert state.owed is not None
-        if not state.owed.validated:
+        if not state.owed.validated and self._validation.due:
             with undone_if_stopped(self._koi, state, None):
                 self._validation.after(self._ranks)
+        elif self._callbacks:  # which may be stopped
+            state.owed = replace(state.owed, validated=True)
         record = state.history[-1]
         bar.advance(record)
         for number in range(state.owed.next_callback, len(self._callbacks)):

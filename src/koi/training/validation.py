@@ -84,15 +84,19 @@ class Validation:
         best = self._state.best
         return self._patience is not None and best is not None and best.misses >= self._patience
 
+    @property
+    def due(self) -> bool:
+        """Whether φ is to be measured after the last meta-iteration."""
+        if self._validate is None:
+            return False
+        done = self._state.iteration
+        return done % self._every == 0 or done == self._koi.settings.num_iterations
+
     def after(self, ranks: Ranks) -> None:
-        """Measure φ if that is due, and put what came of it into the last record."""
+        """Measure φ, and put what came of it into the last record."""
         state = self._state
         owed, best = state.owed, state.best
         assert owed is not None
-        last = state.iteration == self._koi.settings.num_iterations
-        if self._validate is None or not (last or state.iteration % self._every == 0):
-            state.owed = replace(owed, validated=True)
-            return
         with ranks.agreed():
             # by rank 0 alone, since others may round otherwise and would not stop where it does
             value = self._measure() if ranks.first else math.nan
