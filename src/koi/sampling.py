@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -83,9 +85,11 @@ def weighted(batch: TaskBatch, place: Place) -> TaskBatch:
         TaskError: a weight that is no number, negative, not finite, or out of range.
     """
     example = batch.example  # which may be many in one, of which a property would be another
-    declared = hasattr(type(example), "weight")
-    if is_tensor_task(example) and not (declared or "weight" in everything_of(example)):
-        return batch
+    if is_tensor_task(example) and getattr(type(example), "weight", None) is None:
+        own = everything_of(example)
+        stacked = "stacked" in vars(batch)  # of which a field that is None is None for all
+        if "weight" not in own or (stacked and own["weight"] is None):
+            return batch
     given = [getattr(task, "weight", None) for task in batch.tasks]
     if any(weight is not None for weight in given):
         batch.weights = [
@@ -111,7 +115,20 @@ def _number(weight: Any, task: str) -> float:
 def takes_first(distribution: Any) -> bool:
     """Return whether ``sample_batch(n, first=k)`` can draw tasks k … k + n − 1 alone."""
     method = getattr(distribution, "sample_batch", None)
-    return method is not None and "first" in inspect.signature(method).parameters
+    return method is not None and "first" in _parameters(method)
+
+
+def _parameters(method: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a method's parameters, read once: that takes as long as a draw."""
+    function = getattr(method, "__func__", method)
+    return (
+        _read(function) if isinstance(function, types.FunctionType) else _read.__wrapped__(method)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _read(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _has_sample(distribution: Any) -> bool:
@@ -134,7 +151,7 @@ def _drawn_together(distribution: Any, num_tasks: int, first: int, count: int, p
     more: dict[str, int] = {}
     if takes_first(distribution):
         places = {"first": first, "total": num_tasks}
-        more = {n: v for n, v in places.items() if n in inspect.signature(method).parameters}
+        more = {n: v for n, v in places.items() if n in _parameters(method)}
     stacked = asked(method, f"the tasks of {place}", count, **more)
     if not is_tensor_task(stacked):
         raise TaskError(
