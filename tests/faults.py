@@ -7,7 +7,6 @@ shorter round.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -30,7 +29,7 @@ from faults_among_callbacks import among_callbacks
 from faults_long import interrupted, killed, same, terminated
 from faults_together import in_one_folder, in_two_threads
 from koi import CheckpointError, Koi, KoiWarning, NonFiniteError, TaskError, storage
-from toys import Regression, Regressions, small_net, snapshot
+from toys import Begun, Regression, Regressions, small_net, snapshot
 
 _draw = random.SystemRandom()
 SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 12, "meta_batch_size": 2}
@@ -227,12 +226,12 @@ def dead_worker(times: int) -> int:
         end = Run(Path(name) / "whole").train()
         for number in range(times):
             run, phi, at = Run(Path(name) / str(number)), {}, _draw.randrange(10)
-            killed = []
+            killed, workers = [], Begun()
 
-            def kill(koi, record, at=at, phi=phi, killed=killed):
+            def kill(koi, record, at=at, phi=phi, killed=killed, workers=workers):
                 phi.update(snapshot(koi.model))
                 if record.iteration == at:
-                    process = _draw.choice(multiprocessing.active_children())
+                    process = _draw.choice(workers())
                     os.kill(process.pid, signal.SIGKILL)
                     killed.append(process.pid)
 
@@ -241,9 +240,7 @@ def dead_worker(times: int) -> int:
                 lost += at < 6  # its tasks are missing; near the end all may be drawn by then
             except TaskError as error:
                 lost += f"worker process {killed[0]}," not in str(error)
-            lost += (
-                not same(snapshot(run.koi.model), phi) or multiprocessing.active_children() != []
-            )
+            lost += not same(snapshot(run.koi.model), phi) or workers() != []
             lost += not same(run.train(workers=1), end)
     return lost
 

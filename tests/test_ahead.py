@@ -1,7 +1,6 @@
 """Workers that draw ahead: the same training as without, and none of them is left behind."""
 
 import itertools
-import multiprocessing
 import os
 import signal
 
@@ -14,7 +13,7 @@ from koi import ConfigurationError, Koi, TaskError, stack
 from koi.tasks import TaskBatch
 from koi.training.ahead import packed
 from rank_runs import Counted, Noises, Own
-from toys import Regression, Regressions, assert_same, small_net, snapshot
+from toys import Begun, Regression, Regressions, assert_same, small_net, snapshot
 
 # from Python 3.12 on; what torch's DataLoader does everywhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -43,10 +42,11 @@ class Levels(Regressions):
 
 
 def trained(tasks, num_iterations=6, koi=None, settings=(), **options):
+    workers = Begun()
     torch.manual_seed(0)
     koi = koi or Koi(small_net(), 0.05, num_iterations=num_iterations, **SETTINGS | dict(settings))
     koi.train(tasks, **options)
-    assert multiprocessing.active_children() == []
+    assert workers() == []
     return koi
 
 
@@ -136,9 +136,10 @@ def test_worker_that_meets_with_trouble(happens, kind, text):
     koi, phi = Koi(small_net(), 0.05, num_iterations=6, **SETTINGS), {}
     koi.model.load_state_dict(trained(tasks, num_iterations=0).model.state_dict())
     look = lambda koi, record: phi.update(snapshot(koi.model))  # noqa: E731
+    workers = Begun()
     with pytest.raises(kind, match=text):
         koi.train(tasks, workers=2, callbacks=[look])
-    assert multiprocessing.active_children() == []
+    assert workers() == []
     # a worker's death may come before what it had drawn is used
     assert koi.iteration == 3 if kind is ValueError else koi.iteration <= 3
     if phi:
@@ -148,10 +149,10 @@ def test_worker_that_meets_with_trouble(happens, kind, text):
 
 def test_ctrl_c_leaves_none_behind():
     """It goes to all processes of a terminal: the workers leave it to the training."""
-    pids = []
+    pids, workers = [], Begun()
 
     def callback(koi, record):
-        pids.extend(process.pid for process in multiprocessing.active_children())
+        pids.extend(process.pid for process in workers())
         if record.iteration == 2:
             for pid in [*pids, os.getpid()]:
                 os.kill(pid, signal.SIGINT)
@@ -160,7 +161,7 @@ def test_ctrl_c_leaves_none_behind():
     with pytest.raises(KeyboardInterrupt):
         koi.train(Regressions(), workers=2, callbacks=[callback])
     assert len(set(pids)) == 2
-    assert multiprocessing.active_children() == []
+    assert workers() == []
     assert koi.iteration == 3
 
 
