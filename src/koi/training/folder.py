@@ -18,7 +18,6 @@ from koi.training.past import NAME, Past
 from koi.training.state import Owed, TrainingState
 from koi.training.watch import warn
 
-_NAME = re.compile(r"iteration-(\d+)\.safetensors")
 _KEPT = 2
 _BEGUN = "begun.jsonl"
 _BEGINNINGS = ".iteration-", f".{_BEGUN}."  # of files that were never completed
@@ -32,6 +31,8 @@ class Folder:
     Args:
         path: where they lie.
     """
+
+    _suffix = ".safetensors"
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -69,8 +70,8 @@ class Folder:
         return self._path / _BEGUN if self.newest is None else None
 
     def file(self, number: int) -> Path:
-        """Return the file of a learner with so many meta-iterations behind it."""
-        return self._path / f"iteration-{number:09d}.safetensors"
+        """Return where a learner lies with so many meta-iterations behind it."""
+        return self._path / f"iteration-{number:09d}{self._suffix}"
 
     @property
     def best(self) -> Path:
@@ -116,16 +117,24 @@ class Folder:
         """
         checkpoint.save(koi, state, self.file(number), self.past)
 
-    def newest_good(self, _: Configured, iteration: int) -> Saved | None:
-        """Return the newest file that can be read, of those that are not behind ``iteration``.
+    def read(self, _: Configured, number: int) -> Saved:
+        """Read the checkpoint of a learner with so many meta-iterations behind it.
 
         Raises:
-            CheckpointError: there are files, and none can be read, at the very beginning.
+            CheckpointError: it cannot be read.
         """
-        ahead = [number for number in self._numbers() if number >= iteration]
+        return checkpoint.read(self.file(number))
+
+    def newest_good(self, koi: Configured, iteration: int) -> Saved | None:
+        """Return the newest checkpoint that can be read, of those that are not behind.
+
+        Raises:
+            CheckpointError: there are some, and none can be read, at the very beginning.
+        """
+        ahead = [number for number in self._listed() if number >= iteration]
         for number in reversed(ahead):
             try:
-                saved = checkpoint.read(self.file(number))
+                saved = self.read(koi, number)
             except CheckpointError as error:
                 self._damaged.add(number)
                 warn(f"{error}; looking for one")
@@ -148,11 +157,23 @@ class Folder:
         with contextlib.suppress(OSError):
             for path in list(self._path.iterdir()):
                 begun = path.suffix == ".tmp" and path.name.startswith(_BEGINNINGS)
-                old = _NAME.fullmatch(path.name) and path.name not in kept
+                old = self._number_of(path) is not None and path.name not in kept
                 if begun or old or path.name == _BEGUN:
-                    path.unlink()
+                    self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        path.unlink()
+
+    def _listed(self) -> list[int]:
+        """Return the meta-iterations of which there are checkpoints, as all that train see them."""
+        return self._numbers()
 
     def _numbers(self) -> list[int]:
-        """Return the meta-iterations of which there are files, in order."""
-        found = (_NAME.fullmatch(path.name) for path in self._path.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        """Return the meta-iterations of which there are checkpoints, in order."""
+        found = map(self._number_of, self._path.iterdir())
+        return sorted(number for number in found if number is not None)
+
+    def _number_of(self, path: Path) -> int | None:
+        """Return which checkpoint this is; None: none."""
+        match = re.fullmatch(rf"iteration-(\d+){re.escape(self._suffix)}", path.name)
+        return int(match[1]) if match else None

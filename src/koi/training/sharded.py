@@ -7,8 +7,6 @@ content of an ordinary checkpoint, in one of bytes.
 
 from __future__ import annotations
 
-import contextlib
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +25,6 @@ from koi.training import checkpoint
 from koi.training.checkpoint import Data, Saved
 from koi.training.folder import Folder
 from koi.training.state import TrainingState
-from koi.training.watch import warn
-
-_NAME = re.compile(r"iteration-(\d+)\.shards")
-_KEPT = 2
 
 
 def mapped(koi: Configured, data: Data, change: Callable[[Any, int], Any]) -> Data:
@@ -94,6 +88,7 @@ class ShardedFolder(Folder):
         path: where they lie, the same for all ranks.
     """
 
+    _suffix = ".shards"
     _ranks: Ranks
 
     def attach(self, ranks: Ranks) -> None:
@@ -119,10 +114,6 @@ class ShardedFolder(Folder):
         with self._ranks.agreed():
             if self._ranks.first:
                 super().check_unused(iteration)
-
-    def file(self, number: int) -> Path:
-        """Return the folder of a learner with so many meta-iterations behind it."""
-        return self._path / f"iteration-{number:09d}.shards"
 
     def save(self, koi: Configured, state: TrainingState, number: int) -> None:
         """Write a checkpoint: it appears under its name whole or not at all.
@@ -188,47 +179,17 @@ class ShardedFolder(Folder):
         parts = [local(tensor) for tensor in tensors.values()]
         return checkpoint.saved_from(put_in(koi, data, parts), path)
 
-    def newest_good(self, koi: Configured, iteration: int) -> Saved | None:
-        """Return the newest checkpoint that can be read, of those that are not behind.
-
-        Raises:
-            CheckpointError: there are some, and none can be read, at the very beginning.
-        """
-        numbers = self._numbers() if self._ranks.first else []
-        ahead = [n for n in self._ranks.value_of_first(numbers) if n >= iteration]
-        for number in reversed(ahead):
-            try:
-                saved = self.read(koi, number)
-            except CheckpointError as error:
-                self._damaged.add(number)
-                warn(f"{error}; looking for one")
-                continue
-            self.newest, self.owed = number, saved.owed
-            return saved
-        if ahead and iteration == 0:
-            raise CheckpointError(
-                f"none of the {len(ahead)} checkpoints in {self._path} can be used: to train from "
-                "the beginning, choose another folder or empty this one"
-            )
-        return None
-
     def remove_old(self) -> None:
         """Remove all but the last two good ones, and what was never completed."""
-        if not self._ranks.first:
-            return
-        good = [number for number in self._numbers() if number not in self._damaged]
-        kept = {self.file(number).name for number in good if number <= (self.newest or 0)}
-        kept = set(sorted(kept)[-_KEPT:])
-        with contextlib.suppress(OSError):
-            for path in list(self._path.iterdir()):
-                begun = path.name.startswith(".iteration-") and path.suffix == ".tmp"
-                if begun or (_NAME.fullmatch(path.name) and path.name not in kept):
-                    shutil.rmtree(path, ignore_errors=True)
+        if self._ranks.first:
+            super().remove_old()
 
-    def _numbers(self) -> list[int]:
-        """Return the meta-iterations of which there are checkpoints, in order."""
-        found = (_NAME.fullmatch(path.name) for path in self._path.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+    def _remove(self, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+    def _listed(self) -> list[int]:
+        """Return those that rank 0 sees."""
+        return self._ranks.value_of_first(self._numbers() if self._ranks.first else [])
 
 
 def _global(rows: Tensor, param: Any) -> Any:
