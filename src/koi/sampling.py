@@ -121,13 +121,13 @@ def takes_first(distribution: Any) -> bool:
 def _parameters(method: Callable[..., Any]) -> frozenset[str]:
     """Return the names of a method's parameters, read once: that takes as long as a draw."""
     function = getattr(method, "__func__", method)
-    return (
-        _read(function) if isinstance(function, types.FunctionType) else _read.__wrapped__(method)
-    )
+    if isinstance(function, types.FunctionType):  # others may have no hash, or hold much
+        return _of_function(function)
+    return frozenset(inspect.signature(method).parameters)
 
 
 @functools.lru_cache(maxsize=64)
-def _read(function: Callable[..., Any]) -> frozenset[str]:
+def _of_function(function: types.FunctionType) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 

@@ -82,7 +82,8 @@ class SupervisedTask:
         """Check what can be seen from outside: many tasks in one have their number in the key."""
         sets = ("support_inputs", "support_targets", "query_inputs", "query_targets", "key")
         usual = all(type(getattr(self, name)) is Tensor for name in sets)
-        if not (usual and callable(self.criterion) and self.batch_size is None):  # else in short
+        # every meta-iteration makes tasks, and most of them are seen to be right at a glance
+        if not (usual and callable(self.criterion) and self.batch_size is None):
             allowed.check(
                 **{name: (getattr(self, name), allowed.tensor) for name in sets},
                 criterion=(self.criterion, allowed.code("(predictions, targets)")),

@@ -145,9 +145,7 @@ class LearnedRates:
             rate = value
             if self.kind == "layer":
                 rate = value[..., min(step, value.shape[-1] - 1)]
-                rate = (
-                    rate.reshape(rate.shape + (1,) * (params[i].dim() - 1)) if rate.dim() else rate
-                )
+                rate = rate.reshape(rate.shape + (1,) * (params[i].dim() - rate.dim()))
             found[i] = rate if factors is None else rate * factors[i].to(rate.dtype)
         return found
 
