@@ -30,7 +30,7 @@ class Pool:
         self._names = itertools.count()
         # one process imports everything, and the ranks are forked off it
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rank_runs", "sharded_runs"])
+        context.set_forkserver_preload(["rank_runs", "rank_troubles", "sharded_runs"])
         # port 0: any that is free
         self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []

@@ -11,6 +11,7 @@ import torch
 
 import mortal_run
 import rank_runs
+import rank_troubles
 from engine_toys import ENGINES
 from koi import Koi
 from koi.inner.compiled.workers import threads
@@ -125,7 +126,7 @@ def test_callbacks_with_a_state_go_on_where_they_are(ranks, on_ranks, tmp_path):
 def test_what_rank_0s_callbacks_owe_is_owed_on_all(victim, on_ranks, tmp_path):
     rest = [(name, iteration) for iteration in (4, 5) for name in ("first", "second")]
     owed = [("second", 3)] if victim == 0 else []
-    for seen in on_ranks(2, rank_runs.stopped_among_callbacks, victim, tmp_path):
+    for seen in on_ranks(2, rank_troubles.stopped_among_callbacks, victim, tmp_path):
         assert seen == owed + rest
 
 
@@ -167,9 +168,9 @@ def test_steps_on_ranks(on_ranks):
 @pytest.mark.parametrize("at", [0, 2])
 def test_rank_whose_tasks_are_all_skipped(at, on_ranks):
     torch.manual_seed(100)
-    alone = rank_runs.skipping(0, at)
+    alone = rank_troubles.skipping(0, at)
     assert alone[2] == [2 if iteration == at else 0 for iteration in range(6)]
-    for together in on_ranks(2, rank_runs.skipping, at):
+    for together in on_ranks(2, rank_troubles.skipping, at):
         assert_close(together, alone, tolerance=1e-6)
 
 
@@ -192,7 +193,7 @@ class TestTrouble:
         own, others, text = ERRORS[trouble]
         if at == 0:
             text = text.replace("meta-iteration 2, task 2", "meta-iteration 0, task 0")
-        ended = on_ranks(2, rank_runs.in_trouble, trouble, victim, at, tmp_path, {"seed": 0})
+        ended = on_ranks(2, rank_troubles.in_trouble, trouble, victim, at, tmp_path, {"seed": 0})
         iteration = at + (trouble == "callback")
         for rank, end in enumerate(ended):
             assert end.iteration == iteration
@@ -205,7 +206,7 @@ class TestTrouble:
 
     @pytest.mark.parametrize("victim", [0, 1])
     def test_sigterm(self, victim, on_ranks, tmp_path):
-        ended = on_ranks(2, rank_runs.in_trouble, "SIGTERM", victim, 2, tmp_path, {"seed": 0})
+        ended = on_ranks(2, rank_troubles.in_trouble, "SIGTERM", victim, 2, tmp_path, {"seed": 0})
         for end in ended:
             assert (end.iteration, end.error, end.code) == (3, "SystemExit", 143)
         assert_close(ended[0].phi, ended[1].phi, tolerance=0)
@@ -214,7 +215,7 @@ class TestTrouble:
     def test_rank_that_hangs(self, on_ranks, tmp_path):
         """It ends in a timeout with its name; where it wakes up, it finds the others gone."""
         arguments = ("hangs", 1, 2, tmp_path, {"seed": 0})
-        ended = on_ranks(3, rank_runs.in_trouble, *arguments, patience=2)
+        ended = on_ranks(3, rank_troubles.in_trouble, *arguments, patience=2)
         for rank, end in enumerate(ended):
             assert (end.iteration, end.error) == (2, "RankError")
             if rank != 1:
@@ -224,13 +225,15 @@ class TestTrouble:
 
     def test_goes_on_after_trouble(self, on_ranks, tmp_path):
         (whole, _), *_ = on_ranks(2, rank_runs.one_by_one, "plain", {"seed": 0})
-        on_ranks(2, rank_runs.in_trouble, "loss", 1, 3, tmp_path, {"seed": 0, "vectorize": False})
+        on_ranks(
+            2, rank_troubles.in_trouble, "loss", 1, 3, tmp_path, {"seed": 0, "vectorize": False}
+        )
         options = {"checkpoint_dir": tmp_path, "resume": True}
         for phi, _ in on_ranks(2, rank_runs.one_by_one, "plain", {"seed": 0}, **options):
             assert_close(phi, whole, tolerance=0)
 
     def test_rank_0_cannot_save(self, on_ranks, tmp_path):
-        first, second = on_ranks(2, rank_runs.rank_0_cannot_save, tmp_path / "run")
+        first, second = on_ranks(2, rank_troubles.rank_0_cannot_save, tmp_path / "run")
         assert first[:2] == second[:2] == (2, "CheckpointError")
         assert "No such file" in first[2]
         assert "No such file" in second[2]
@@ -248,28 +251,28 @@ class TestTrouble:
         ],
     )
     def test_settings_that_differ(self, name, values, on_ranks):
-        for end in on_ranks(2, rank_runs.with_settings_of_its_own, name, *values):
+        for end in on_ranks(2, rank_troubles.with_settings_of_its_own, name, *values):
             assert end.kind == "ConfigurationError"
             shown = [repr(value) for value in values]
             assert f"{name}: {shown[0]} on rank 0, {shown[1]} on rank 1" in end.text
 
     def test_rank_that_left_before(self, on_ranks):
-        waiting, left = on_ranks(2, rank_runs.never_comes, "0.5")
+        waiting, left = on_ranks(2, rank_troubles.never_comes, "0.5")
         assert left is None
         assert waiting.kind == "RankError"
         assert "no news of rank 1 for 0.5 seconds: has its script ended before" in waiting.text
 
     def test_rank_that_ends_between_two_trainings(self, on_ranks):
         """Its process has said so; of one that lives on the others wait for, however long."""
-        waiting, left = on_ranks(2, rank_runs.ends_between, True)
+        waiting, left = on_ranks(2, rank_troubles.ends_between, True)
         assert (waiting.kind, left) == ("RankError", 6)
         assert "rank 1" in waiting.text
-        assert on_ranks(2, rank_runs.ends_between, False) == [8, 8]
+        assert on_ranks(2, rank_troubles.ends_between, False) == [8, 8]
 
 
 def test_checksums_on_request(on_ranks):
-    assert on_ranks(2, rank_runs.in_step) == [6, 6]
-    for end in on_ranks(2, rank_runs.out_of_step):
+    assert on_ranks(2, rank_troubles.in_step) == [6, 6]
+    for end in on_ranks(2, rank_troubles.out_of_step):
         assert isinstance(end, Failed)
         assert (end.kind, "not in step" in end.text) == ("RankError", True)
 
