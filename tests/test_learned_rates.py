@@ -1,5 +1,6 @@
 """Inner rates that are learned: Meta-SGD's for each number, MAML++'s for each layer and step."""
 
+from copy import deepcopy
 from functools import cache, partial
 
 import pytest
@@ -9,6 +10,7 @@ import naive
 from engine_toys import ENGINES, Fits, mlp, trained
 from koi import ConfigurationError, Koi, linear
 from test_roles import SETTINGS, Drawn
+from test_weights import Weights
 from toys import InTurn, Point, Quadratic, snapshot
 
 pytestmark = pytest.mark.usefixtures("float64", "one_thread", "untraced")
@@ -78,6 +80,20 @@ def test_same_as_the_naive_twin(row, engine, monkeypatch):
         torch.testing.assert_close(snapshot(koi.model), snapshot(eager.model), rtol=0, atol=1e-10)
         own = koi.learned_step_sizes, eager.learned_step_sizes
         torch.testing.assert_close(*own, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "layer"])
+def test_a_task_s_weight_counts_for_the_rates_too(kind):
+    torch.manual_seed(0)
+    model = mlp()
+    given = SETTINGS | {"algorithm": "fomaml", "learn_step_size": kind, "meta_step_size": 0.1}
+    twin = deepcopy(model)
+    plainly = {name: value for name, value in given.items() if name != "seed"}
+    rates = naive.meta_train(twin, Drawn(Weights(1.0, 3.0)), **plainly)
+    for engine in ENGINES:
+        koi = trained(engine, model, Weights(1.0, 3.0), **given)
+        torch.testing.assert_close(snapshot(koi.model), snapshot(twin), rtol=0, atol=1e-10)
+        torch.testing.assert_close(koi.learned_step_sizes, rates, rtol=0, atol=1e-10)
 
 
 def test_hand_worked():
