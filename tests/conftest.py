@@ -6,6 +6,8 @@ import signal
 # As many processes run tests as there are cores: each of them, and what it starts, on one thread.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# So many graphs are compiled that it pays to compile torch's headers once.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
 
 import numpy as np
 import pytest

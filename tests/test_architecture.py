@@ -33,7 +33,7 @@ _TABLE = {
     "sampling phi records randomness errors",
     "adapting": "stored engines settings evaluation sampling inner phi randomness allowed",
     "stored": "training configured phi allowed errors",
-    "engines": "settings inner algorithms phi errors",
+    "engines": "settings inner algorithms phi memory errors",
     "training": "ranks configured settings sampling inner algorithms phi records storage "
     "files memory clients tasks randomness allowed errors",
     "ranks": "phi memory errors",

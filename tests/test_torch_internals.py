@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._inductor.codegen.cpp
+import torch._inductor.sizevars
 
 from engine_toys import Fits, assert_agree, mlp, trained
 from koi import ConfigurationError, EngineError, Koi
@@ -101,6 +102,18 @@ def test_what_takes_long_says_so(monkeypatch, caplog):
     assert not caplog.records
 
 
+def test_a_quick_build_is_over_when_it_ends():
+    """What others compile is built as they expect."""
+    builder, sizes = torch._inductor.cpp_builder, torch._inductor.sizevars
+    flags, sympy = builder._get_optimization_cflags, sizes.sympy
+    with torch_internals.quick_build():
+        assert "O2" in builder._get_optimization_cflags("g++")[0]
+        x, y = sizes.sympy.symbols("x y")
+        assert sizes.sympy.simplify(49 * (x + 1) + y - (49 * x + y)) == 49
+        assert sizes.sympy.gcd(4, 6) == 2
+    assert (builder._get_optimization_cflags, sizes.sympy) == (flags, sympy)
+
+
 class TestMissing:
     @pytest.fixture(autouse=True)
     def none_of_them(self, monkeypatch):
@@ -113,7 +126,9 @@ class TestMissing:
         function = torch_internals.sum_of_terms
         assert not torch_internals.has_graph(function)
         assert torch_internals.without_lookup(function) is None
-        with torch_internals.kernels_apart():
+        monkeypatch.delattr(torch._inductor.cpp_builder, "_get_optimization_cflags")
+        monkeypatch.delattr(torch._inductor.sizevars, "sympy")
+        with torch_internals.kernels_apart(), torch_internals.quick_build():
             pass
         torch_internals.at_fixed_address(torch.zeros(1))
         assert torch_internals.options_of("reduce-overhead") == {"triton.cudagraphs": True}

@@ -19,6 +19,7 @@ from koi.inner.optimizers.recognition import update_rule, why_no_rule
 from koi.inner.optimizers.rules import UpdateRule, layout_of, of_part
 from koi.inner.scaling import LossScale
 from koi.inner.sharded import check_sharded
+from koi.memory import keep_what_is_freed
 from koi.phi.arithmetic import Tensors
 from koi.phi.learned import Learned
 from koi.settings import Settings
@@ -91,6 +92,7 @@ class Engines:
                     self._changes,
                 )
             compile = False
+        keep_what_is_freed()
         engines = Dispatch(
             model,
             inner := inner_loop(model, settings, scale),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
 import sys
 import threading
@@ -11,7 +12,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from koi.inner.compiled.torch_internals import (
     has_graph,
     kernels_apart,
     options_of,
+    quick_build,
     recurrence_traced,
     without_lookup,
 )
@@ -47,6 +49,8 @@ class Graph:
         device: "cpu" or "cuda".
         mode: the argument ``compile`` of `koi.Koi`.
         lean: whether it is of large tensors, so that it is to hold few of them at a time.
+        context: makes the context in which it is traced; inside of the function the compiler's
+            cache would not know it again.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class Graph:
         device: str,
         mode: bool | str,
         lean: bool,
+        context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        self._context = context
         self._function = with_own_code(function)
         self._what, self._tasks, self._device = what, tasks, device
         self._checked = False
@@ -85,8 +91,10 @@ class Graph:
         try:
             with (
                 said_when_long(self._what),
+                self._context(),
                 kernels_apart() if self._lean else nullcontext(),
                 recurrence_traced(),
+                quick_build(),
                 warnings.catch_warnings(),
             ):
                 # Inductor goes on without code of its own, and such graphs were seen to crash
@@ -149,12 +157,17 @@ class AsItStands:
 
     threadsafe = False
 
-    def __init__(self, function: Callable[..., Any], **_: Any) -> None:
-        self._function = function
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        context: Callable[[], AbstractContextManager[Any]],
+        **_: Any,
+    ) -> None:
+        self._function, self._context = function, context
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the function."""
-        with torch.no_grad(), values_unread():  # which the compiler does not need
+        with torch.no_grad(), self._context(), values_unread():  # which the compiler does not need
             return self._function(*inputs)
 
 
@@ -179,10 +192,12 @@ def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, 
 
     On the CPU the graph is called through C++, which halves the time of a small network's
     meta-iteration, products and sums are rounded once instead of twice, and small matrix products
-    are fused. A lean graph computes a normalised activation again for its gradient (up to eight
-    tensors are read for that) instead of keeping it. On CUDA the default is CUDA graphs, and loops
-    are not reordered after they are fused: for the graph of 25 sine tasks Inductor stops there
-    with an AssertionError (torch 2.11.0+cu130 on one NVIDIA H200, 2026-11-27).
+    are fused. That g++ knows the processor's vectors is not tried out, and torch's headers are not
+    compiled ahead, which takes as long as six graphs repay. A lean graph computes a normalised
+    activation again for its gradient (up to eight tensors are read for that) instead of keeping it.
+    On CUDA the default is CUDA graphs, and loops are not reordered after they are fused: for the
+    graph of 25 sine tasks Inductor stops there with an AssertionError (torch 2.11.0+cu130 on one
+    NVIDIA H200, 2026-11-27).
     """
     named = mode if isinstance(mode, str) else ("reduce-overhead" if device == "cuda" else None)
     options: dict[str, Any] = {} if named is None else options_of(named)
@@ -192,8 +207,11 @@ def options_for(device: str, mode: bool | str, lean: bool = False) -> dict[str, 
     if device == "cpu":
         options |= {
             "cpp_wrapper": True,
+            "cpp.vec_isa_ok": True,
             "cpp.enable_floating_point_contract_flag": "fast",
         }
+        if "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS" not in os.environ:
+            options["cpp_cache_precompile_headers"] = False
         if lean:
             options["realize_reads_threshold"] = 8
     return options

@@ -265,9 +265,8 @@ class Graphs:
     def _graph(
         self, traced: Traced, function: Callable[..., Any], what: str, *, lean: bool
     ) -> Graph | AsItStands:
-        def run(*inputs: Any) -> Any:
-            with traced.functions.attention():
-                return function(*inputs)
+        def run(*inputs: Any) -> Any:  # a plain function, which methods are not
+            return function(*inputs)
 
         return self._make(
             run,
@@ -276,6 +275,7 @@ class Graphs:
             device=traced.functions.device_type,
             mode=self._mode,
             lean=lean,
+            context=traced.functions.attention,
         )
 
 

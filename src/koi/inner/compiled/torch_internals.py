@@ -90,7 +90,20 @@ def without_lookup(function: types.FunctionType) -> Callable[..., Any] | None:
 
 
 @contextmanager
-def kernels_apart() -> Iterator[None]:
+def _in_its_place(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let ``value`` be what ``owner`` calls ``name``, unless it has no such thing."""
+    before = getattr(owner, name, None)
+    if before is None:
+        yield
+        return
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def kernels_apart() -> AbstractContextManager[None]:
     """Let the compiler make a function of each loop, where the CPU's are all between two products.
 
     What a function reads and writes is held until it ends, by when it has left the cache.
@@ -98,15 +111,39 @@ def kernels_apart() -> Iterator[None]:
     Without: functions stay as the compiler likes them, and large networks a tenth slower.
     """
     scheduling = _private("torch._inductor.codegen.cpp", "CppScheduling")
-    before = getattr(scheduling, "MAX_FUSED_KERNEL_ARGS_NUM", None)
-    if before is None:
+    return _in_its_place(scheduling, "MAX_FUSED_KERNEL_ARGS_NUM", 0)
+
+
+@contextmanager
+def quick_build() -> Iterator[None]:
+    """Let the compiler make the same code in half the time.
+
+    g++ is given ``-O2`` in the place of ``-O3``, since loops are written with vectors already: 8 s
+    in the place of 18 for the Omniglot network, and the same speed. Strides are found by
+    multiplying out, in the place of all that ``sympy.simplify`` tries: a third of the time before
+    g++, and the same code.
+
+    Without: it takes longer.
+    """
+    builder, sizes = (
+        _private("torch._inductor", "cpp_builder"),
+        _private("torch._inductor", "sizevars"),
+    )
+    flags, sympy = getattr(builder, "_get_optimization_cflags", None), getattr(sizes, "sympy", None)
+
+    def fewer(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
+        compiling, linking = flags(*args, **kwargs)  # type: ignore[misc]
+        return ["O2" if flag == "O3" else flag for flag in compiling], linking
+
+    class Sympy(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sympy, "expand" if name == "simplify" else name)
+
+    with (
+        _in_its_place(builder, "_get_optimization_cflags", fewer),
+        _in_its_place(sizes, "sympy", Sympy("sympy")),
+    ):
         yield
-        return
-    scheduling.MAX_FUSED_KERNEL_ARGS_NUM = 0
-    try:
-        yield
-    finally:
-        scheduling.MAX_FUSED_KERNEL_ARGS_NUM = before
 
 
 def recurrence_traced() -> AbstractContextManager[None]:
