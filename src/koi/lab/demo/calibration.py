@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +30,7 @@ class Reading:
         offset, lead, distance: of a logistic regression on the two `signs`, whether a drawing is
             of one of the classes.
 
+    >>> import torch
     >>> reading = Reading(temperature=2.0, offset=1.0, lead=0.5, distance=-3.0)
     >>> reading.probabilities(torch.tensor([0.0, math.log(9)]))
     tensor([0.2500, 0.7500])
@@ -65,6 +65,7 @@ def signs(scores: Tensor, features: Tensor) -> tuple[float, float]:
         The difference of the two highest scores; 1 − the largest cosine of the drawing's features
         and an example's, from 0 to 2.
 
+    >>> import torch
     >>> signs(torch.tensor([3.0, 1.0]), torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0]]))
     (2.0, 0.0)
     """
