@@ -40,11 +40,12 @@ test: .venv/.dev ## Run all tests: unit tests, doctests, documentation and examp
 # What any torch from 2.6 on is held to: the engines and all below them, eager and vectorised, and
 # compiled where the compiler is known (koi.inner.compiled.torch_internals).
 TORCH ?= torch
-ENGINES := $(addprefix tests/test_,$(addsuffix .py,algorithms cases checkpoints elementwise \
-           engines_any_optimizer engines_chunks engines_equal engines_evaluate engines_fallback \
-           engines_minibatches engines_optimizers evaluation frozen inner_step meta_update modules \
-           normalisation optimizers outer_step parameters quadratics randomness recurrence resume \
-           roles self_check storage task_kinds tasks torch_optimizer training))
+ENGINES := $(addprefix tests/test_,$(addsuffix .py,algorithms cases checkpoint_folder checkpoints \
+           elementwise engines_any_optimizer engines_choice engines_chunks engines_equal \
+           engines_evaluate engines_fallback engines_minibatches engines_optimizers \
+           engines_recurrence evaluation frozen inner_step meta_update modules normalisation \
+           optimizers outer_step parameters quadratics randomness recurrence resume roles \
+           self_check storage task_kinds tasks torch_optimizer training))
 
 test-torch: .venv/.made ## Run the engines' tests with another torch: TORCH="torch==2.6.0 torchvision"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) $(TORCH) \

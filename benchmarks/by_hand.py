@@ -53,8 +53,10 @@ def sine_batches(num_steps: int = 5, batch_size: int = 10) -> Iterator[tuple[Ten
     yield from list(zip(x.split(batch_size), y.split(batch_size), strict=True))[:num_steps]
 
 
-def image_batches(num_steps: int = 5, batch_size: int = 10) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random images of 5 classes, as minibatches without replacement."""
-    images = torch.rand(num_steps * batch_size, 1, 28, 28)
+def random_batches(
+    shape: tuple[int, ...], num_steps: int = 5, batch_size: int = 10
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random numbers of 5 classes, as minibatches without replacement."""
+    inputs = torch.rand(num_steps * batch_size, *shape)
     labels = torch.randint(5, (num_steps * batch_size,))
-    yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    yield from zip(inputs.split(batch_size), labels.split(batch_size), strict=True)

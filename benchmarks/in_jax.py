@@ -4,9 +4,16 @@ For the sine net that is ``vmap`` over the tasks and either ``scan`` over the in
 steps unrolled; for the conv net tasks and steps are unrolled, because XLA runs convolutions inside
 ``scan``, or with a kernel for each task, many times slower on a CPU. Everything after sampling is
 one ``jit``. Sampling is done by NumPy, which takes less time here than JAX's own generator.
+
+It runs in a process of its own, which has as many cores as JAX is to use threads:
+`python in_jax.py sine '{"num_tasks": 25, "unrolled": true}' 1` does as many meta-iterations as each
+line of its input says, and answers with a line.
 """
 
 import itertools
+import json
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -126,3 +133,17 @@ def images(num_tasks: int = 5) -> Work:
             count += 5
 
     return train
+
+
+def main() -> None:
+    kind, settings, threads = sys.argv[1:]
+    if hasattr(os, "sched_setaffinity"):  # JAX has no option for the number of its threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
+    train = {"sine": sine, "images": images}[kind](**json.loads(settings))
+    for line in sys.stdin:
+        train(int(line))
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

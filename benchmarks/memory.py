@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from workloads import RandomImages, image_koi, placed, training
+from workloads import OMNIGLOT, RandomImages, placed, training
 
 from koi.models import omniglot_net
 
@@ -27,7 +27,7 @@ def peak(form: str, num_tasks: int, chunk_size: int | None = None, device: str =
 
 
 def measure(form: str, num_tasks: int, chunk_size: int | None, device: str) -> int:
-    koi = image_koi(form, device, num_tasks, chunk_size=chunk_size)
+    koi = OMNIGLOT.koi(form, device, num_tasks, chunk_size=chunk_size)
     train = training(koi, placed(RandomImages(), device)).run
     torch.set_num_threads(1)
     if koi.compile:

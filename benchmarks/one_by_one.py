@@ -57,7 +57,7 @@ def image_contestants() -> dict[str, Callable[[], object]]:
     hand = partial(
         by_hand.reptile,
         omniglot_net(5),
-        by_hand.image_batches,
+        partial(by_hand.random_batches, (1, 28, 28)),
         F.cross_entropy,
         partial(torch.optim.Adam, lr=0.001, betas=(0.0, 0.999)),
         IMAGE_ITERATIONS,

@@ -53,12 +53,14 @@ CHOICES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def trained(choice: str, splits: Splits, num_iterations: int, seed: int) -> Koi:
+def trained(
+    choice: str, splits: Splits, num_iterations: int, seed: int, compile: bool = True
+) -> Koi:
     """Return the learner of a choice after a whole training of so many meta-iterations."""
     recipe, more = CHOICES[choice]
     recipe = replace(recipe, num_iterations=num_iterations)
     torch.manual_seed(seed)
-    koi = Koi(recipe.model(), **recipe.settings() | {"seed": seed, "compile": True} | more)
+    koi = Koi(recipe.model(), **recipe.settings() | {"seed": seed, "compile": compile} | more)
     koi.train(recipe.training_episodes(splits.train))
     return koi.averaged() if "average" in more else koi
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from harness import by_turns, environment, markdown_table, refresh, write
-from workloads import FORMS, RandomImages, image_koi
+from workloads import FORMS, OMNIGLOT, RandomImages
 
 from koi import Koi
 from koi.models import sine_mlp
@@ -54,7 +54,11 @@ def main() -> None:
     for form in ("eager", "vectorized", "vectorized+compiled"):
         for name, make, tasks in (
             ("sine net, 25 tasks", sine_koi, Sines()),
-            ("Omniglot net, 5 tasks", lambda form: image_koi(form, "cpu", seed=0), RandomImages()),
+            (
+                "Omniglot net, 5 tasks",
+                lambda form: OMNIGLOT.koi(form, "cpu", seed=0),
+                RandomImages(),
+            ),
         ):
             koi = make(form)
             found = by_turns(

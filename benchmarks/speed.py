@@ -1,4 +1,7 @@
-"""Koi's engines against a loop by hand and against JAX, in one process, by turns.
+"""Koi's engines against a loop by hand and against JAX, by turns, each at its best.
+
+Each contestant runs with one thread and with all that it may use; the faster counts. JAX has a
+process of its own for each number, since it takes as many threads as it sees cores when it starts.
 
 python benchmarks/speed.py --threads 2 --write
 python benchmarks/speed.py --device cuda --write
@@ -10,128 +13,35 @@ import importlib.metadata
 import importlib.util
 import os
 import shlex
+import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cold
 import harness
+import rows
 import scaling
 import torch
-import workloads
 from harness import Timing
-from workloads import FORMS, Work
+from rows import ROWS, Row
+from workloads import Work
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 IMAGES = scaling.IMAGES.name  # as the page names the folder
 HEAD = ["work", "must", "aim", "measured", "", "Koi's best form", "against"]
+NAMES = [*rows.GROUPS, "tasks", "memory", "first"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: the fastest of ``ours`` against the fastest of ``against``.
-
-    ``must`` and ``aim`` are for the quotient of their times.
-    """
-
-    work: str
-    group: str
-    ours: tuple[str, ...]
-    against: tuple[str, ...]
-    must: float
-    aim: float
-
-
-HAND = ("loop by hand",)
-ONE_BY_ONE = ("Koi, one by one",)
-SINE_JAX = ("JAX, steps scanned", "JAX, steps unrolled")
-IMAGE_JAX = ("JAX, tasks and steps unrolled",)
-VECTORIZED, COMPILED, BOTH = (f"Koi, {form}" for form in list(FORMS)[1:])
-FLOAT32 = tuple(f"Koi, {form}, float32" for form in FORMS)
-BFLOAT16 = tuple(f"Koi, {form}, bfloat16" for form in FORMS)
-ROWS = (
-    Row("sine net, 25 tasks, vectorised", "sine-25", (VECTORIZED,), HAND, 6, 10),
-    Row("sine net, 25 tasks, compiled", "sine-25", (BOTH,), HAND, 40, 60),
-    Row("the same against JAX", "sine-25", (BOTH,), SINE_JAX, 1, 1.5),
-    Row("sine net, 1 task, compiled", "sine-1", (COMPILED,), HAND, 8, 20),
-    Row("Omniglot net, 5 tasks, float32", "omniglot", FLOAT32, HAND, 2, 5),
-    Row("the same against JAX", "omniglot", FLOAT32, IMAGE_JAX, 1, 2),
-    Row("Omniglot net, 5 tasks, bfloat16", "omniglot", BFLOAT16, HAND, 3, 8),
-    Row("evaluation of 1,000 tasks", "evaluation", (VECTORIZED, COMPILED, BOTH), ONE_BY_ONE, 3, 8),
-)
-
-
-def sine_25(device: str) -> dict[str, Work]:
-    return {
-        HAND[0]: workloads.sine_by_hand(25, device),
-        VECTORIZED: workloads.sine_by_koi(25, "vectorized", device),
-        BOTH: workloads.sine_by_koi(25, "vectorized+compiled", device),
-        **in_jax("sine", SINE_JAX[0], num_tasks=25, unrolled=False),
-        **in_jax("sine", SINE_JAX[1], num_tasks=25, unrolled=True),
-    }
-
-
-def sine_1(device: str) -> dict[str, Work]:
-    return {
-        HAND[0]: workloads.sine_by_hand(1, device),
-        COMPILED: workloads.sine_by_koi(1, "compiled", device),
-        **in_jax("sine", SINE_JAX[0], num_tasks=1, unrolled=False),
-        **in_jax("sine", SINE_JAX[1], num_tasks=1, unrolled=True),
-    }
-
-
-def omniglot(device: str) -> dict[str, Work]:
-    ours: dict[str, tuple[str, torch.dtype | None]]
-    ours = {name: (form, None) for name, form in zip(FLOAT32, FORMS, strict=True)}
-    if harness.has_bfloat16(device):
-        ours |= {name: (form, torch.bfloat16) for name, form in zip(BFLOAT16, FORMS, strict=True)}
-    else:
-        print("this processor has no bfloat16: its row is left out")
-    return {
-        HAND[0]: workloads.images_by_hand(device),
-        **{n: workloads.images_by_koi(form, device, dtype) for n, (form, dtype) in ours.items()},
-        **in_jax("images", IMAGE_JAX[0]),
-    }
-
-
-def evaluation(device: str) -> dict[str, Work]:
-    """The unit is a task: 1,000 are many of the chunks that Koi takes here."""
-    return {
-        ONE_BY_ONE[0]: workloads.evaluation("eager", device, 1),
-        VECTORIZED: workloads.evaluation("vectorized", device, 5),
-        COMPILED: workloads.evaluation("compiled", device, 2),
-        BOTH: workloads.evaluation("vectorized+compiled", device, 5),
-    }
-
-
-GROUPS: dict[str, Callable[[str], dict[str, Work]]] = {
-    "sine-25": sine_25,
-    "sine-1": sine_1,
-    "omniglot": omniglot,
-    "evaluation": evaluation,
-    "tasks": scaling.sine_sizes,
-}
-NAMES = [*GROUPS, "memory"]
-
-
-def in_jax(kind: str, name: str, **settings: Any) -> dict[str, Work]:
-    """JAX's contestant; none where JAX is not installed."""
-    if importlib.util.find_spec("jax") is None:
-        return {}
-    module = importlib.import_module("in_jax")
-    return {name: Work(getattr(module, kind)(**settings))}
-
-
-def prepare_jax(device: str) -> str:
-    """Give JAX the device before it starts; return its version."""
+def version_of_jax() -> str:
     if importlib.util.find_spec("jax") is None:
         print("JAX is not installed: its rows are left out (pip install jax)")
         return "not installed"
-    os.environ["JAX_PLATFORMS"] = device
     return importlib.metadata.version("jax")
 
 
@@ -143,27 +53,29 @@ class Result:
     first: dict[str, float]
 
     def fastest(self, names: tuple[str, ...]) -> str | None:
-        found = [name for name in names if name in self.timings]
+        found = [name for name in self.timings if name.split(" (")[0] in names]
         return min(found, key=lambda name: self.timings[name].median, default=None)
 
 
 def compare(contestants: Mapping[str, Work], device: str, repetitions: int, span: float) -> Result:
     """Time contestants by turns, each doing in a turn as much as takes about ``span`` seconds."""
 
-    def seconds(run: Callable[[int], object], units: int) -> float:
+    def seconds(work: Work, units: int) -> float:
+        if work.threads is not None:
+            torch.set_num_threads(work.threads)
         began = time.perf_counter()
-        run(units)
+        work.run(units)
         if device != "cpu":
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
     first, units = {}, {}
     for name, work in contestants.items():
-        first[name] = seconds(work.run, work.least)
-        again = min(seconds(work.run, work.least) for _ in range(2))
+        first[name] = seconds(work, work.least)
+        again = min(seconds(work, work.least) for _ in range(2))
         units[name] = work.least * max(1, round(span / again))
         print(f"  {name}: first run {first[name]:.1f} s, then {units[name]} at a time", flush=True)
-    turns = {name: partial(seconds, work.run, units[name]) for name, work in contestants.items()}
+    turns = {name: partial(seconds, work, units[name]) for name, work in contestants.items()}
     timings = harness.by_turns(turns, repetitions)
     return Result(
         {
@@ -209,6 +121,18 @@ def memory_line(found: scaling.Memory) -> list[str]:
     return [work, f"at most {scaling.MOST_MEMORY:g}", "", shown, met, "", ""]
 
 
+def first_lines(found: Mapping[str, list[float]]) -> list[list[str]]:
+    """The lines on the first meta-iteration, which compiles."""
+    lines = []
+    for name, seconds in found.items():
+        (must, aim), middle = cold.MUST_AIM[name], statistics.median(seconds)
+        shown = f"**{middle:.1f} s** ({min(seconds):.1f}–{max(seconds):.1f})"
+        work = f"Omniglot net, first meta-iteration, compiled, {name}"
+        met = verdict(-middle, -must, -aim)
+        lines.append([work, f"at most {must} s", f"{aim} s", shown, met, "", ""])
+    return lines
+
+
 def detail(name: str, result: Result) -> list[list[str]]:
     """What every contestant of a group took."""
     unit = "task" if name == "evaluation" else "meta-iteration"
@@ -245,13 +169,13 @@ def main() -> None:
     arguments = options()
     device, threads = arguments.device, arguments.threads
     repetitions, span = (5, 0.05) if arguments.quick else (arguments.repetitions, 0.1)
-    if hasattr(os, "sched_setaffinity"):  # JAX has no option for the number of its threads
+    if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
     facts = {
         "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
         **harness.environment(),
-        "jax": prepare_jax(device),
+        "jax": version_of_jax(),
         "threads": threads,
     }
     found = Found(repetitions)
@@ -259,7 +183,7 @@ def main() -> None:
         print(f"{name} (load average {harness.load_average()})", flush=True)
         torch.manual_seed(0)
         try:
-            lines = measure(name, found, device, span)
+            lines = measure(name, found, device, threads, span)
         except Exception:  # what was measured before is kept, and the next rows are tried
             traceback.print_exc()
             continue
@@ -282,6 +206,7 @@ class Found:
     lines: list[list[str]] = field(default_factory=list)
     results: dict[str, Result] = field(default_factory=dict)
     memory: scaling.Memory | None = None
+    first: dict[str, list[float]] = field(default_factory=dict)
 
     def report(self) -> str:
         """Both tables with what a reader must know of them."""
@@ -289,21 +214,26 @@ class Found:
         table = harness.markdown_table(HEAD, self.lines)
         every = harness.markdown_table(["rows", "", "ms", "for each", "first run, s"], details)
         return (
-            f"How many times faster Koi is: quotients of medians of {self.repetitions} turns, in "
-            "which the contestants of a group take turns in one process, sampling, meta-update and "
-            f"records included; {harness.BRACKETS}. Images are "
+            f"How many times faster Koi is: quotients of medians of {self.repetitions} turns, each "
+            "contestant at its best number of threads, sampling, meta-update and records included; "
+            f"{harness.BRACKETS}. Images are "
             "random: the sizes are Omniglot's. The evaluation is of 5-way 1-shot tasks, 50 steps "
             "of batch 5, in Koi's chunks; its unit is a task, since 1,000 tasks are many such "
             f"chunks.\n\n{table}\n\nWhat every contestant took. The first run compiles.\n\n{every}"
         )
 
 
-def measure(name: str, found: Found, device: str, span: float) -> list[list[str]]:
+def measure(name: str, found: Found, device: str, threads: int, span: float) -> list[list[str]]:
     """Measure a group, note what was found, and return its lines of the table."""
+    if name == "first":
+        found.first = cold.measured(threads, 3 if found.repetitions > 5 else 1)
+        return first_lines(found.first)
     if name == "memory":
         found.memory = scaling.memory_sizes(device)
         return [memory_line(found.memory)]
-    result = compare(GROUPS[name](device), device, found.repetitions, span)
+    numbers = sorted({1, threads}) if device == "cpu" else [threads]
+    contestants = rows.contestants(name, device, numbers)
+    result = compare(contestants, device, found.repetitions, span)
     found.results[name] = result
     if name == "tasks":
         return [cost_line(result)]
@@ -318,7 +248,8 @@ def write(
     name = name_of(device, threads)
     title = f"Speed with {threads} thread{'s' * (threads > 1)}"
     memory = None if found.memory is None else asdict(found.memory)
-    harness.write(name, title, found.report(), facts, timings, folder, memory=memory)
+    more = {"memory": memory, "first": found.first}
+    harness.write(name, title, found.report(), facts, timings, folder, **more)
     return timings
 
 

@@ -12,8 +12,13 @@ os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from koi import ConfigurationError
+
+# Nothing depends on a clock: a busy machine is no failure.
+settings.register_profile("koi", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("koi")
 
 # A shell's background jobs ignore Ctrl-C, which the tests that press it would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -107,6 +112,14 @@ def on_ranks():
     pool = Pool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def own_run(tmp_path_factory):
+    """A run that was trained and adapted on a folder of one's own."""
+    from own_folder_toys import made
+
+    return made(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture

@@ -130,6 +130,18 @@ def trained(engine, model, tasks, **settings):
     return learner
 
 
+def auto(model, tasks, **settings):
+    """Return a learner that trained a copy of ``model`` in the engine that it chose."""
+    learner = Koi(deepcopy(model), vectorize="auto", **(SETTINGS | settings))
+    learner.train(tasks)
+    return learner
+
+
+def log_lines(caplog):
+    """Return what Koi has logged."""
+    return [record.getMessage() for record in caplog.records if record.name == "koi"]
+
+
 def everything(learner):
     """Return all that training gives but the time it took: φ, buffers, moments, history."""
     kept = [

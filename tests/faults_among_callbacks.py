@@ -12,7 +12,7 @@ import koi.training.duties
 import koi.training.validation
 from koi import Koi
 from koi.training.logs import append
-from test_resume import Stateful, reseed
+from resume_toys import Stateful, reseed
 from toys import small_net, snapshot
 
 _draw = random.SystemRandom()

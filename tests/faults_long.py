@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -16,13 +15,12 @@ from unittest import mock
 import torch
 
 import long_run
+from forked import CONTEXT
 from koi import Koi
 from koi.training import past
 from toys import small_net, snapshot
 
 _draw = random.SystemRandom()
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["faults_long"])
 
 LENGTH = 200  # meta-iterations of a long run
 
@@ -46,8 +44,8 @@ def stopped(folder: Path, stop: Callable[[int], None]) -> tuple[int | None, int]
 
     Returns its exit code, None if it has not ended, and the last meta-iteration that was seen.
     """
-    seen = context.RawValue("i", -1)
-    process = context.Process(target=run_long, args=(folder, seen))
+    seen = CONTEXT.RawValue("i", -1)
+    process = CONTEXT.Process(target=run_long, args=(folder, seen))
     process.start()
     while seen.value < 0 and process.is_alive():
         time.sleep(0.002)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import faults_long
+from forked import CONTEXT
 from koi import CheckpointError, Koi
 from test_randomness import Noisy, dropout_net, reseed
 from toys import snapshot
@@ -29,10 +30,8 @@ def in_one_folder(times: int) -> int:
     """Two processes start in the same folder at about the same time; sometimes one is killed."""
     end, lost = faults_long.long_ends(), 0
     for number in range(times):
-        folder, seen = Path(tempfile.mkdtemp()), faults_long.context.RawValue("i", -1)
-        pair = [
-            faults_long.context.Process(target=run_or_say, args=(folder, seen)) for _ in range(2)
-        ]
+        folder, seen = Path(tempfile.mkdtemp()), CONTEXT.RawValue("i", -1)
+        pair = [CONTEXT.Process(target=run_or_say, args=(folder, seen)) for _ in range(2)]
         for process in pair:
             process.start()
             time.sleep(_draw.uniform(0, 0.3))

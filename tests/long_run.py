@@ -1,11 +1,12 @@
-"""A training in a process of its own, for tests that stop it from outside: long_run.py FOLDER."""
-
-import sys
+"""A training in a process of its own, for tests that stop it from outside."""
 
 import torch
 
 from koi import Koi, linear
 from toys import Regressions, small_net
+
+# So near to its end it waits, however late it is stopped.
+LAST = 190
 
 
 def make():
@@ -23,10 +24,13 @@ def make():
     return koi, Regressions()
 
 
-def tell(koi, record):
-    print(record.iteration, flush=True)
+def run(folder, pipe):
+    """Train, and tell of each meta-iteration."""
 
+    def tell(koi, record):
+        pipe.send(record.iteration)
+        if record.iteration >= LAST:
+            pipe.recv()  # whoever started it has come to stopping it
 
-if __name__ == "__main__":
     koi, tasks = make()
-    koi.train(tasks, callbacks=[tell], checkpoint_dir=sys.argv[1], checkpoint_every=1, resume=True)
+    koi.train(tasks, callbacks=[tell], checkpoint_dir=folder, checkpoint_every=1, resume=True)

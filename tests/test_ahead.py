@@ -16,7 +16,11 @@ from rank_runs import Counted, Noises, Own
 from toys import Begun, Regression, Regressions, assert_same, small_net, snapshot
 
 # from Python 3.12 on; what torch's DataLoader does everywhere
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
+    # where there is one core
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
 
 SETTINGS = {"num_steps": 2, "meta_batch_size": 3, "inner_optimizer": "adam", "seed": 0}
 

@@ -144,8 +144,15 @@ class TestOfAUsersOwn:
             assert_agree(learners[0], other)
         assert not [record for record in caplog.records if record.name == "koi"]
 
-    @pytest.mark.parametrize("engine", ["compiled", "vectorized+compiled"])
-    @pytest.mark.parametrize("num_steps", [2, 20])
+    @pytest.mark.parametrize(
+        ("num_steps", "engine"),
+        [
+            (2, "compiled"),
+            (20, "vectorized+compiled"),
+            pytest.param(20, "compiled", marks=pytest.mark.slow),
+            pytest.param(2, "vectorized+compiled", marks=pytest.mark.slow),
+        ],
+    )
     @pytest.mark.usefixtures("traced")
     def test_traced(self, engine, num_steps):
         """In one graph, and step by step."""

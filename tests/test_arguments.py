@@ -55,7 +55,6 @@ def test_arguments_that_work(name):
 
 @settings(
     max_examples=200,
-    deadline=None,
     database=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -100,7 +100,6 @@ def test_its_code_runs(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=50,
         check=True,
     )
     assert done.stdout.strip() == f"{model[0].weight.tolist()} False"
@@ -171,4 +170,4 @@ model.load_state_dict(load_file("model.safetensors"))
 inputs, expected = torch.load("expected.pt", weights_only=True)
 assert torch.equal(model(inputs), expected)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=50, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -115,7 +115,7 @@ class TestContent:
                                koi.model.weight)
         """
         command = [sys.executable, "-W", "ignore", "-c", script, tmp_path / "koi"]
-        subprocess.run(command, check=True, timeout=50)
+        subprocess.run(command, check=True)
 
     def test_settings_are_restored(self, tmp_path):
         settings = {

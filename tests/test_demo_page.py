@@ -36,7 +36,7 @@ PHONE = {
     "is_mobile": True,
 }
 
-expect.set_options(timeout=60_000)
+expect.set_options(timeout=600_000)
 
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium: .ci/install-chromium on Debian"),
@@ -92,6 +92,7 @@ def open_page(browser, address):
 
     def open_(**options):
         context = browser.new_context(**{**DESKTOP, **options})
+        context.set_default_timeout(600_000)
         contexts.append(context)
         page = context.new_page()
         page.on("request", request)

@@ -56,7 +56,7 @@ class Client:
 
     def request(self, method, address, body=None, headers=()):
         """Return the status, the headers and the body."""
-        connection = http.client.HTTPConnection(*self.listening.getsockname(), timeout=30)
+        connection = http.client.HTTPConnection(*self.listening.getsockname())
         with contextlib.closing(connection):
             connection.request(method, address, body, dict(headers))
             response = connection.getresponse()
@@ -229,9 +229,8 @@ def test_every_response_forbids_what_comes_from_elsewhere(client, address):
 
 def ask(port, head, host="127.0.0.1"):
     """Return what comes back for a request of any form."""
-    with socket.create_connection((host, port), timeout=30) as connection:
+    with socket.create_connection((host, port)) as connection:
         connection.sendall(head)
-        connection.settimeout(30)
         return b"".join(iter(lambda: connection.recv(1000), b""))
 
 
@@ -277,9 +276,7 @@ class TestPatience:
             for number in range(70):
                 silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                 silent.sendall(b"GET /" if number % 2 else b"")
-            until = time.monotonic() + 20
             while b"200 OK" not in ask(port, request):
-                assert time.monotonic() < until
                 time.sleep(0.1)
 
     def test_a_question_that_does_not_end(self, served, caplog):
@@ -293,14 +290,13 @@ class TestPatience:
 
     def test_the_end_during_a_slow_question(self, served, caplog, monkeypatch):
         server, port = served
-        monkeypatch.setattr(guards, "BODY_SECONDS", 30)
+        monkeypatch.setattr(guards, "BODY_SECONDS", 3000)
         head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", port)) as slow:
             slow.sendall(head + b"Content-Length: 99\r\n\r\n{")
             while not server.server_state.tasks:
                 time.sleep(0.01)
             server.should_exit = True
-            slow.settimeout(30)
             assert b" 503 " in slow.recv(1000)
         assert "Traceback" not in caplog.text
 
@@ -319,13 +315,12 @@ class TestCommand:
                 said = process.stdout.readline()
                 host, port = said.split("//")[1].split("/")[0].split(":")
                 assert host == "127.0.0.1"
-                with socket.create_connection((host, int(port)), timeout=30) as connection:
+                with socket.create_connection((host, int(port))) as connection:
                     connection.sendall(b"GET /limits HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                    connection.settimeout(30)
                     assert b"200 OK" in connection.recv(1000)
                     # with a connection that is still open
                     process.send_signal(signal.SIGINT)
-                    out, err = process.communicate(timeout=30)
+                    out, err = process.communicate()
             finally:
                 process.kill()
         assert (process.returncode, out, err) == (0, "", "")
@@ -373,7 +368,7 @@ class TestCommand:
         monkeypatch.setattr("koi.lab.demo.server.serve", lambda classifier, listening, names: None)
         assert koi_demo("--port", "0", flag)[0] == 0
         if opened:
-            assert addresses.get(timeout=10).startswith("http://127.0.0.1:")
+            assert addresses.get().startswith("http://127.0.0.1:")
         else:
             assert addresses.empty()
 

@@ -8,7 +8,7 @@ import torch
 
 from koi import CheckpointError, Koi
 from log_toys import lines
-from test_resume import Lines, Stateful, reseed
+from resume_toys import Lines, Stateful, reseed
 from toys import Regressions, assert_same, small_net
 
 SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 5, "meta_step_size": 0.5}

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import cache, partial
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ from koi import Koi, NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("float64", "untraced")
 TOGETHER = ["vectorized", "vectorized+compiled"]
+TASKS = {net: partial(Fits, shape) for net, (_, shape) in NETS.items()}
+
+
+@cache
+def one_by_one(net, tasks, **settings):
+    """Return a network and what the eager engine makes of it, once for all others."""
+    model = NETS[net][0]()
+    return model, trained("eager", model, tasks(), **settings)
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
@@ -34,12 +43,11 @@ TOGETHER = ["vectorized", "vectorized+compiled"]
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 100])
 @pytest.mark.parametrize("engine", TOGETHER)
 def test_chunks(engine, chunk_size, algorithm, net):
-    make, shape = NETS[net]
-    model = make()
     settings = {"meta_batch_size": 5, "algorithm": algorithm, "inner_optimizer": "adam"}
-    eager = trained("eager", model, Fits(shape), **settings, num_iterations=3)
-    settings["chunk_size"] = chunk_size
-    assert_agree(trained(engine, model, Fits(shape), **settings, num_iterations=3), eager)
+    settings["num_iterations"] = 3
+    model, eager = one_by_one(net, TASKS[net], **settings)
+    other = trained(engine, model, TASKS[net](), **settings, chunk_size=chunk_size)
+    assert_agree(other, eager)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, None])
@@ -99,17 +107,18 @@ def test_error_names_task_and_step(engine, chunk_size):
     assert re.search(r"loss is nan at meta-iteration 2, task 3, inner step 1\b", str(caught.value))
 
 
+# All of meta-iteration 0, none of 1, one of 2, two of 3.
+SOME_FAIL = partial(Failures, 0, 1, 2, 3, 4, 13, 16, 19)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 @pytest.mark.parametrize("engine", FAST)
 def test_skipping(engine, chunk_size, algorithm):
-    # all of meta-iteration 0, none of 1, one of 2, two of 3
-    bad = [0, 1, 2, 3, 4, 13, 16, 19]
-    model = mlp()
     settings = {"meta_batch_size": 5, "algorithm": algorithm, "inner_optimizer": "adam"}
     settings["on_nonfinite"] = "skip"
-    eager = trained("eager", model, Failures(*bad), **settings)
-    other = trained(engine, model, Failures(*bad), **settings, chunk_size=chunk_size)
+    model, eager = one_by_one("mlp", SOME_FAIL, **settings)
+    other = trained(engine, model, SOME_FAIL(), **settings, chunk_size=chunk_size)
     assert [record.num_skipped for record in other.history] == [5, 0, 1, 2]
     for learner in (eager, other):
         none = learner.history[0]

@@ -27,6 +27,7 @@ from koi.inner.compiled.torch_internals import kernels_apart
 
 pytestmark = pytest.mark.usefixtures("float64", "traced")
 COMPILED = ["compiled", "vectorized+compiled"]
+ONE = ["compiled", pytest.param("vectorized+compiled", marks=pytest.mark.slow)]
 FACTOR = 1.0
 
 
@@ -59,7 +60,7 @@ class Steps(Fit):
             yield Fit(self.x[rows], self.y[rows])
 
 
-@pytest.mark.parametrize("kind", [Fit, Steps])
+@pytest.mark.parametrize("kind", [pytest.param(Fit, marks=pytest.mark.slow), Steps])
 @pytest.mark.parametrize("engine", COMPILED)
 def test_nothing_is_compiled_twice(engine, kind):
     tasks = Fits(kind=kind)
@@ -102,7 +103,7 @@ class TaskFirst(Fit):
             yield TaskFirst(-self.x, self.y)
 
 
-@pytest.mark.parametrize("engine", COMPILED)
+@pytest.mark.parametrize("engine", ONE)
 def test_a_view_that_is_the_task_itself(engine):
     """The compiler makes one input of what is one object when it compiles."""
     model, tasks = mlp(), Fits(kind=TaskFirst)
@@ -148,7 +149,7 @@ class UsesFactor(Fit):
 koi.tensor_task(UsesFactor)
 
 
-@pytest.mark.parametrize("engine", COMPILED)
+@pytest.mark.parametrize("engine", ONE)
 def test_global_constants(engine, monkeypatch):
     tasks = Fits(kind=UsesFactor)
     learners = both(engine, mlp(), num_iterations=2)
@@ -204,7 +205,7 @@ def test_changes_of_the_module_between_trainings(change):
     assert_agree(*learners)
 
 
-@pytest.mark.parametrize("engine", COMPILED)
+@pytest.mark.parametrize("engine", ONE)
 def test_learners_do_not_share_graphs(engine):
     """Same module, same shapes, same code, one after the other and in turns."""
     model, tasks = mlp(), Fits()

@@ -28,8 +28,8 @@ CASES = list(itertools.product(ALGORITHMS, OPTIMIZERS, NETS))
 # is up to what size one graph is of all inner steps.
 COMPLETE = [
     ("reptile", "sgd", "mlp", "vectorized+compiled", 64),
-    ("maml", "momentum", "mlp", "compiled", 64),
-    ("reptile", "adam carry", "conv", "compiled", 0),
+    pytest.param("maml", "momentum", "mlp", "compiled", 64, marks=pytest.mark.slow),
+    pytest.param("reptile", "adam carry", "conv", "compiled", 0, marks=pytest.mark.slow),
 ]
 # Others are traced in earnest, but not compiled.
 TRACED = [
@@ -42,11 +42,11 @@ TRACED = [
 
 @functools.cache
 def run(engine, algorithm, optimizer, net):
-    """Return the start and a learner after 20 meta-iterations of two inner steps."""
+    """Return the start and a learner after six meta-iterations of two inner steps."""
     make, shape = NETS[net]
     torch.manual_seed(zlib.crc32(net.encode()))
     start = make()
-    settings = {"num_steps": 2, "num_iterations": 20, "algorithm": algorithm}
+    settings = {"num_steps": 2, "num_iterations": 6, "algorithm": algorithm}
     settings |= OPTIMIZERS[optimizer]
     if algorithm == "maml" and settings["inner_optimizer"] == "adam":
         # Adam's first step is g / (|g| + ε), whose slope at zero is 1 / ε: through that MAML makes

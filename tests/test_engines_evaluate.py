@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -29,14 +30,22 @@ from koi.randomness import capture, same_states
 pytestmark = pytest.mark.usefixtures("untraced")
 
 
+@cache
+def eager_of(net, optimizer):
+    """Return a network and what the eager engine makes of it, once for all others."""
+    make, shape = NETS[net]
+    model = make()
+    return model, trained("eager", model, Fits(shape), **OPTIMIZERS[optimizer])
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("engine", FAST)
 def test_curves(engine, optimizer, net):
-    make, shape = NETS[net]
-    model, tasks = make(), Fits(shape)
-    learners = [trained(name, model, tasks, **OPTIMIZERS[optimizer]) for name in ("eager", engine)]
+    tasks = Fits(NETS[net][1])
+    model, one_by_one = eager_of(net, optimizer)
+    learners = one_by_one, trained(engine, model, tasks, **OPTIMIZERS[optimizer])
     before = [deepcopy(everything(learner)) for learner in learners]
     for num_steps in (None, 0, 1, 2, 7):
         eager, other = (learner.evaluate(tasks, 5, num_steps).losses for learner in learners)

@@ -1,6 +1,5 @@
-"""vectorize="auto" runs all tasks at once where it can, and says why where it cannot."""
+"""vectorize="auto" runs one task at a time where all at once is impossible, and says why."""
 
-import logging
 import random
 from copy import deepcopy
 from dataclasses import dataclass
@@ -8,17 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import koi
-from engine_toys import SETTINGS, Fit, Fits, assert_agree, conv, mlp, trained
+from engine_toys import SETTINGS, Fit, Fits, assert_agree, auto, log_lines, mlp, trained
 from koi import EngineError, Koi
-from koi.engines import inner_loop
-from koi.inner.compiled.workers import threads
-from koi.inner.dispatch import why_one_by_one
 from koi.randomness import capture, same_states
-from koi.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -147,16 +142,6 @@ TASKS = {
 }
 
 
-def auto(model, tasks, **settings):
-    learner = Koi(deepcopy(model), vectorize="auto", **(SETTINGS | settings))
-    learner.train(tasks)
-    return learner
-
-
-def lines(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "koi"]
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_that_run_one_by_one(name, caplog):
     tasks, why, mend = TASKS[name]
@@ -164,9 +149,9 @@ def test_tasks_that_run_one_by_one(name, caplog):
     learner = auto(model, tasks)
     assert learner.engine == "eager"
     if name == "no tensors":
-        assert not lines(caplog)  # nothing was tried, nothing is amiss
+        assert not log_lines(caplog)  # nothing was tried, nothing is amiss
     else:
-        (line,) = lines(caplog)
+        (line,) = log_lines(caplog)
         assert why in line
         assert mend in line
         assert line.endswith("; running one task at a time")
@@ -219,7 +204,7 @@ def test_tasks_that_go_the_same_way_run_at_once(caplog):
     model = mlp()
     learner = auto(model, Fits(kind=NoisyBranch))
     assert learner.engine == "vectorized"
-    assert not lines(caplog)
+    assert not log_lines(caplog)
     assert_agree(learner, trained("vectorized", model, Fits(kind=Noisy)), tolerance=0)
 
 
@@ -236,7 +221,7 @@ def test_tasks_that_part_later_on(caplog):
     model = mlp()
     learner = auto(model, Later(kind=CommonBranch), check=False)
     assert learner.engine == "eager"
-    (line,) = lines(caplog)
+    (line,) = log_lines(caplog)
     assert "on which they part; test_engines_fallback.py, line" in line
     assert "`return loss if self.x[0, 0] < 5 else 2 * loss`" in line
     assert line.endswith("; running one task at a time")
@@ -255,24 +240,8 @@ def test_shapes_that_differ_later_on(caplog):
     model = mlp()
     learner = auto(model, Later())
     assert learner.engine == "eager"
-    assert len(lines(caplog)) == 1
+    assert len(log_lines(caplog)) == 1
     assert_agree(learner, trained("eager", model, Later()))
-
-
-def test_one_task_runs_alone(caplog):
-    model = mlp()
-    learner = auto(model, Fits(), meta_batch_size=1)
-    assert learner.engine == "eager"
-    assert not lines(caplog)
-    evaluation = learner.evaluate(Fits(), num_tasks=3)  # these can run at once, and are the same
-    eager = trained("eager", model, Fits(), meta_batch_size=1)
-    torch.testing.assert_close(evaluation.losses, eager.evaluate(Fits(), 3).losses)
-
-
-def test_what_can_run_at_once_does(caplog):
-    learner = auto(mlp(), Fits())
-    assert learner.engine == "vectorized"
-    assert not lines(caplog)
 
 
 def test_mistake_in_the_loss_is_not_blamed_on_the_engine():
@@ -285,56 +254,6 @@ def test_mistake_in_the_loss_is_not_blamed_on_the_engine():
         auto(mlp(), Fits(kind=Mistake))
 
 
-def wide(width):
-    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
-
-
-def recurrent(dtype):
-    return nn.Sequential(nn.LSTM(3, 4, proj_size=2)).to(dtype)
-
-
-CHOICES = {
-    "three tasks of a small network": (mlp(), 3, "reptile", None),
-    "two": (mlp(), 2, "reptile", "2 tasks at once take longer"),
-    "many parameters": (wide(22_000), 5, "reptile", "with 132,002 parameters each task is work"),
-    "a few less": (wide(21_000), 5, "reptile", None),
-    "an LSTM": (recurrent(torch.float32), 5, "fomaml", "an LSTM's kernel takes one task at a time"),
-    "in float64": (recurrent(torch.float64), 5, "reptile", None),
-    "differentiated twice": (recurrent(torch.float32), 5, "maml", None),
-}
-
-
-@pytest.mark.parametrize("case", CHOICES)
-def test_what_is_faster_one_by_one_is_known_by_its_size(case):
-    model, num_tasks, algorithm, reason = CHOICES[case]
-    settings = Settings(algorithm=algorithm, num_iterations=1)
-    inner = inner_loop(model, settings, None)
-    found = why_one_by_one(model, inner, num_tasks, compiled=False)
-    assert found == reason if reason is None else reason in found
-    assert why_one_by_one(model, inner, num_tasks, compiled=True) is None
-
-
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_compiled_convolutions_run_one_by_one_on_one_thread(num_threads):
-    model = conv()
-    inner = inner_loop(model, Settings(), None)
-    with threads(num_threads):
-        why = why_one_by_one(model, inner, 5, compiled=True)
-    assert (why is not None) == (num_threads == 1)
-
-
-@pytest.mark.parametrize("seed", [None, 1])
-@pytest.mark.parametrize(("num_tasks", "engine"), [(2, "eager"), (3, "vectorized")])
-def test_the_choice_is_the_same_each_time_and_said_once(num_tasks, engine, seed, caplog):
-    caplog.set_level(logging.INFO, "koi")
-    for _ in range(2):
-        caplog.clear()
-        learner = auto(mlp(), Fits(), seed=seed, num_iterations=5, meta_batch_size=num_tasks)
-        assert learner.engine == engine
-        (line,) = lines(caplog)
-        assert f"in the engine {engine}" in line
-
-
 def test_what_is_impossible_is_stored(caplog, tmp_path):
     """Whoever goes on from a checkpoint does not try it again."""
     auto(mlp(), Fits(kind=Item)).save(tmp_path / "koi.safetensors")
@@ -342,11 +261,7 @@ def test_what_is_impossible_is_stored(caplog, tmp_path):
     later = Koi.load(tmp_path / "koi.safetensors", mlp(), num_iterations=6)
     later.train(Fits(kind=Item))
     assert later.engine == "eager"
-    assert not lines(caplog)
-
-
-def test_engine_before_anything_ran():
-    assert Koi(mlp()).engine == "none yet"
+    assert not log_lines(caplog)
 
 
 def test_tensors_of_a_subclass_are_its_own():

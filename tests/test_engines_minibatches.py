@@ -3,6 +3,7 @@
 import random
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pytest
@@ -90,12 +91,19 @@ class Kinds(Fit):
             yield (Fit if step % 2 == 0 else Endless)(self.x, self.y)
 
 
+@cache
+def one_by_one(kind, algorithm):
+    """Return a network and what the eager engine makes of it, once for all others."""
+    model = mlp()
+    return model, trained("eager", model, Fits(kind=kind), algorithm=algorithm)
+
+
 @pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
 @pytest.mark.parametrize("kind", [Drawn, DrawnByPython, DrawnByNumpy, Endless])
 @pytest.mark.parametrize("engine", FAST)
 def test_minibatches(engine, kind, algorithm):
-    model, tasks = mlp(), Fits(kind=kind)
-    eager = trained("eager", model, tasks, algorithm=algorithm)
+    tasks = Fits(kind=kind)
+    model, eager = one_by_one(kind, algorithm)
     other = trained(engine, model, tasks, algorithm=algorithm)
     assert_agree(other, eager)
     curves = [learner.evaluate(tasks, 5, num_steps=4).losses for learner in (eager, other)]

@@ -26,7 +26,7 @@ def numbered(counts):
     return data, owner
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_every_episode_is_one(drawn):
     num_shots, num_queries = drawn.draw(st.integers(1, 4)), drawn.draw(st.integers(1, 3))

@@ -34,7 +34,7 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     shown = pictures(committed)
     where = {"metadata": {"path": str(tmp_path)}}
     notebook = NotebookClient(
-        committed, kernel_name="python3", timeout=200, resources=where
+        committed, kernel_name="python3", timeout=None, resources=where
     ).execute()
     said = [
         output.text

@@ -21,9 +21,6 @@ from koi import ConfigurationError, DataError
 from koi.problems import omniglot, omniglot_archives
 from koi.problems.omniglot_archives import NUM_DRAWINGS, SIDE, nearest
 
-REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "omniglot"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no Omniglot beside the repository")
-
 # Two small archives, numbered in another order than that of their names.
 ALPHABETS = {
     "images_background": {"Beta": 2, "Alpha": 1},
@@ -75,10 +72,9 @@ def made(tmp_path_factory, drawings):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, request):
-    """Let the small archives be the official ones, except in tests of the real ones."""
-    if "made" in request.fixturenames:
-        monkeypatch.setattr(omniglot_archives, "ALPHABETS", ALPHABETS)
+def small(monkeypatch):
+    """Let the small archives be the official ones."""
+    monkeypatch.setattr(omniglot_archives, "ALPHABETS", ALPHABETS)
 
 
 def everything(data):
@@ -380,40 +376,3 @@ class TestDownload:
             omniglot.characters(cache=tmp_path)
         assert list(tmp_path.iterdir()) == []
         assert torch.equal(everything(omniglot.characters(cache=tmp_path)), everything(first))
-
-
-@needs_real
-class TestTheRealOmniglot:
-    def test_the_papers_split(self):
-        splits = omniglot.load(REAL)
-        train = {name.partition("@")[0] for name in splits.train.classes}
-        assert (len(splits.train), len(train)) == (4400, 1100)
-        assert (len(splits.validation), len(splits.test)) == (100, 423)
-        assert len({*train, *splits.validation.classes, *splits.test.classes}) == 1623
-        alphabets = {name.partition("/")[0] for name in train}
-        assert len(alphabets) == 50  # each of 50 is missed with probability below 1e-6
-        images = everything(splits.test)
-        assert images.shape == (423, 20, 1, 28, 28)
-        assert images.unique().tolist() == [0, 1]
-        assert 0.85 < images.mean() < 0.95  # mostly paper
-
-    @pytest.mark.parametrize("archive", ["images_background_small1", "images_background_small2"])
-    def test_names_drawings_and_pixels_are_those_of_the_official_zips(self, archive):
-        """Pillow reads and resizes each image of the zip; the npz must give the same."""
-        data = omniglot.characters(REAL / "images_background.npz")
-        index = {name: number for number, name in enumerate(data.classes)}
-        images = everything(data)[:, :, 0].bool().numpy()
-        compared = 0
-        with zipfile.ZipFile(REAL / f"{archive}.zip") as file:
-            assert omniglot.characters(REAL / f"{archive}.zip").classes == tuple(
-                sorted({"/".join(n.split("/")[1:3]) for n in file.namelist() if n.endswith("png")})
-            )
-            for name in sorted(file.namelist()):
-                if name.endswith(".png"):
-                    _, alphabet, character, drawing = name.split("/")
-                    with Image.open(io.BytesIO(file.read(name))) as image:
-                        expected = np.array(image.resize((28, 28)))
-                    number = int(drawing[5:7]) - 1
-                    assert (images[index[f"{alphabet}/{character}"], number] == expected).all()
-                    compared += 1
-        assert compared in (136 * 20, 156 * 20)

@@ -10,8 +10,8 @@ import torch
 import naive
 from koi import ConfigurationError, Koi, cosine, linear, warmup
 from koi.settings import Settings, as_data, from_data
+from resume_toys import Lines
 from test_own_loop import Stop, learner
-from test_resume import Lines
 from toys import InTurn, Point, Quadratic, Regressions, assert_close, assert_same, small_net
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam

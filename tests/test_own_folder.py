@@ -1,84 +1,19 @@
 """A folder of one's own, from the command line: train, adapt, predict."""
 
 import json
-import random
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from koi import CheckpointError, ConfigurationError, DataError, Koi
-from koi.lab.cli import main
-from koi.lab.markdown import text
+from koi import CheckpointError, Koi
 from koi.lab.runs import Classifier, Config, Run
 from koi.lab.runs.measuring import newest_checkpoint
 from koi.models import omniglot_net
-from koi.recipes import RECIPES, own_folder
-
-SIDE = 40
-
-
-def shape(name, jitter):
-    """Draw a shape in black on white, never twice alike."""
-    image = Image.new("L", (SIDE, SIDE), 255)
-    draw = ImageDraw.Draw(image)
-    left, top, right, bottom = (at + jitter.randint(-3, 3) for at in (7, 7, SIDE - 7, SIDE - 7))
-    middle = (left + right) // 2, (top + bottom) // 2
-    across, down = [left, middle[1], right, middle[1]], [middle[0], top, middle[0], bottom]
-    lines = {
-        "cross": [across, down],
-        "dash": [across],
-        "bar": [down],
-        "slope": [[left, bottom, right, top]],
-        "fall": [[left, top, right, bottom]],
-        "saltire": [[left, top, right, bottom], [left, bottom, right, top]],
-        "roof": [[left, bottom, middle[0], top, right, bottom]],
-        "cup": [[left, top, middle[0], bottom, right, top]],
-    }
-    for line in lines.get(name, []):
-        draw.line(line, fill=0, width=4)
-    if name == "ring":
-        draw.ellipse([left, top, right, bottom], outline=0, width=4)
-    if name == "disc":
-        draw.ellipse([left, top, right, bottom], fill=0)
-    if name == "frame":
-        draw.rectangle([left, top, right, bottom], outline=0, width=4)
-    return image
-
-
-def draw_folder(root, names, count, seed=0):
-    """Write so many images of each shape, in a folder for each."""
-    jitter = random.Random(seed)
-    for name in names:
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            shape(name, jitter).save(root / name / f"{number}.png")
-    return root
-
-
-def empty_folder(root, counts):
-    """Write class folders with files that nothing may read."""
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            (root / name / f"{number}.png").touch()
-    return root
-
-
-TRAINED = ("cross", "dash", "slope", "fall", "saltire", "roof", "cup", "frame")
-NEW = ("bar", "disc", "ring")
-
-
-def exit_code(*arguments):
-    """Run the command in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["koi", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-    return left.value.code
+from koi.recipes import own_folder
+from own_folder_toys import NEW, TRAINED, draw_folder, exit_code
 
 
 @pytest.fixture
@@ -87,47 +22,19 @@ def koi(capsys):
     return lambda *arguments: (exit_code(*arguments), *capsys.readouterr())
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with images to learn from, to adapt to and to predict."""
-    root = tmp_path_factory.mktemp("own")
-    draw_folder(root / "shapes", TRAINED, 4)
-    draw_folder(root / "support", NEW, 2, seed=1)
-    draw_folder(root / "new", NEW, 6, seed=2)
-    return root
+@pytest.fixture
+def place(own_run):
+    return own_run.place
 
 
-@pytest.fixture(scope="module")
-def trained(place):
-    """The folder of a run of a few meta-iterations, made as a user makes it."""
-    out = place / "run"
-    options = ["--ways", 3, "--iterations", 5, "--test-tasks", 4, "--out", out]
-    assert exit_code("train", "--data", place / "shapes", *options) == 0
-    return out
+@pytest.fixture
+def trained(own_run):
+    return own_run.run
 
 
-@pytest.fixture(scope="module")
-def adapted(place, trained):
-    """The file of a classifier of new shapes, made as a user makes it."""
-    assert exit_code("adapt", trained, place / "support") == 0
-    return trained / "adapted-support.safetensors"
-
-
-@pytest.fixture(scope="module")
-def files(place, trained, adapted):
-    (place / "folder").mkdir()
-    (place / "text").write_text("no file of Koi's")
-    return {
-        "run": trained,
-        "checkpoint": newest_checkpoint(Run(trained)),
-        "learner": trained / "learner.safetensors",
-        "weights": trained / "model.safetensors",
-        "classifier": adapted,
-        "image": place / "new" / "bar" / "0.png",
-        "folder": place / "folder",
-        "text": place / "text",
-        "nothing": place / "nothing",
-    }
+@pytest.fixture
+def adapted(own_run):
+    return own_run.classifier
 
 
 def predictions(stdout):
@@ -209,68 +116,6 @@ class TestTrain:
         assert said in stderr
         assert len(stderr.splitlines()) == 1
         assert not (place / "runs").exists()
-
-
-class TestOwnFolder:
-    @pytest.mark.parametrize(
-        ("num_classes", "num_ways", "sizes"),
-        [
-            (10, 5, [5, 0, 5]),
-            (19, 5, [14, 0, 5]),
-            (20, 5, [10, 5, 5]),
-            (100, 5, [60, 20, 20]),
-            (80, 20, [40, 20, 20]),
-            (4, 2, [2, 0, 2]),
-        ],
-    )
-    def test_parts(self, tmp_path, num_classes, num_ways, sizes):
-        names = [f"class {number}" for number in range(num_classes)]
-        folder = empty_folder(tmp_path / "images", dict.fromkeys(names, 2))
-        _, parts = own_folder(folder, num_ways)
-        assert [len(parts[part]) for part in ("train", "validation", "test")] == sizes
-        assert sorted(name for part in parts.values() for name in part) == sorted(names)
-        assert parts == own_folder(folder, num_ways)[1]
-        assert any(parts != own_folder(folder, num_ways, seed=seed)[1] for seed in range(1, 9))
-
-    @pytest.mark.parametrize(
-        ("num_images", "num_shots", "trained_with"),
-        [(2, 1, 1), (6, 1, 5), (11, 5, 10), (40, 5, 10), (40, 15, 15), (16, 15, 15)],
-    )
-    def test_training_shots_are_the_papers_where_there_are_so_many(
-        self, tmp_path, num_images, num_shots, trained_with
-    ):
-        counts = {**dict.fromkeys("abcdefghi", 50), "small": num_images}
-        recipe, _ = own_folder(empty_folder(tmp_path / "images", counts), 5, num_shots)
-        assert recipe.num_shots == trained_with
-        assert list(recipe.adaptations) == [num_shots]
-
-    @pytest.mark.parametrize(
-        ("network", "num_ways", "nearest"),
-        [
-            ("omniglot", 2, "omniglot-5way"),
-            ("omniglot", 15, "omniglot-20way"),
-            ("mini-imagenet", 15, "mini-imagenet-5way"),
-        ],
-    )
-    def test_settings_are_those_of_the_nearest_recipe(self, tmp_path, network, num_ways, nearest):
-        folder = empty_folder(tmp_path / "images", {str(n): 30 for n in range(30)})
-        recipe, _ = own_folder(folder, num_ways, network=network)
-        for name in ("step_size", "batch_size", "num_steps", "num_shots"):
-            assert getattr(recipe, name) == getattr(RECIPES[nearest], name)
-        assert (recipe.num_iterations, recipe.patience) == (10_000, 6)
-        assert recipe.adaptation(1) == RECIPES[nearest].adaptation(1)
-        assert recipe.num_ways == num_ways
-
-    def test_a_folder_that_is_in_parts_already_would_have_each_class_twice(self, tmp_path):
-        names = [f"{part}/{name}" for part in ("train", "val") for name in "abcde"]
-        folder = empty_folder(tmp_path / "images", dict.fromkeys(names, 3))
-        with pytest.raises(DataError, match=r"is in parts already \(train, val\)"):
-            own_folder(folder)
-        assert own_folder(folder / "train", num_ways=2)
-
-    def test_an_unknown_network(self, tmp_path):
-        with pytest.raises(ConfigurationError, match="no network 'resnet'"):
-            own_folder(tmp_path, network="resnet")
 
 
 class TestAdaptAndPredict:
@@ -403,96 +248,3 @@ class TestAdaptAndPredict:
             Classifier.load(newest_checkpoint(Run(trained)))
         with pytest.raises(CheckpointError, match="is not there"):
             Classifier.load(tmp_path / "nowhere")
-
-
-class TestEachOthersFiles:
-    """Each command on what the others write: what it is, what is wanted, and how to get that."""
-
-    KINDS = {  # noqa: RUF012
-        "run": "is the folder of a run",
-        "checkpoint": "is a learner, as checkpoints are and what koi export writes",
-        "learner": "is a learner, as checkpoints are and what koi export writes",
-        "weights": "is a file of plain weights",
-        "classifier": "is a classifier, which koi adapt wrote",
-        "image": "is an image",
-        "folder": "is a folder without a run",
-        "text": "is no file of Koi's, or damaged",
-        "nothing": "is not there",
-    }
-
-    @pytest.mark.parametrize(
-        ("command", "rightly", "wanted"),
-        [
-            (["evaluate"], ["run"], "give the folder of a run, which koi train makes"),
-            (["table"], ["run"], "give the folder of a run, which koi train makes"),
-            (["export", None, "out"], ["run"], "give the folder of a run, which koi train makes"),
-            (["adapt", None, "support"], ["run"], "give the folder of a run, which koi train mak"),
-            (["predict", None, "new"], ["classifier"], "give a file that koi adapt wrote"),
-            (
-                ["demo", "--no-open", "--checkpoint"],
-                ["run", "checkpoint", "learner"],
-                "give the folder of a run, a checkpoint in it, or what koi export wrote",
-            ),
-        ],
-        ids=lambda value: value[0] if isinstance(value, list) else "",
-    )
-    def test_what_is_given_and_what_is_wanted(
-        self, files, place, koi, monkeypatch, command, rightly, wanted
-    ):
-        monkeypatch.chdir(place)
-        for kind, path in files.items():
-            if kind in rightly:
-                continue
-            words = [path if word is None else word for word in command]
-            code, stdout, stderr = koi(*words, *([] if None in command else [path]))
-            end = f"adapt it first, by koi adapt {path} SUPPORT_FOLDER"
-            end = end if kind == "run" and command[0] == "predict" else wanted
-            if kind == "folder":
-                end = "give the folder of a run, which koi train makes"
-                end = wanted if command[0] == "predict" else end
-            assert (code, stdout) == (2, "")
-            assert stderr.startswith(f"koi: {path} {self.KINDS[kind]}: {end}"), stderr
-            assert len(stderr.splitlines()) == 1
-        assert not (place / "out").exists()
-
-    @pytest.mark.parametrize(
-        ("words", "said"),
-        [
-            (["export", "run", "missing/folder/x"], "(No such file or directory): φ and earlier"),
-            (["export", "run", "missing/folder/x"], "; make its folder, or choose another"),
-            (["export", "run", "new"], "(Is a directory): φ and earlier"),
-            (["adapt", "run", "support", "--out", "text/x"], "what should be its folder is a file"),
-            (["train", "--data", "shapes", "--ways", "3", "--out", "text"], "a file of that name"),
-            (
-                ["train", "--data", "shapes", "--ways", "3", "--out", "text/x"],
-                "should be its folder",
-            ),
-            (["evaluate", "run", "--shots", "20", "--tasks", "2"], "has 4: take 3 or fewer"),
-            (["evaluate", "run", "--tasks", "0"], "--tasks"),
-            (["train", "mini-imagenet-5way", "--out", "mini"], "give them by --data"),
-        ],
-    )
-    def test_what_cannot_be_done_has_a_mend(self, files, place, koi, monkeypatch, words, said):
-        monkeypatch.chdir(place)
-        code, _, stderr = koi(*words)
-        assert code == 2
-        assert said in stderr
-        assert len(stderr.splitlines()) == 1
-
-    def test_a_run_without_a_result_is_named_after_the_others(self, files, place, trained, koi):
-        bare = place / "bare"
-        bare.mkdir(exist_ok=True)
-        (bare / "config.json").write_bytes((trained / "config.json").read_bytes())
-        code, stdout, stderr = koi("table", bare, trained)
-        assert code == 2
-        assert stdout.splitlines()[2].startswith(f"| {text(trained)} | folder-3way | 5 | 1 | 4 |")
-        assert "–" not in stdout
-        assert stderr == f"koi: {bare} has no result yet: measure it by koi evaluate {bare}\n"
-
-    def test_on_a_terminal_a_table_is_for_people(self, trained, koi, monkeypatch):
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setenv("COLUMNS", "200")
-        code, stdout, _ = koi("table", trained)
-        assert code == 0
-        assert "┃" in stdout
-        assert "the paper" not in stdout

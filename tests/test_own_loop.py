@@ -10,7 +10,7 @@ import torch
 import koi as package
 from koi import STOP, CheckpointError, ConfigurationError, Koi, NonFiniteError
 from koi.problems import Sines
-from test_resume import SETTINGS, Lines, Stateful
+from resume_toys import SETTINGS, Lines, Stateful
 from toys import InTurn, Point, Quadratic, Regressions, assert_same, small_net, snapshot
 
 

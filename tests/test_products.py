@@ -70,7 +70,7 @@ def check_values_and_gradients(functions, tensors, *settings):
 
 
 @given(convolutions())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_convolution(case):
     *tensors, stride, padding = case
     check_values_and_gradients((patches_product, F.conv2d), tensors, stride, padding)
@@ -88,7 +88,7 @@ def test_linear(sizes, bias, shape):
 
 
 @given(convolutions())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_weights_of_each_task(case):
     """Under vmap, with the gradient inside, as an engine calls it."""
     input, weight, bias, stride, padding = case
@@ -106,7 +106,7 @@ def test_weights_of_each_task(case):
 
 
 @given(convolutions())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_one_example_without_a_batch(case):
     input, *others = case
     torch.testing.assert_close(patches_product(input[0], *others), F.conv2d(input[0], *others))

@@ -33,7 +33,6 @@ CASES = st.builds(
 # The same examples each time, so that a commit is to blame for what fails.
 @settings(
     max_examples=60,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.generate],  # a case is as small as it gets

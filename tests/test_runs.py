@@ -179,6 +179,16 @@ def test_the_table_states_its_distance_from_the_paper(tmp_path):
     ]
 
 
+def test_a_training_longer_than_its_recipe_is_not_called_shortened(tmp_path):
+    run = Run.begun(tmp_path, Config(SMALL))
+    mean = 0.9768 - 1e-7
+    found = {"inductive": [mean, 0.01], "transductive": [mean, 0.01], "num_tasks": 9}
+    run.add_result(1, found | {"iteration": 200_000})
+    row = markdown_table([run]).splitlines()[3].strip("| ").split(" | ")
+    assert row[2] == "200,000 (longer than its 100,000)"
+    assert row[-1] == "+0.00"
+
+
 def test_a_table_has_no_empty_columns_and_names_runs_by_their_folders(tmp_path):
     found = {"inductive": [0.8, 0.01], "transductive": [0.9, 0.02], "iteration": 4, "num_tasks": 9}
     own = replace(SMALL, name="folder-5way", problem="folder")

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,6 @@ import torch
 
 import sharded_runs
 from koi.inner.compiled.workers import threads
-
-
-@pytest.fixture
-def on_ranks(on_ranks):
-    """With time for what torch does for each layer of a sharded model."""
-    return partial(on_ranks, timeout=120)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 import koi as package
 from koi import CheckpointError, Koi
-from test_resume import (
+from resume_toys import (
     CASES,
     Stateful,
     Stop,

@@ -158,7 +158,7 @@ keys = st.integers(-(2**63), 2**63 - 1)
 
 
 class TestCycledOrder:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(key=keys, size=st.integers(1, 12), batch=st.integers(1, 12), steps=st.integers(1, 12))
     def test_every_pass_is_a_permutation(self, key, size, batch, steps):
         order = cycled_order(torch.tensor(key), size, batch, steps)
@@ -170,7 +170,7 @@ class TestCycledOrder:
             assert len(set(part)) == len(part)
             assert set(part) <= set(range(size))
 
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     @given(key=keys, size=st.integers(2, 12), batch=st.integers(1, 5), steps=st.integers(1, 9))
     def test_longer_runs_begin_with_the_shorter(self, key, size, batch, steps):
         """It is a function of the key alone: the number of steps cuts it off."""
@@ -179,7 +179,7 @@ class TestCycledOrder:
         longer = cycled_order(torch.tensor(key), size, batch, steps + 3)
         assert torch.equal(short, longer[:steps])
 
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     @given(several=st.lists(keys, min_size=1, max_size=4), size=st.integers(1, 9))
     def test_vmap_gives_the_same(self, several, size):
         keys = torch.tensor(several)

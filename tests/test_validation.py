@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from koi import ConfigurationError, Koi
+from resume_toys import Lines, Stateful
 from test_own_loop import Stop, learner, without_seconds
-from test_resume import Lines, Stateful
 from toys import Point, Quadratic, assert_same, snapshot
 
 

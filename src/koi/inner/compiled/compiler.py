@@ -83,7 +83,12 @@ class Graph:
             EngineError: it cannot be compiled.
         """
         with torch.no_grad():
-            return self._run(*inputs) if self._compiled else self._first_run(*inputs)
+            if not self._compiled:
+                return self._first_run(*inputs)
+            if self.threadsafe:
+                return self._run(*inputs)
+            with self._context():  # the compiler is disabled, and the function itself runs
+                return self._run(*inputs)
 
     def _first_run(self, *inputs: Any) -> Any:
         log.info("compiling %s: this takes some seconds, once", self._what)

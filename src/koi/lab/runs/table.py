@@ -75,7 +75,11 @@ def _rows(run: Run) -> Iterator[tuple[str, ...]]:
     whole = RECIPES[recipe.name].num_iterations if recipe.name in RECIPES else None
     for num_shots, result in run.results().items():
         done = result["iteration"]
-        length = f"{done:,}" if whole in (done, None) else f"{done:,} of {whole:,} (shortened)"
+        length = f"{done:,}"
+        if whole is not None and done != whole:
+            length += (
+                f" of {whole:,} (shortened)" if done < whole else f" (longer than its {whole:,})"
+            )
         published = PAPER.get((BESIDE.get(recipe.name, recipe.name), num_shots), (None, None))
         tasks, skipped = f"{result['num_tasks']:,}", result.get("num_skipped", 0)
         for way, paper in zip(("inductive", "transductive"), published, strict=True):
@@ -89,5 +93,7 @@ def _rows(run: Run) -> Iterator[tuple[str, ...]]:
                 way,
                 f"{mean:.2f} ± {interval:.2f}",
                 _NOTHING if paper is None else f"{paper[0]:.2f} ± {paper[1]:.2f}",
-                _NOTHING if paper is None else f"{mean - paper[0]:+.2f}",
+                _NOTHING
+                if paper is None
+                else f"{round(mean - paper[0], 2) + 0.0:+.2f}",  # no −0.00
             )
