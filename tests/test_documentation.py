@@ -175,6 +175,7 @@ PACKAGES = {
     "examples/cartpole.py": ("gymnasium",),
     "examples/images.py": ("skimage",),
     "examples/intents.py": ENCODER,
+    "examples/lightning_loop.py": ("lightning",),
     "examples/tune.py": ("optuna",),
 }
 ARGUMENTS = dict.fromkeys(
