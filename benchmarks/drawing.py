@@ -5,7 +5,8 @@
 
 On four ranks: a meta-batch of 16 tasks, each of which takes 10 ms to draw, by sleeping, so that
 ranks do not wait for each other's processor. Ahead: 5-way 1-shot episodes of a folder of JPEGs,
-which are read, decoded and made smaller as they are drawn, with 0, 1 and 2 workers by turns.
+which are read, decoded and made smaller as they are drawn, and the 16 tasks that sleep, with 0, 1
+and 2 workers by turns.
 """
 
 from __future__ import annotations
@@ -149,37 +150,53 @@ def make_folder(folder: Path) -> None:
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, quality=90)
 
 
-def ahead(repetitions: int) -> dict[str, harness.Timing]:
-    """Time meta-iterations on a folder of JPEGs, by the number of workers."""
-    with tempfile.TemporaryDirectory() as name:
-        make_folder(Path(name))
-        data = labelled(name, image_size=84, max_bytes=0)
-        seconds: dict[str, list[float]] = {str(workers): [] for workers in WORKERS}
-        learners = {}
-        for workers in WORKERS:
-            torch.manual_seed(0)
-            net = mini_imagenet_net(5)
-            learners[workers] = Koi(net, 0.001, 5, 0, meta_batch_size=2, seed=0)
+def ahead(make: Callable[[], Koi], tasks: Any, repetitions: int) -> dict[str, harness.Timing]:
+    """Time meta-iterations by the number of workers that draw ahead."""
+    seconds: dict[str, list[float]] = {str(workers): [] for workers in WORKERS}
+    learners = {}
+    for workers in WORKERS:
+        torch.manual_seed(0)
+        learners[workers] = make()
 
-        def turn(workers: int) -> None:
-            koi = learners[workers]
-            koi.num_iterations += ITERATIONS + 1
-            koi.train(Episodes(data, 5, 1, num_queries=5), workers=workers)
-            mean = sum(record.seconds for record in koi.history[-ITERATIONS:]) / ITERATIONS
-            seconds[str(workers)].append(mean)
+    def turn(workers: int) -> None:
+        koi = learners[workers]
+        koi.num_iterations += ITERATIONS + 1
+        koi.train(tasks, workers=workers)
+        mean = sum(record.seconds for record in koi.history[-ITERATIONS:]) / ITERATIONS
+        seconds[str(workers)].append(mean)
 
-        torch.set_num_threads(1)
-        turns = {str(workers): partial(turn, workers) for workers in WORKERS}
-        harness.by_turns(turns, repetitions)
+    torch.set_num_threads(1)
+    turns = {str(workers): partial(turn, workers) for workers in WORKERS}
+    harness.by_turns(turns, repetitions)
     return {name: harness.Timing(tuple(each[-repetitions:])) for name, each in seconds.items()}
 
 
-def ahead_table(timings: dict[str, harness.Timing]) -> str:
+def of_images(repetitions: int) -> dict[str, harness.Timing]:
+    """Draw from a folder of JPEGs."""
+    with tempfile.TemporaryDirectory() as name:
+        make_folder(Path(name))
+        tasks = Episodes(labelled(name, image_size=84, max_bytes=0), 5, 1, num_queries=5)
+        make = lambda: Koi(mini_imagenet_net(5), 0.001, 5, 0, meta_batch_size=2, seed=0)  # noqa: E731
+        return ahead(make, tasks, repetitions)
+
+
+def of_waiting(repetitions: int) -> dict[str, harness.Timing]:
+    """Draw by waiting, as for a disk or a network."""
+    make = lambda: Koi(nn.Linear(1, 1), 0.01, 2, 0, meta_batch_size=NUM_TASKS, seed=0)  # noqa: E731
+    return ahead(make, Slow(), repetitions)
+
+
+def ahead_table(images: dict[str, harness.Timing], waiting: dict[str, harness.Timing]) -> str:
     rows = []
-    for workers, timing in timings.items():
-        shown = "1" if workers == "0" else str(harness.ratio(timings["0"], timing))
-        rows.append([workers, f"{1e3 * timing.median:.0f}", shown])
-    return harness.markdown_table(["workers", "ms of a meta-iteration", "times as fast"], rows)
+    for workers in images:
+        row = [workers]
+        for timings in (images, waiting):
+            shown = "1" if workers == "0" else str(harness.ratio(timings["0"], timings[workers]))
+            row += [f"{1e3 * timings[workers].median:.0f}", shown]
+        rows.append(row)
+    head = ["workers", "JPEGs, ms of a meta-iteration", "times as fast"]
+    head += ["draws that wait, ms of a meta-iteration", "times as fast"]
+    return harness.markdown_table(head, rows)
 
 
 def main() -> None:
@@ -188,9 +205,12 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     facts = harness.environment()
-    timings = {"ranks": on_ranks(arguments.repetitions), "workers": ahead(arguments.repetitions)}
+    number = arguments.repetitions
+    timings = {"ranks": on_ranks(number)}
+    timings |= {"JPEGs": of_images(number), "draws that wait": of_waiting(number)}
     facts["load average after"] = harness.load_average()
-    tables = {"ranks": ranks_table(timings["ranks"]), "workers": ahead_table(timings["workers"])}
+    workers = ahead_table(timings["JPEGs"], timings["draws that wait"])
+    tables = {"ranks": ranks_table(timings["ranks"]), "workers": workers}
     print(*tables.values(), sep="\n\n")
     if arguments.write:
         harness.write("drawing", "Drawing tasks", "\n\n".join(tables.values()), facts, timings)

@@ -38,6 +38,10 @@ class Link:
         """Return how long an all-reduce takes in a ring."""
         return 2 * (ranks - 1) * (self.latency + num_bytes / (ranks * self.bandwidth))
 
+    def gathering(self, num_bytes: float, messages: float, ranks: int) -> float:
+        """Return how long it takes to gather or scatter so many bytes in so many messages."""
+        return (ranks - 1) * (messages * self.latency + num_bytes / (ranks * self.bandwidth))
+
 
 @dataclass(frozen=True)
 class Case:
@@ -98,4 +102,62 @@ def text(messages: Mapping[int, float], memory: Mapping[str, float], omniglot_st
         f"with the paper's Adam (β1 = 0), its moments carried, activations not "
         f"counted: on a GPU of 80 GB that is room for {largest['sgd'] / 1e9:.1f}·10^9 and "
         f"{largest['adam'] / 1e9:.1f}·10^9 parameters."
+    )
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What was measured of a sharded model on this machine.
+
+    Args:
+        parameters: float32.
+        step: seconds of one inner step on one thread, of the whole model.
+        layers: each sharded by itself.
+        messages: within a task group in one inner step, of all layers.
+        sent: bytes gathered and scattered in one inner step, for each parameter.
+    """
+
+    parameters: float
+    step: float
+    layers: int
+    messages: float
+    sent: float
+
+    def efficiency(
+        self, case: Case, shards: int, inside: Link, layers: int, ranks: int, k: int
+    ) -> float:
+        """Return the part of its time that a rank computes, nothing sent meanwhile."""
+        computing = k * case.step
+        messages = self.messages / self.layers * layers
+        gathering = k * inside.gathering(self.sent * case.parameters, messages, shards)
+        exchange = case.link.seconds(4 * case.parameters / shards, ranks // shards)
+        return computing / (computing + gathering + exchange)
+
+
+# Assumed, not measured: 48 layers, and 400 GB/s between the eight GPUs of a machine.
+GPU_LAYERS = 48
+GPU_INSIDE = Link(5e-6, 4e11)
+
+
+def sharded_text(sharding: Sharding, here: Link) -> str:
+    """Return the computed table of sharded models and the sentence that its numbers come from."""
+    large = Case("10^10, GPUs", 1e10, 6e10 * TOKENS / GPU_SPEED, GPU_LINK)
+    size = f"{sharding.parameters / 1e7:.1f}·10^7, this CPU and link"
+    rows = []
+    for case, shards, inside, layers, what in (
+        (Case(size, sharding.parameters, sharding.step, here), 2, here, sharding.layers, "2"),
+        (large, 8, GPU_INSIDE, GPU_LAYERS, "8 of one machine"),
+        (large, 8, GPU_LINK, GPU_LAYERS, "8 of 8 machines"),
+    ):
+        for k in STEPS:
+            parts = [sharding.efficiency(case, shards, inside, layers, ranks, k) for ranks in RANKS]
+            rows.append([case.name, what, str(k), *(f"{100 * part:.0f} %" for part in parts)])
+    head = ["parameters", "shards", "inner steps", *(f"{ranks:,} ranks" for ranks in RANKS)]
+    return (
+        f"{harness.markdown_table(head, rows)}\n\n"
+        f"From measurements: for an inner step a rank gathers and scatters {sharding.sent:.1f} "
+        f"bytes for each parameter in {sharding.messages / sharding.layers:.1f} messages for each "
+        f"layer; a step of the whole model takes {1e3 * sharding.step:.0f} ms on one thread, an "
+        f"empty message {1e6 * here.latency:.0f} µs, and what is in it "
+        f"{here.bandwidth / 1e9:.2f} GB/s (gloo over loopback)."
     )

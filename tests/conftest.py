@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import resource
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(config, items):
         kept = items[number % NUM_SHARDS :: NUM_SHARDS]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+
+
+def pytest_collection_finish():
+    """What was imported is no garbage: looking through it takes a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -245,13 +245,13 @@ def dead_worker(times: int) -> int:
     return lost
 
 
-def torchrun(folder: Path, victim: int, at: int, module=mortal_run, size: int = 2) -> int:
+def torchrun(folder: Path, victim: int, at: int, module=mortal_run, size=2, how=()) -> int:
     """Run the script whose rank dies once; return torchrun's exit code."""
     command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     command.append("--max-restarts=1")
     script = Path(module.__file__)
     return subprocess.run(
-        [sys.executable, "-m", *command, script, folder, str(victim), str(at)],
+        [sys.executable, "-m", *command, script, folder, str(victim), str(at), *how],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
@@ -279,17 +279,22 @@ def dead_rank(times: int) -> int:
     return lost
 
 
-def dead_shard(times: int) -> int:
+def dead_shard(times: int, how: str = "dies") -> int:
     """kill -9 of one of the ranks that hold a sharded φ; the job comes back to the same end."""
     lost, end = 0, mortal_shards.alone()
     for number in range(times):
         with tempfile.TemporaryDirectory() as name:
             at = _draw.randrange(mortal_shards.LENGTH - 1)
-            lost += torchrun(Path(name), number % 4, at, mortal_shards, 4) != 0
+            lost += torchrun(Path(name), number % 4, at, mortal_shards, 4, [how]) != 0
             lost += not (Path(name) / "died").exists()
             phi = torch.load(Path(name) / "phi.pt")
             lost += any((end[key] - phi[key]).abs().max() > 1e-5 for key in end)
     return lost
+
+
+def failing_shard(times: int) -> int:
+    """An exception in a loss on one of these ranks alone, for which the others then wait."""
+    return dead_shard(times, "raises")
 
 
 def cut_link(times: int) -> int | None:
@@ -333,6 +338,7 @@ FAULTS = [
     Fault("checkpoint with any bytes in it", faults_from_elsewhere.fuzzed_files, 1000, 50),
     Fault("rank that dies under torchrun", dead_rank, 4, 0),
     Fault("rank that dies with a shard of φ", dead_shard, 1, 0),
+    Fault("loss that raises on one shard of φ alone", failing_shard, 1, 0),
     Fault("link cut between two nodes", cut_link, 1, 0),
 ]
 

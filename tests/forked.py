@@ -35,6 +35,7 @@ def _become(script, arguments, cwd, output, variables):
     for descriptor, name in enumerate(("stdout", "stderr"), 1):
         with (output / name).open("wb") as file:
             os.dup2(file.fileno(), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # a script has the usual one
     os.environ.update(variables)
     os.chdir(cwd)
     sys.argv = [str(script), *map(str, arguments)]

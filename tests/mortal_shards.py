@@ -1,4 +1,4 @@
-"""A training of a sharded model in which one rank is killed, once: run by torchrun.
+"""A training of a sharded model in which one rank is killed, or fails, once: run by torchrun.
 
 The script is that of a user of FSDP; of Koi it knows no more than that there is a folder.
 """
@@ -17,7 +17,7 @@ from toys import Regressions
 LENGTH = 12
 
 
-def train(folder, victim=None, at=None):
+def train(folder, victim=None, at=None, how="dies"):
     """Train on the ranks that there are, two shards to a group; return the learner."""
     koi = sharded_runs.learner("fomaml", 2, num_iterations=LENGTH)
     mark = None if folder is None else Path(folder) / "died"
@@ -25,7 +25,9 @@ def train(folder, victim=None, at=None):
     def die(koi, record):
         if dist.get_rank() == victim and record.iteration == at and not mark.exists():
             mark.write_text("")
-            os.kill(os.getpid(), signal.SIGKILL)
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            koi.model[2].register_forward_hook(lambda *_: 1 / 0)
 
     options = {} if folder is None else {"checkpoint_dir": folder, "checkpoint_every": 2}
     koi.train(Regressions(), callbacks=[die], resume=folder is not None, **options)
@@ -42,7 +44,7 @@ def alone():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    koi = train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    koi = train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
     phi = sharded_runs.whole(koi.model)
     if dist.get_rank() == 0:
         torch.save(phi, Path(sys.argv[1]) / "phi.pt")

@@ -8,7 +8,7 @@ from torch import nn
 
 from engine_toys import NETS, Fit, Fits, everything, trained
 from koi import ClientTasks, Koi, ModelError, stack
-from toys import Regression, Regressions, small_net, snapshot
+from toys import InTurn, Point, Quadratic, Regression, Regressions, small_net, snapshot
 
 SETTINGS = {
     "step_size": 0.05,
@@ -179,6 +179,16 @@ def clients(rank, secret=False):
     finally:
         torch.set_default_dtype(torch.float32)
     return snapshot(koi.model)
+
+
+def weighted_clients(rank):
+    """Train on data of this rank's own, whose tasks count as many as it has; return φ."""
+    clients = [(1.0, 1.0), (-3.0, 4.0)]  # centre and weight of each
+    task = Quadratic(torch.tensor([clients[rank][0]], dtype=torch.float64))
+    task.weight = clients[rank][1]
+    model = Point(5.0).double()
+    Koi(model, 0.1, 2, 3, meta_step_size=0.5, meta_batch_size=5).train(ClientTasks(InTurn(task)))
+    return model.weight.item()
 
 
 class Alone(Regression):

@@ -78,7 +78,8 @@ def serve(pipe, port):
         except BaseException as error:
             notes = getattr(error, "__notes__", [])
             answer = Failed(type(error).__name__, " ".join([str(error), *notes]))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         # a sharded module refers to itself and to its groups, each of which has threads that poll
         gc.collect()
         pipe.send(answer)

@@ -1,14 +1,23 @@
 """What the tests of sharded models let each rank do."""
 
+import io
+import runpy
+import warnings
+from contextlib import redirect_stdout
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from koi import Koi, KoiError
 from koi.randomness import mix
-from toys import Regression, Regressions
+from toys import InTurn, Regression, Regressions
 
 SETTINGS = {"step_size": 0.05, "num_steps": 2, "num_iterations": 4, "meta_step_size": 0.3}
 CASES = {
@@ -28,11 +37,11 @@ def net():
     return nn.Sequential(*layers)
 
 
-def sharded(model, shards):
-    """Shard a model, layer by layer, over groups of so many ranks."""
+def sharded(model, shards, layers=1):
+    """Shard a model, with so many layers by themselves, over groups of so many ranks."""
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size // shards, shards), mesh_dim_names=("tasks", "shards"))
-    for layer in (model[0], model):
+    for layer in (*model[:layers], model):
         fully_shard(layer, mesh=mesh["shards"])
     return model
 
@@ -130,6 +139,13 @@ class Bads(Regressions):
         return task
 
 
+def untroubled(rank):
+    """Train to the end; return φ."""
+    koi = in_float64(learner)("fomaml", 2)
+    in_float64(koi.train)(Regressions())
+    return whole(koi.model)
+
+
 def in_trouble(rank, wrong, folder):
     """Let a loss go wrong; return how it ended, φ then, and φ where training has gone on."""
     koi, tasks, phi, error = in_float64(learner)("fomaml", 2), Bads(wrong), {}, None
@@ -154,6 +170,17 @@ def in_trouble(rank, wrong, folder):
     )
 
 
+def alone_in_trouble(rank, victim):
+    """Let a loss raise on one rank of a task group alone; return how it ended."""
+    koi = in_float64(learner)("fomaml", 2)
+    try:
+        in_float64(koi.train)(Bads("raises" if rank == victim else None))
+    except Exception as error:
+        text = " ".join([str(error), *getattr(error, "__notes__", [])])
+        return type(error).__name__, text, koi.iteration
+    return None
+
+
 def adapted(rank, shards):
     """Evaluate and measure; return what came of it, and whether φ is as it was."""
     koi = in_float64(learner)("fomaml", shards)
@@ -171,6 +198,35 @@ def sizes(rank, shards):
     koi.train(Regressions())
     found = koi.state_dict()
     return sum(t.numel() for t in [*found["params"].values(), *found["moments"][:-1]])
+
+
+class Living(TorchDispatchMode):
+    """Notes the most bytes of tensors that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.most = WeakIdKeyDictionary(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # its parts come here by themselves
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self.storages[tensor.untyped_storage()] = None
+        self.most = max(self.most, sum(storage.nbytes() for storage in self.storages))
+        return found
+
+
+def peak(rank, shards):
+    """Return the most bytes that lived at once in a training of eight equal layers."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    if shards is not None:
+        sharded(model, shards, layers=8)
+    koi = Koi(model, 0.01, 2, 1, inner_optimizer="adam", vectorize=False, check=False)
+    with Living() as living:
+        koi.train(InTurn(Regression(torch.ones(2, 64), torch.zeros(2, 64))))
+    return living.most
 
 
 def refused(rank):
@@ -206,3 +262,12 @@ def refused(rank):
         except KoiError as error:
             texts[what] = str(error)
     return texts
+
+
+def printed(rank, script):
+    """Return what a script prints that makes a process group of its own."""
+    dist.destroy_process_group()
+    with redirect_stdout(io.StringIO()) as text, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(script)
+    return text.getvalue()

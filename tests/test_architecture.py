@@ -22,7 +22,7 @@ PACKAGE = SRC / "koi"
 _TABLE = {
     "__main__": "lab",
     "koi": "learner evaluation ragged phi records supervised clients tasks errors",
-    "lab": "koi plots recipes problems models fewshot training settings evaluation "
+    "lab": "koi plots recipes problems models fewshot training algorithms settings evaluation "
     "storage files randomness allowed errors",
     "plots": "evaluation records allowed errors",
     "recipes": "problems models fewshot algorithms phi tasks allowed errors",

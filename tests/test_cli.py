@@ -1,4 +1,4 @@
-"""The command line, as a user types it."""
+"""The command line."""
 
 import subprocess
 import sys
@@ -13,16 +13,13 @@ from koi.lab.cli.commands import app
 from koi.lab.cli.sine import _adapted
 from koi.models import sine_mlp
 from koi.problems import Sines
-
-
-def koi(*arguments, cwd):
-    """Run the command and return what it did."""
-    command = [sys.executable, "-m", "koi", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+from own_folder_toys import exit_code
 
 
 def test_sine_prints_its_table_and_draws_its_picture(tmp_path):
-    done = koi("sine", "--iterations", "3", "--tasks", "4", cwd=tmp_path)
+    """In a process of its own, as a user types it."""
+    command = [sys.executable, "-m", "koi", "sine", "--iterations", "3", "--tasks", "4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     steps = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "±" in line]
@@ -38,11 +35,12 @@ def test_sine_prints_its_table_and_draws_its_picture(tmp_path):
         (["sinus"], "sinus"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path):
-    done = koi(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(*arguments) == 2
+    stderr = capsys.readouterr().err
+    assert said in stderr
+    assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
 
 

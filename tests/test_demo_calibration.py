@@ -34,12 +34,11 @@ def test_a_file_and_what_is_written_beside_it(tmp_path):
 
 
 def test_signs_by_hand():
-    features = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 8.0], [6.0, 2.0]])
+    features = torch.tensor([[9.0, 0.0], [0.0, 2.0], [3.0, -4.0], [3.0, 4.0]])
     lead, distance = signs(torch.tensor([1.0, 4.0, 1.5]), features)
     assert lead == 2.5
-    assert distance == pytest.approx(2 / 8)  # 2 from the second; examples 6, 8 and 10 apart
-    alike = torch.zeros(4, 2)
-    assert math.isfinite(signs(torch.zeros(3), alike)[1])
+    assert distance == pytest.approx(1 - 4 / 5)  # cosines 3/5, 4/5 and −7/25
+    assert signs(torch.zeros(3), torch.zeros(4, 2)) == (0, 1)  # nothing in common with nothing
 
 
 def test_a_reading_by_hand():

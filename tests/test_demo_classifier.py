@@ -11,6 +11,7 @@ from torch import nn
 from koi import Koi, SupervisedTask, linear
 from koi.errors import CheckpointError
 from koi.lab.demo.classifier import Classifier, Examples
+from koi.lab.runs import export
 from koi.lab.runs.folder import Config, Run
 from koi.models import omniglot_net
 from koi.recipes import RECIPES
@@ -147,13 +148,32 @@ class TestLoading:
         expected = Classifier(koi).answer(images, images[2], 2, "learned")
         assert loaded.answer(images, images[2], 2, "learned") == expected
 
-    def test_of_a_run_the_newest_checkpoint(self, tmp_path):
-        recipe = replace(RECIPES["omniglot-5way"], num_iterations=2, num_steps=2, meta_batch_size=2)
+    @pytest.mark.parametrize(
+        ("name", "epsilon", "method"),
+        [
+            ("omniglot-5way", 1e-3, ("Reptile", "Adam")),
+            ("omniglot-5way-koi", 1e-5, ("MAML", "SGD")),
+        ],
+    )
+    def test_of_a_run_the_newest_checkpoint(self, name, epsilon, method, images, tmp_path):
+        """As folder, checkpoint and exported: the same network, also in what no checkpoint has."""
+        recipe = replace(RECIPES[name], num_iterations=2, num_steps=2, meta_batch_size=2)
         run = Run.begun(tmp_path / "run", Config(recipe))
         koi = Koi(recipe.model(), **recipe.settings(), seed=0)
         koi.train(Noise(), checkpoint_dir=run.checkpoints, checkpoint_every=1)
-        assert len(list(run.checkpoints.glob("*.safetensors"))) == 2
-        assert Classifier.load(run.folder).num_tasks == 4
+        files = sorted(run.checkpoints.glob("*.safetensors"))
+        assert len(files) == 2
+        export(run, tmp_path / "exported.safetensors")
+        expected = Classifier(koi, torch_defaults=recipe.torch_defaults)
+        for path in (run.folder, files[-1], tmp_path / "exported.safetensors"):
+            loaded = Classifier.load(path)
+            assert loaded.num_tasks == 4
+            assert (loaded.algorithm, loaded.optimizer) == method
+            for start in ("learned", "random"):
+                assert loaded._learners[start].model[1].eps == epsilon
+                assert loaded.answer(images, images[2], 1, start) == expected.answer(
+                    images, images[2], 1, start
+                )
 
     def test_a_folder_without_checkpoints(self, tmp_path):
         with pytest.raises(CheckpointError, match="is a folder without a run"):

@@ -97,6 +97,17 @@ def test_data_that_no_other_rank_sees(on_ranks):
         assert "ClientTasks of Client, which" in end.text
 
 
+def test_clients_count_as_their_weights_say(on_ranks):
+    """Two tasks of centre 1 and weight 1 here, three of centre −3 and weight 4 there.
+
+    Two steps at η = 0.1 take (1 − 0.9²) of the way to a centre, so that each meta-iteration at
+    ε = 0.5 takes half of that of the way from φ to the weighted mean of the centres.
+    """
+    centre = (2 * 1 * 1 + 3 * 4 * -3) / (2 * 1 + 3 * 4)
+    closed = centre + (1 - 0.5 * (1 - 0.9**2)) ** 3 * (5 - centre)
+    assert on_ranks(2, rank_runs.weighted_clients) == pytest.approx([closed, closed], abs=1e-12)
+
+
 def test_without_a_seed_ranks_draw_one(on_ranks):
     first, *others = on_ranks(3, rank_runs.one_by_one, "plain", {})
     for other in others:

@@ -175,13 +175,14 @@ PACKAGES = {
     "examples/cartpole.py": ("gymnasium",),
     "examples/images.py": ("skimage",),
     "examples/intents.py": ENCODER,
+    "examples/lightning_loop.py": ("lightning",),
     "examples/tune.py": ("optuna",),
 }
 ARGUMENTS = dict.fromkeys(
     ("examples/adapters.py", "examples/intents.py"),
     ROOT.parent / "shared/data/clinc150/data_full.json",
 )
-SLOW = {"examples/adapters.py"}
+SLOW = {"examples/adapters.py", "examples/intents.py"}
 
 
 @pytest.mark.parametrize(

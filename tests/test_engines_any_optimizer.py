@@ -155,7 +155,12 @@ def trained(start, factory, engine, **settings):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "inner_state"), [("reptile", "carry"), ("fomaml", "carry"), ("fomaml", "reset")]
+    ("algorithm", "inner_state"),
+    [
+        ("reptile", "carry"),
+        ("fomaml", "reset"),
+        pytest.param("fomaml", "carry", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", EVERY)
 def test_any_optimizer_is_as_by_hand(name, algorithm, inner_state, caplog):

@@ -1,7 +1,5 @@
 """A sharded φ is learned as a whole one is, on task groups × shards."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +51,12 @@ def test_saved_on_four_ranks_and_resumed_on_two(case, on_ranks, tmp_path):
             path.rename(tmp_path / f"done on {size}")
 
 
+@pytest.fixture(scope="module")
+def untroubled(on_ranks):
+    """φ of four ranks to which nothing happens."""
+    return on_ranks(4, sharded_runs.untroubled)[0]
+
+
 @pytest.mark.parametrize(
     ("wrong", "kind", "text"),
     [
@@ -60,9 +64,8 @@ def test_saved_on_four_ranks_and_resumed_on_two(case, on_ranks, tmp_path):
         ("raises", "ZeroDivisionError", "division by zero"),
     ],
 )
-def test_loss_that_goes_wrong(wrong, kind, text, on_ranks, tmp_path):
+def test_loss_that_goes_wrong(wrong, kind, text, on_ranks, untroubled, tmp_path):
     """All stop at the same φ, which is saved; the learner itself and another one go on from it."""
-    *_, whole, _ = on_ranks(4, sharded_runs.in_trouble, None, tmp_path / "whole")[0]
     ended = on_ranks(4, sharded_runs.in_trouble, wrong, tmp_path / "run")
     kinds = {end[0] for end in ended}
     assert kinds <= {kind, "RankError"}
@@ -71,8 +74,19 @@ def test_loss_that_goes_wrong(wrong, kind, text, on_ranks, tmp_path):
         assert text in said
         assert iteration == 2
         assert_close(stopped, phi, tolerance=0)
-        assert_close(went_on, whole, tolerance=0)
-        assert_close(resumed, whole, tolerance=0)
+        assert_close(went_on, untroubled, tolerance=0)
+        assert_close(resumed, untroubled, tolerance=0)
+
+
+def test_loss_that_goes_wrong_on_one_rank_alone(on_ranks):
+    """It leaves; the other one, in the model's own messages, hears why as these time out."""
+    waiting, left = on_ranks(2, sharded_runs.alone_in_trouble, 1, patience=4)
+    kind, text, iteration = left
+    assert (kind, iteration) == ("ZeroDivisionError", 2)
+    assert "on rank 1; rank 0 hears of it when this process ends" in text
+    kind, text, iteration = waiting
+    assert (kind, iteration) == ("RankError", 2)
+    assert "rank 1 has stopped, φ is as it was before: ZeroDivisionError: division" in text
 
 
 def test_evaluates_and_measures_in_place(on_ranks):
@@ -89,6 +103,14 @@ def test_a_rank_holds_its_rows_alone(on_ranks):
     assert sum(rows) == sharded_runs.sizes(0, None)
 
 
+def test_peak_memory_falls_with_the_shards(on_ranks):
+    """To little more than their part: of eight equal layers one is gathered at a time."""
+    alone = sharded_runs.peak(0, None)
+    for size in (2, 4):
+        for most in on_ranks(size, sharded_runs.peak, size):
+            assert most < 1.4 * alone / size
+
+
 def test_what_is_refused(on_ranks):
     for said in on_ranks(2, sharded_runs.refused):
         assert "has sharded parameters (weight): Koi trains what" in said["shards of columns"]
@@ -103,13 +125,11 @@ def test_what_is_refused(on_ranks):
         assert "checkpoint_dir" in said["save"]
 
 
-def test_torch_itself_cannot():
+def test_torch_itself_cannot(on_ranks):
     """So that what is refused for this reason is looked at again once torch can."""
     script = Path(__file__).parent.parent / "benchmarks" / "fsdp_limits.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", script], capture_output=True, text=True, check=True
-    )
-    copied, gradient, twice, others = done.stdout.splitlines()
+    (text,) = on_ranks(1, sharded_runs.printed, str(script))
+    copied, gradient, twice, others = text.splitlines()
     assert "FSDP does not support deepcopy" in copied
     assert "to not have been used in the graph" in gradient
     assert "does not require grad" in twice

@@ -37,7 +37,11 @@ def shares(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+# MAML's graph takes as long to trace as those of all others.
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(a, marks=[pytest.mark.slow] * (a == "maml")) for a in ALGORITHMS],
+)
 def test_same_as_eager(algorithm, shares):
     tasks, settings = Fits((1, 4, 4)), {"meta_batch_size": 5, "algorithm": algorithm}
     model = conv()

@@ -226,18 +226,22 @@ class Ranks:
     def attempt(self, adapt: Callable[[int, int], Outcome]) -> Outcome | None:
         """Return what ``adapt`` gives for this rank's tasks, from the first to before the last.
 
-        On several ranks an error is kept until `mean`, where all hear of it.
+        On several ranks an error is kept until `mean`, where all hear of it; but one that has met
+        a rank of a task group alone is raised here, as the others do not come to it.
         """
         if self.size == 1:
             return adapt(0, self._num_tasks)
+        outcome = None
         try:
             if self.grid is None:
                 return adapt(*self.share)
             with self._interrupts.held():  # a rank that stopped alone would be waited for
-                return adapt(*self.share)
+                outcome = adapt(*self.share)
         except BaseException as error:
-            self._error = error
-            return None
+            self._error, outcome = error, None
+        if self._presence is not None and self.shards is not None:
+            self._look_at_group(self._presence, self.shards.ranks)
+        return outcome
 
     def mean(self, outcome: Outcome | None) -> Outcome:
         """Return the outcome of the whole meta-batch, the same on every rank.
@@ -345,6 +349,25 @@ class Ranks:
             annotate(own, f"on rank {self.rank}")
             raise own
         raise error_of(*failed[0])
+
+    def _look_at_group(self, presence: Presence, ranks: tuple[int, ...]) -> None:
+        """Leave, with an error that the other ranks of the task group have not met with.
+
+        They wait in the model's own messages, and hear why when these fail: as the process of this
+        rank ends, at the latest after torch's timeout.
+        """
+        presence.is_done()
+        error = self._error
+        away, left = presence.company(ranks) if error is not None else ([], {})
+        if error is None or not (away or left):
+            return  # all come to `mean`, and hear of it there
+        self._error, self._over, self._cut_off = None, True, True
+        for rank, why in left.items():
+            raise error_of(rank, *why) from error
+        presence.is_done(type(error).__name__, str(error))
+        others = ", ".join(map(str, away))
+        annotate(error, f"on rank {self.rank}; rank {others} hears of it when this process ends")
+        raise error
 
     @property
     def _column(self) -> dist.ProcessGroup | None:

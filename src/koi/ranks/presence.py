@@ -63,6 +63,7 @@ class Presence:
     def __init__(self, rank: int, size: int, store: Store) -> None:
         self._rank, self._size, self._store = rank, size, store
         self._who: dict[int, str] = {}
+        self._training = 0
         self._count = 0  # collectives so far
 
     def meet(self, settings: Mapping[str, str]) -> None:
@@ -76,6 +77,7 @@ class Presence:
         """
         number = self._store.add(f"koi/trainings/{self._rank}", 1)
         me = json.dumps([_machine(), os.getpid()])
+        self._training = number
         if number == 1:
             atexit.register(_say_goodbye, self._store, me)
         self._store.set(f"koi/{number}/{self._rank}", json.dumps([me, dict(settings)]))
@@ -122,6 +124,38 @@ class Presence:
                 time.sleep(_PAUSE)
         except (RuntimeError, ValueError):
             return "the store through which ranks find each other is gone too"
+
+    def is_done(self, *error: str) -> None:
+        """Say that this rank is done with its tasks, or that it left: with what error and text."""
+        with suppress(RuntimeError):  # the store is gone too, as the next collective will find
+            said = json.dumps([self._training, self._count, error])
+            self._store.set(f"koi/done/{self._rank}", said)
+
+    def company(self, ranks: Iterable[int]) -> tuple[list[int], dict[int, list[str]]]:
+        """Return which ranks are not done with the tasks of now, and with what others have left.
+
+        They may take some seconds to say so; those that have ended are at nothing any more.
+        """
+        until = time.monotonic() + ROLL_CALL
+        try:
+            while True:
+                said = {rank: self._said(rank) for rank in ranks}
+                left = {rank: why for rank, why in said.items() if why}
+                away = [rank for rank, why in said.items() if why is None]
+                away = [rank for rank in away if not self._has_ended(self._who[rank])]
+                if left or not away or time.monotonic() > until:
+                    return away, left
+                time.sleep(_PAUSE)
+        except (RuntimeError, ValueError):
+            return [], {}
+
+    def _said(self, rank: int) -> list[str] | None:
+        """Return the error with which a rank has left the tasks of now, empty if it is done."""
+        key = f"koi/done/{rank}"
+        if not self._store.check([key]):
+            return None
+        *when, error = json.loads(self._store.get(key))
+        return list(error) if when == [self._training, self._count] else None
 
     def _heard(self, number: int, rank: int) -> tuple[str, Mapping[str, str]] | None:
         key = f"koi/{number}/{rank}"

@@ -235,7 +235,7 @@ def with_memory(graph: torch.fx.Graph) -> None:
 
     Torch gives a tangent that is zero, as in a ``torch.func.jvp`` inside another, as a ZeroTensor,
     which has no memory. The code that Inductor makes reads it there: the process ended with SIGSEGV
-    (torch 2.13).
+    (torch 2.11 to 2.13, pytorch/pytorch#190856; docs/tasks.md has it without Koi).
     """
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._efficientzerotensor.default:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from koi import Koi
+from koi.algorithms import algorithm_of
 from koi.errors import CheckpointError
 from koi.lab.demo.calibration import Reading, Readings, readings_of, signs
+from koi.lab.runs.export import recipe_of
 from koi.lab.runs.folder import Run
 from koi.lab.runs.kinds import LEARNER, what_is
 from koi.lab.runs.measuring import chosen_checkpoint
@@ -23,7 +25,7 @@ from koi.recipes.fewshot import adam_without_momentum
 from koi.training import checkpoint
 
 MIN_CLASSES, MAX_CLASSES = 3, 5
-SHIPPED = Path(__file__).parent / "omniglot-5way.safetensors"
+SHIPPED = Path(__file__).parent / "omniglot-5way-koi.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,21 @@ class Classifier:
     Args:
         learned: a learner of the network of Omniglot episodes.
         readings: how its scores are read; None: as a softmax has them.
+        torch_defaults: as in `koi.models.omniglot_net`, of the network.
     """
 
-    def __init__(self, learned: Koi, readings: Readings | None = None) -> None:
+    def __init__(
+        self, learned: Koi, readings: Readings | None = None, torch_defaults: bool = False
+    ) -> None:
         self._readings = readings or {}
         self.num_outputs = _num_outputs(dict(learned.model.named_parameters()))
         self.num_tasks = learned.iteration * learned.meta_batch_size
+        self.algorithm = type(algorithm_of(learned.algorithm)).__name__
+        optimizer = learned.settings.optimizer(list(learned.model.parameters()))
+        self.optimizer = type(optimizer).__name__
         with preserved_generators(0):
             set_generators(0)
-            fresh = omniglot_net(self.num_outputs)
+            fresh = omniglot_net(self.num_outputs, torch_defaults)
         random = Koi(fresh, learned.step_size, inner_optimizer=learned.inner_optimizer)
         self._learners = {"learned": learned, "random": random}
 
@@ -148,7 +156,10 @@ class Classifier:
         code = dict.fromkeys(saved.code())
         if "inner_optimizer" in code:
             code["inner_optimizer"] = adam_without_momentum
-        return cls(Koi.load(file, omniglot_net(num_outputs), **code), readings_of(file))
+        recipe = recipe_of(file)
+        torch_defaults = recipe is not None and recipe.torch_defaults
+        model = omniglot_net(num_outputs, torch_defaults)
+        return cls(Koi.load(file, model, **code), readings_of(file), torch_defaults)
 
     def answer(
         self, images: Tensor, query: Tensor | None, num_steps: int, initialisation: str

@@ -56,8 +56,8 @@ def application(classifier: Classifier, names: Collection[str] = ()) -> Starlett
     and ``known``, as `Answer`, and ``images``: of the examples and then of the query what the
     network sees, each 784 characters, row by row, "1" for ink. Anything else than a question gets
     a status from 400 to 499 and ``{"error": one sentence}``. ``GET /limits`` says what may be
-    asked. A request for a host that is no address, and neither localhost nor one of ``names``, is
-    refused.
+    asked, and of what network. A request for a host that is no address, and neither localhost nor
+    one of ``names``, is refused.
     """
     # Answers are made one after the other: torch's global generators are set while one is made.
     one_at_a_time = anyio.CapacityLimiter(1)
@@ -77,6 +77,8 @@ def application(classifier: Classifier, names: Collection[str] = ()) -> Starlett
                 "max_strokes": MAX_STROKES,
                 "max_points": MAX_POINTS,
                 "num_tasks": classifier.num_tasks,
+                "algorithm": classifier.algorithm,
+                "optimizer": classifier.optimizer,
             }
         )
 

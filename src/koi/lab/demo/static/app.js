@@ -24,6 +24,7 @@ const page = {
   }),
   step: Number($("steps").value),
   version: 0, // of what is drawn
+  truth: null, // which shape the page itself drew again, where it did
   resting: false, // while many pads are changed as one
   answers: {}, // by initialisation, each with the version that it is the answer to
   problem: "",
@@ -44,7 +45,9 @@ function setUp() {
   $("query").append(page.query.element);
   $("steps").max = limits.max_steps;
   $("about").textContent =
-    `The network: four convolutions, meta-learned with Reptile on the handwritten characters of Omniglot. It sees drawings as the small pictures of 28 × 28 pixels beside the letters.`;
+    `The network: four convolutions, meta-learned with ${limits.algorithm} on the handwritten characters of Omniglot. It sees drawings as the small pictures of 28 × 28 pixels beside the letters.`;
+  $("algorithm").textContent = limits.algorithm;
+  $("optimizer").textContent = limits.optimizer;
   for (const start of STARTS) {
     if (start.shapes.length <= limits.max_classes) $("starts").append(startButton(start));
   }
@@ -92,13 +95,13 @@ function begin({ shapes, again: number, attempt }) {
     resize(shapes.length);
     shapes.forEach((name, i) => fill(page.pads[i], name));
     page.query.set(again(drawing(shapes[number]), attempt));
-  });
+  }, number);
 }
 
 // What is drawn, as it is kept for a reload and for Ctrl-Z.
 function drawn() {
   const examples = page.pads.map(({ strokes, sampled }) => ({ strokes: rounded(strokes), sampled }));
-  return { examples, query: rounded(page.query.strokes) };
+  return { examples, query: rounded(page.query.strokes), truth: page.truth };
 }
 
 function restore(state) {
@@ -110,14 +113,14 @@ function restore(state) {
       page.pads[i].set(strokes);
     });
     page.query.set(state.query);
-  });
+  }, state.truth ?? null);
 }
 
-function asOne(change) {
+function asOne(change, truth = null) {
   page.resting = true;
   change();
   page.resting = false;
-  changed();
+  changed(truth);
 }
 
 function resize(count) {
@@ -156,9 +159,12 @@ function fill(pad, name) {
 // Another attempt at one of the examples, each time at the next one.
 function sampleQuery() {
   const drawn = page.pads.filter((pad) => !pad.isEmpty);
-  const strokes = drawn.length ? drawn[attempts % drawn.length].strokes : drawing(NAMES[0]);
+  const chosen = drawn.length ? drawn[attempts % drawn.length] : undefined;
   attempts += 1;
-  page.query.set(again(strokes, attempts));
+  asOne(
+    () => page.query.set(again(chosen?.strokes ?? drawing(NAMES[0]), attempts)),
+    chosen ? page.pads.indexOf(chosen) : null,
+  );
 }
 
 function padLimits() {
@@ -167,9 +173,10 @@ function padLimits() {
 
 // Questions. One is under way at a time; what is drawn meanwhile makes the next.
 
-function changed() {
+function changed(truth = null) {
   if (page.resting) return;
   page.version += 1;
+  page.truth = truth;
   page.problem = "";
   if (![...page.pads, page.query].some((pad) => pad.isDrawing)) remember(drawn());
   show();
@@ -310,13 +317,15 @@ function paintSeen(canvas, pixels) {
   });
 }
 
-// Sure is more than one half; the rest is said to be not sure, with what it may be.
+// Sure is more than one half; the rest is said to be not sure, with what it may be. Of a drawing that
+// the page made it is known whether its best guess is right.
 function judged(belief) {
   const best = belief.indexOf(Math.max(...belief.slice(0, -1)));
   const [letter, none] = [LETTERS[best], belief.at(-1)];
-  if (belief[best] > 0.5) return { letter, words: `It says ${letter}`, more: `${percent(belief[best])} sure` };
-  const likely = none > belief[best] ? `perhaps none of these, perhaps ${letter}` : `perhaps ${letter}`;
-  return { letter: null, words: "Not sure", more: likely };
+  const mark = page.truth === null ? "" : best === page.truth ? "right" : `wrong, it is ${LETTERS[page.truth]}`;
+  if (belief[best] > 0.5) return { letter, words: `It says ${letter}`, more: `${percent(belief[best])} sure`, mark };
+  const likely = none > belief[best] ? `perhaps none of these, at best ${letter}` : `perhaps ${letter}`;
+  return { letter: null, words: "Not sure", more: likely, mark };
 }
 
 function showVerdict(name, belief) {
@@ -324,10 +333,13 @@ function showVerdict(name, belief) {
   verdict.className = "verdict";
   verdict.replaceChildren();
   if (!belief || page.problem) return;
-  const { letter, words, more } = judged(belief);
+  const { letter, words, more, mark } = judged(belief);
   verdict.classList.add(letter ? `class-${letter}` : "unsure");
   verdict.innerHTML = letter ? `It says <strong>${letter}</strong>` : `<strong>${words}</strong>`;
   verdict.insertAdjacentHTML("beforeend", `<span>${more}</span>`);
+  if (!mark) return;
+  const right = mark === "right";
+  verdict.insertAdjacentHTML("beforeend", `<em class="${right ? "right" : "wrong"}">${right ? "✓" : "✗"} ${mark}</em>`);
 }
 
 function showHint() {
@@ -346,8 +358,8 @@ function speak() {
     const answer = page.problem ? undefined : answerTo(name);
     const row = answer?.probabilities[page.step];
     if (!row) return [];
-    const { words, more } = judged(withNone(row, answer.known[page.step]));
-    return [`${name === "learned" ? "Practised" : "Never practised"}: ${words}, ${more}.`];
+    const { words, more, mark } = judged(withNone(row, answer.known[page.step]));
+    return [`${name === "learned" ? "Practised" : "Never practised"}: ${[words, more, mark].filter(Boolean).join(", ")}.`];
   });
   $("spoken").textContent = said.join(" ") || $("hint").textContent;
 }

@@ -27,7 +27,9 @@ export function remembered(limits) {
     const count = state.examples.length;
     if (count < limits.min_classes || count > limits.max_classes) return undefined;
     const drawings = [state.query, ...state.examples.map(({ strokes }) => strokes)];
-    return drawings.every((strokes) => isDrawing(strokes, limits)) ? state : undefined;
+    if (!drawings.every((strokes) => isDrawing(strokes, limits))) return undefined;
+    const known = Number.isInteger(state.truth) && state.truth >= 0 && state.truth < count;
+    return { ...state, truth: known ? state.truth : null };
   } catch {
     return undefined; // nothing, or no storage
   }

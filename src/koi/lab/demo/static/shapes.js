@@ -3,6 +3,10 @@
 
 const curve = (...points) => ({ points, smooth: true });
 const line = (...points) => ({ points, smooth: false });
+const ring = (x, y, wide, high = wide) => curve(
+  ...Array.from({ length: 13 }, (_, i) => (2 * Math.PI * i) / 12 - 1.2)
+    .map((angle) => [x + wide * Math.cos(angle), y + high * Math.sin(angle)]),
+);
 
 const SHAPES = {
   fish: [curve([88, 26], [70, 40], [44, 64], [22, 66], [10, 50], [22, 34], [44, 36], [70, 60], [88, 74])],
@@ -19,15 +23,32 @@ const SHAPES = {
   fork: [line([50, 10], [50, 90]), curve([20, 12], [22, 40], [50, 54], [78, 40], [80, 12])],
   heart: [curve([50, 34], [34, 14], [14, 24], [18, 50], [50, 86]), curve([50, 34], [66, 14], [86, 24], [82, 50], [50, 86])],
   snail: [curve([52, 50], [60, 46], [60, 58], [46, 62], [38, 48], [48, 34], [68, 38], [74, 60], [56, 78], [30, 74], [20, 48], [34, 20], [62, 14])],
+  mushroom: [curve([12, 50], [20, 22], [50, 10], [80, 22], [88, 50], [12, 50]), line([40, 50], [38, 88], [62, 88], [60, 50])],
+  umbrella: [curve([12, 50], [20, 22], [50, 10], [80, 22], [88, 50], [12, 50]), curve([50, 50], [50, 82], [40, 92], [30, 82])],
+  jellyfish: [curve([12, 50], [20, 22], [50, 10], [80, 22], [88, 50], [12, 50]), curve([30, 50], [26, 66], [34, 78], [30, 92]), curve([50, 50], [46, 66], [54, 78], [50, 92]), curve([70, 50], [66, 66], [74, 78], [70, 92])],
+  dinghy: [line([10, 62], [90, 62], [74, 84], [26, 84], [10, 62]), line([46, 62], [46, 14], [78, 54], [46, 54])],
+  yawl: [line([10, 62], [90, 62], [74, 84], [26, 84], [10, 62]), line([54, 62], [54, 14], [22, 54], [54, 54])],
+  cog: [line([10, 62], [90, 62], [74, 84], [26, 84], [10, 62]), line([50, 62], [50, 12]), line([26, 20], [74, 20], [74, 50], [26, 50], [26, 20])],
+  cat: [line([20, 20], [34, 36], [66, 36], [80, 20], [82, 62], [50, 88], [18, 62], [20, 20]), line([38, 54], [38, 60]), line([62, 54], [62, 60])],
+  owl: [line([20, 16], [36, 30], [64, 30], [80, 16]), curve([20, 16], [16, 60], [34, 88], [66, 88], [84, 60], [80, 16]), ring(37, 50, 10), ring(63, 50, 10)],
+  dog: [curve([26, 30], [14, 44], [16, 70], [28, 60]), curve([74, 30], [86, 44], [84, 70], [72, 60]), curve([26, 30], [50, 20], [74, 30], [72, 70], [50, 90], [28, 70], [26, 30]), line([40, 50], [40, 56]), line([60, 50], [60, 56])],
+  spiral: [curve([50, 50], [58, 46], [56, 60], [40, 60], [36, 42], [52, 30], [70, 40], [72, 64], [50, 80], [24, 66], [20, 38], [42, 14])],
+  at: [curve([62, 40], [46, 36], [38, 52], [48, 64], [62, 58], [64, 38], [66, 62], [82, 60], [84, 36], [60, 12], [28, 18], [14, 46], [24, 78], [52, 90], [76, 82])],
+  theta: [ring(50, 50, 28, 42), line([22, 50], [78, 50])],
+  phi: [line([50, 6], [50, 94]), ring(50, 50, 32, 24)],
+  omega: [curve([12, 88], [36, 86], [22, 62], [20, 34], [50, 12], [80, 34], [78, 62], [64, 86], [88, 88])],
+  psi: [line([50, 8], [50, 92]), curve([18, 18], [22, 50], [50, 62], [78, 50], [82, 18])],
 };
 
-// What the page offers, each with the shape that is drawn again, and in which attempt: one that the
-// practised network takes for the right shape, and the other network for another.
+// What the page offers: look-alikes, each set with the shape that is drawn again, and in which attempt:
+// one that the practised network takes for the right shape, and the other, after three steps or more,
+// for another.
 export const STARTS = [
-  { name: "Pond", shapes: ["fish", "wave", "leaf"], again: 0, attempt: 1 },
-  { name: "Harbour", shapes: ["key", "ladder", "anchor"], again: 0, attempt: 11 },
-  { name: "Night", shapes: ["moon", "bolt", "star"], again: 0, attempt: 3 },
-  { name: "Five", shapes: ["house", "eye", "fork", "heart", "snail"], again: 3, attempt: 7 },
+  { name: "Hats", shapes: ["mushroom", "umbrella", "jellyfish"], again: 1, attempt: 7 },
+  { name: "Boats", shapes: ["dinghy", "yawl", "cog"], again: 1, attempt: 13 },
+  { name: "Animals", shapes: ["cat", "owl", "dog"], again: 1, attempt: 7 },
+  { name: "Coils", shapes: ["spiral", "snail", "at"], again: 1, attempt: 15 },
+  { name: "Greek", shapes: ["theta", "phi", "at", "omega", "psi"], again: 0, attempt: 7 },
 ];
 
 export const NAMES = Object.keys(SHAPES);
