@@ -260,7 +260,7 @@ def misfits(saved: Saved, phi: Phi, settings: Settings) -> Iterator[str]:
             given = [None] * len(shapes)  # else moments can be complex, too
         yield from _unlike("moments", saved.moments, list(zip(shapes, given, strict=True)))
         counts = [] if rule is None else saved.moments[rule.num_slots * len(phi.params) :]
-        if any(bool((count < 0).any()) for count in counts):
+        if any(bool((count.real < 0).any()) for count in counts):
             yield "moments: a negative number of steps"
         best = [] if saved.best is None else saved.best["moments"] or []
         if len(best) == len(saved.moments):  # else it is another inner_optimizer's
