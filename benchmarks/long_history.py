@@ -30,7 +30,7 @@ def after(number: int) -> Koi:
     koi = Koi(sine_mlp(), 0.02, 2, num_iterations=number, meta_step_size=0.1, seed=0)
     state = koi.state_dict()
     rows = torch.rand(number, len(COLUMNS), dtype=torch.float64)
-    rows[:, 0] = torch.arange(number)
+    rows[:, 0], rows[:, 6] = torch.arange(number), 0  # iteration, num_skipped
     rows[:, -1] = float("nan")
     state["history"]["rows"], state["iteration"] = rows, number
     koi.load_state_dict(state)

@@ -2,13 +2,18 @@
 
 import copy
 import json
+import logging
 import random
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot
 
-from koi import Koi, KoiError, storage
+import forgeries
+from faults_in_data import fuzzed
+from koi import Koi, KoiError, KoiWarning, plots, storage
 from koi.lab import runs
 from koi.lab.runs import Classifier, Config, Run
 from koi.recipes import RECIPES
@@ -83,6 +88,43 @@ def edited_runs(times: int) -> int:
             lost += _refused_or_right(lambda: (run.environment(), runs.markdown_table([run])))
             path.write_text(json.dumps(whole[path]))
         return lost
+
+
+def edited_lines(times: int) -> int:
+    """validation.jsonl of a run, a line of it edited anywhere or cut, or bytes of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.begun(Path(folder, "run"), Config(RECIPES["omniglot-5way"]))
+        line = {"iteration": 250, "1-shot inductive": 0.5, "1-shot num_skipped": 0}
+        whole = [json.dumps({**line, "iteration": 250 * n}).encode() for n in range(1, 4)]
+        lost = 0
+        for _ in range(times):
+            lines = [*whole]
+            place = _draw.randrange(3)
+            changed = json.dumps(_changed(copy.deepcopy(line)), default=str).encode()
+            lines[place] = _draw.choice((changed, fuzzed(whole[place])))
+            run.validation.write_bytes(b"\n".join(lines) + b"\n")
+            lost += _refused_or_right(
+                lambda: plots.learning_curve(run.validations(), {}) and pyplot.close()
+            )
+        return lost
+
+
+def forged_checkpoints(times: int) -> int:
+    """A checkpoint with a right checksum, and something else in it, of every kind of learner."""
+    lost, kinds = 0, [*forgeries.LEARNERS.values()]
+    logging.getLogger("koi").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore", KoiWarning)
+        path = Path(name, "forged.safetensors")
+        whole = [forgeries.checkpoint_of(kind, Path(name, str(i))) for i, kind in enumerate(kinds)]
+        for number in range(times):
+            kind, data = kinds[number % len(kinds)], whole[number % len(kinds)]
+            where = _draw.choice([*forgeries.places(data)])
+            value = _draw.choice([*forgeries.instead_of(forgeries.at(data, where))])
+            changed = forgeries.edited(data, where, value)
+            lost += forgeries.answer(kind, path, changed) is not None
+    logging.getLogger("koi").setLevel(logging.NOTSET)
+    return lost
 
 
 def fuzzed_files(times: int) -> int:

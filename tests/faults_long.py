@@ -28,6 +28,7 @@ LENGTH = 200  # meta-iterations of a long run
 def run_long(folder: Path, seen) -> None:
     """Train in a process of its own, which is to be stopped from outside."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     past._BLOCK = 20  # so that a history has a file of its own soon
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # tracebacks that are meant to be
     koi, tasks = long_run.make()

@@ -38,7 +38,7 @@ def in_one_folder(times: int) -> int:
         if number % 3 == 0:
             pair[0].kill()
         for process in pair:
-            process.join(120)
+            process.join()
         codes = sorted(process.exitcode for process in pair)
         # the second may come when the first has ended, and finds its work done or goes on with it
         lost += codes not in (

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import get_worker_info
@@ -90,6 +91,39 @@ def test_what_a_callback_changes():
     found = []
     for workers in (0, 2):
         tasks = Levels()
+        found.append(trained(tasks, callbacks=[callback], workers=workers).model)
+    assert_same(*found)
+
+
+class Nest(Regressions):
+    """Multiplies by what lies deep in it, or far down in a list, or in an array of NumPy's."""
+
+    def __init__(self, kind):
+        super().__init__()
+        levels = {"list": [1.0] * 300, "dict": dict.fromkeys(range(300), 1.0), "array": np.ones(3)}
+        self.kept = {"a": [{"b": [{"c": levels[kind]}]}]}
+
+    @property
+    def levels(self):
+        return self.kept["a"][0]["b"][0]["c"]
+
+    def sample(self):
+        task = super().sample()
+        task.inputs = task.inputs * self.levels[0]
+        return task
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "array"])
+def test_what_a_callback_changes_in_place(kind):
+    """Workers went on with what it had been, without a word."""
+
+    def callback(koi, record):
+        if record.iteration == 1:
+            tasks.levels[0] = 2.0
+
+    found = []
+    for workers in (0, 1):
+        tasks = Nest(kind)
         found.append(trained(tasks, callbacks=[callback], workers=workers).model)
     assert_same(*found)
 

@@ -151,10 +151,11 @@ def screenshot(page, name, **options):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_shapes_are_drawn_by_mouse_and_the_right_one_wins(open_page, scheme):
     page = open_page(color_scheme=scheme)
+    expect(page.locator("#verdict-random strong")).to_be_visible()
+    screenshot(page, scheme, full_page=True)
     draw_all(page, AGAIN["A"])
     expect_verdict(page, "A")
     expect(page.locator("#bars-random .percent").first).not_to_have_text("")
-    screenshot(page, scheme, full_page=True)
     for letter in ("B", "C"):
         page.get_by_role("button", name="Clear the pad for the new drawing").click()
         expect(page.locator("#verdict strong")).to_have_count(0)

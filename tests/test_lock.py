@@ -44,6 +44,18 @@ def holder(tmp_path):
         process.kill()
 
 
+def test_a_link_in_its_place_is_not_followed(tmp_path):
+    """What it leads to was emptied."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(precious)
+    with pytest.raises(CheckpointError, match="cannot be written to"):
+        learner().train(Regressions(), checkpoint_dir=folder)
+    assert precious.read_text() == "precious"
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_folder_of_another_process_is_refused_and_left_alone(resume, holder, tmp_path):
     own = tmp_path / ".iteration-000000003.safetensors.1.tmp"  # it may be writing that just now

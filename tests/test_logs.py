@@ -1,5 +1,6 @@
 """What a training writes of itself: whole lines, each once, and never at the cost of φ."""
 
+import os
 import resource
 import shutil
 import sys
@@ -71,6 +72,58 @@ def test_curves_of_a_killed_training_have_no_seam(saved_at, tmp_path):
     assert lines(run) == [asdict(record) for record in koi.history]
     expected = [(record.iteration, pytest.approx(record.loss_before)) for record in koi.history]
     assert curve(run) == expected
+
+
+class TestWithoutEnd:
+    """What lies under a log's name is read no further than it must."""
+
+    @pytest.mark.parametrize("name", ["metrics.jsonl", "begun.jsonl"])
+    def test_a_pipe(self, name, tmp_path):
+        (tmp_path / "log").mkdir()
+        os.mkfifo(tmp_path / "log" / name)
+        options = {"checkpoint_dir": tmp_path / "log", "resume": True, "log_dir": tmp_path / "log"}
+        if name == "begun.jsonl":
+            learner().train(Regressions(), **options)  # which says nothing
+            return
+        with pytest.raises(ConfigurationError, match="it is a pipe or a device"):
+            learner().train(Regressions(), **options)
+
+    def test_a_line_without_end(self, tmp_path):
+        """Of a terabyte, which takes no place."""
+        path = tmp_path / "metrics.jsonl"
+        path.touch()
+        os.truncate(path, 2**26)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ConfigurationError, match="holds 0 lines that this training"):
+            learner().train(
+                Regressions(), checkpoint_dir=tmp_path / "c", resume=True, log_dir=tmp_path
+            )
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # KiB
+
+    def test_what_is_added_to(self, tmp_path):
+        path = tmp_path / "validation.jsonl"
+        path.touch()
+        os.truncate(path, 2**40)
+        with pytest.raises(OSError, match="more than 67,108,864 bytes"):
+            append(path, {"iteration": 3})
+        assert path.stat().st_size == 2**40
+
+
+def test_a_callback_that_changes_the_current_folder(tmp_path, monkeypatch):
+    """The second half of the training went into another folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "elsewhere/run"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def leave(koi, record):
+        if record.iteration == 1:
+            os.chdir("elsewhere")
+
+    koi = learner()
+    options = {"checkpoint_dir": "run", "checkpoint_every": 1, "log_dir": "run"}
+    koi.train(Regressions(), callbacks=[leave], **options)
+    assert not list((tmp_path / "elsewhere" / "run").iterdir())
+    assert len(lines(tmp_path / "run")) == koi.iteration
 
 
 def test_folder_that_cannot_be_used(tmp_path):

@@ -209,7 +209,7 @@ def with_records(number, **settings):
     koi = learner(num_iterations=number + 10, **settings)
     state = koi.state_dict()
     rows = torch.rand(number, 9, dtype=torch.float64)
-    rows[:, 0] = torch.arange(number)
+    rows[:, 0], rows[:, 6] = torch.arange(number), 0  # iteration, num_skipped
     state["history"]["rows"], state["iteration"] = rows, number
     koi.load_state_dict(state)
     return koi

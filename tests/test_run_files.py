@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from koi.lab.cli.classifier import _line
 from koi.lab.markdown import code, text
 from koi.lab.runs import Config, Run
 from koi.lab.runs.card import write_card
+from koi.lab.runs.training import Tasks
 from koi.models import omniglot_net
 from koi.recipes import RECIPES
 
@@ -95,6 +97,49 @@ def test_what_is_edited_is_named(run):
     edit(path, lambda data: data["recipe"].update(step_sise=0.001))
     with pytest.raises(ConfigurationError, match=r"step_sise is no field; did you mean"):
         run.config()
+
+
+@pytest.fixture
+def trained(run):
+    """The run's checkpoint as a training leaves it: with the configuration that it had."""
+    path = run.checkpoints / "iteration-000000000.safetensors"
+    tasks = Tasks(SimpleNamespace(state_dict=lambda: {"classes": ""}), run.config())
+    storage.write(path, {**storage.read(path), "tasks": tasks.state_dict()})
+    used(run)
+    return run
+
+
+OTHER = {
+    **{"name": "x", "num_shots": 3, "num_queries": 2, "batch_size": 3, "torch_defaults": True},
+    **{"problem": "folder", "adaptations": {"1": {"batch_size": 5, "num_steps": 7}}},
+    **{"patience": 3, "num_validation": 3, "network": "mini-imagenet"},
+    "classes": {"train": ["a"], "validation": [], "test": []},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_no_setting_tells_is_told_by_the_checkpoint(name, trained):
+    """The shots, the test tasks, the network's name: the card had them as they were edited."""
+
+    def change(data):
+        (data["recipe"] if name in data["recipe"] else data)[name] = OTHER[name]
+
+    edit(trained.folder / "config.json", change)
+    with pytest.raises(ConfigurationError, match=rf"config\.json: {name}: .* in the checkpoint, "):
+        write_card(trained)
+
+
+def test_data_can_move_and_machines_differ(trained, tmp_path):
+    edit(trained.folder / "config.json", lambda data: data.update(data=str(tmp_path), device="cpu"))
+    used(trained)
+
+
+@pytest.mark.parametrize("config", [None, 3, "x", "{}", "[" * 10**5])
+def test_a_checkpoint_whose_configuration_is_none(config, trained):
+    path = trained.checkpoints / "iteration-000000000.safetensors"
+    storage.write(path, {**storage.read(path), "tasks": {"config": config}})
+    with pytest.raises(ConfigurationError, match="the checkpoint holds no configuration"):
+        write_card(trained)
 
 
 @pytest.mark.parametrize("content", [b"", b"[", b"3", b"\xff", b"[" * 100_000, b'{"recipe": 3}'])

@@ -1,6 +1,7 @@
 """Tasks whose data are tensors: stacked into one and taken apart; minibatches; query sets."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from koi.randomness import Place
 from koi.sampling import draw
 from koi.supervised import cycled_order
 from koi.tasks import TaskBatch, everything_of, is_tensor_task, unstack, views, with_tensors
-from toys import small_net
+from toys import InTurn, Regression, Regressions, small_net
 
 
 @koi.tensor_task
@@ -274,3 +275,30 @@ class TestSupervisedTask:
 def test_protocols():
     assert isinstance(lines(1)[0], koi.Task)
     assert not isinstance(small_net(), koi.Task)
+
+
+class WithFailing(Regression):
+    """Has properties with a mistake in them, such as a name that is not there."""
+
+    @property
+    def query(self):
+        return Regression(self.inputs, self.tragets)
+
+
+class WithFailingWeight(Regression):
+    @property
+    def weight(self):
+        return len(self.inpust)
+
+
+@pytest.mark.parametrize("algorithm", ["fomaml", "maml"])
+def test_a_property_that_fails_is_not_taken_for_absent(algorithm):
+    """A query set with a mistake in it was none: the support set was measured in its place."""
+    task = Regressions().sample()
+    failing = WithFailing(task.inputs, task.targets)
+    koi = Koi(small_net(), 0.01, 1, 1, algorithm=algorithm, meta_step_size=0.1)
+    for use in (koi.train, partial(koi.evaluate, num_tasks=1)):
+        with pytest.raises(AttributeError, match="tragets"):
+            use(InTurn(failing))
+    with pytest.raises(AttributeError, match="inpust"):
+        koi.train(InTurn(WithFailingWeight(task.inputs, task.targets)))

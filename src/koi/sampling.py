@@ -13,7 +13,7 @@ from torch import Tensor
 
 from koi.errors import ConfigurationError, TaskError, annotate, is_end, wrong
 from koi.randomness import Place
-from koi.tasks import TaskBatch, everything_of, is_task, is_tensor_task, tensors_of
+from koi.tasks import TaskBatch, everything_of, has, is_task, is_tensor_task, tensors_of
 
 # Means are sums in the parameters' own precision, of which a larger weight would leave nothing.
 _LARGEST = 1e18
@@ -90,7 +90,7 @@ def weighted(batch: TaskBatch, place: Place) -> TaskBatch:
         stacked = "stacked" in vars(batch)  # of which a field that is None is None for all
         if "weight" not in own or (stacked and own["weight"] is None):
             return batch
-    given = [getattr(task, "weight", None) for task in batch.tasks]
+    given = [task.weight if has(task, "weight") else None for task in batch.tasks]
     if any(weight is not None for weight in given):
         batch.weights = [
             1.0 if weight is None else _number(weight, f"task {number} of {place}")

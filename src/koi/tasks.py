@@ -296,7 +296,7 @@ def views(task: Any, num_steps: int) -> Iterable[Any]:
     Raises:
         TaskError: ``task.minibatches(num_steps)`` gave fewer than num_steps.
     """
-    if not hasattr(task, "minibatches"):
+    if not has(task, "minibatches"):
         return [task] * num_steps
     return _enough(task, num_steps)
 
@@ -315,7 +315,16 @@ def _enough(task: Any, num_steps: int) -> Iterator[Any]:
 
 def has_own_loop(task: Any) -> bool:
     """Return whether a task adapts a module by itself."""
-    return callable(getattr(task, "adapt", None))
+    return has(task, "adapt") and callable(task.adapt)
+
+
+def has(task: Any, name: str) -> bool:
+    """Return whether a task has something besides a loss.
+
+    A property is there, whatever it raises when it is read: to take an AttributeError of its own
+    for its absence would be to measure on the support set, say, without a word.
+    """
+    return hasattr(type(task), name) or hasattr(task, name)
 
 
 def is_task(task: Any) -> bool:
@@ -325,9 +334,9 @@ def is_task(task: Any) -> bool:
 
 def query_of(task: Any) -> Any:
     """Return the task on held-out data, or the task itself where it has none."""
-    return getattr(task, "query", task)
+    return task.query if has(task, "query") else task
 
 
 def outer_view(task: Any, last: Any) -> Any:
     """Return what FOMAML and MAML differentiate: the query set, else the last step's view."""
-    return getattr(task, "query", last)
+    return task.query if has(task, "query") else last

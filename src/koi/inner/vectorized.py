@@ -48,6 +48,7 @@ from koi.tasks import (
     TaskBatch,
     check_fields,
     everything_of,
+    has,
     query_of,
     stack,
     tensors_of,
@@ -240,7 +241,7 @@ class VectorizedEngine(SecondOrderEngine):
 
     def _views(self, chunk: TaskBatch, num_steps: int, place: Place, first: int) -> list[Any]:
         """Return the stacked tasks as each inner step sees them."""
-        if not hasattr(chunk.stacked, "minibatches"):
+        if not has(chunk.stacked, "minibatches"):
             return [chunk.stacked] * num_steps
         if not self._minibatches_draw:
             try:

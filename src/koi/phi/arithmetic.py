@@ -21,6 +21,11 @@ def same_tensors(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
+def same_shapes(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Return whether tensors of the one list have the shapes of those of the other."""
+    return [t.shape for t in left] == [t.shape for t in right]
+
+
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Overwrite ``targets`` by ``sources``."""
     if targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import multiprocessing
 import pickle
@@ -21,8 +22,10 @@ from koi.randomness import Place
 from koi.sampling import draw
 from koi.tasks import TaskBatch
 
-_PLAIN = (type(None), bool, int, str, bytes)
-_MANY = 100  # entries from which on a container of a distribution is not looked into
+_PLAIN = (type(None), bool, int, float, str, bytes)
+# What is looked at of a distribution for each meta-batch: see `outline`.
+_SOME, _MOST, _DEEPEST = 1024, 20_000, 12
+_SMALL = 2**20  # bytes of an array that is looked at wholly
 
 
 class Order(NamedTuple):
@@ -170,34 +173,53 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def outline(value: Any, depth: int = 3) -> Any:
-    """Return what is equal while no attribute of a distribution has been given another value.
+def outline(value: Any) -> list[Any]:
+    """Return what is equal while nothing in a distribution has been given another value.
+
+    Of what is large a part is looked at, as it is done for each meta-batch: `_SOME` entries of a
+    container, values of a tensor or an array; and no more than `_MOST` objects, `_DEEPEST` deep.
 
     >>> import types
     >>> tasks = types.SimpleNamespace(level=1, names=["a"])
     >>> before = outline(tasks)
     >>> before == outline(tasks)
     True
-    >>> tasks.names.append("b")
+    >>> tasks.names[0] = "b"
     >>> before == outline(tasks)
     False
     """
-    if type(value) in _PLAIN:
-        return type(value), value
-    if type(value) is float:
-        return value.hex()
-    if isinstance(value, Tensor):
-        return Same(value), 0 if value.is_inference() else value._version
-    inside: list[tuple[Any, Any]] = [*getattr(value, "__dict__", {}).items()]
-    if isinstance(value, dict) and len(value) < _MANY:
-        inside += value.items()
-    elif isinstance(value, list | tuple) and len(value) < _MANY:
-        inside += enumerate(value)
-    elif isinstance(value, dict | list | set):
-        inside.append(("length", len(value)))
-    if depth == 0 or isinstance(value, type | torch.nn.Module):
-        return Same(value)
-    return Same(value), tuple((Same(name), outline(part, depth - 1)) for name, part in inside)
+    found: list[Any] = []
+    left, seen = [(value, 0)], set()
+    while left and len(found) < _MOST:
+        part, depth = left.pop()
+        if type(part) in _PLAIN:
+            found.append((type(part), part.hex() if type(part) is float else part))
+            continue
+        found.append((Same(part), _values(part)))
+        if id(part) in seen or depth == _DEEPEST or isinstance(part, type | torch.nn.Module):
+            continue
+        seen.add(id(part))
+        own = getattr(part, "__dict__", {})
+        inside: list[Any] = [*own, *own.values()]
+        if isinstance(part, dict | list | tuple | set | frozenset):
+            found.append(len(part))
+            every = max(1, len(part) // _SOME)
+            inside += [*part][::every]
+            if isinstance(part, dict):
+                inside += [*part.values()][::every]
+        left += [(each, depth + 1) for each in inside]
+    return found
+
+
+def _values(part: Any) -> Any:
+    """Return what tells whether a tensor or an array was changed in place."""
+    if isinstance(part, Tensor):
+        return 0 if part.is_inference() else part._version
+    is_array = type(part).__module__ == "numpy" and hasattr(part, "tobytes")
+    if is_array and part.dtype.kind in "biufc":
+        some = part if part.nbytes <= _SMALL else part.reshape(-1)[:: part.size // _SOME]
+        return str(part.dtype), part.shape, hashlib.blake2b(some.tobytes()).digest()
+    return None
 
 
 def _as_it_is(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,16 +25,10 @@ from koi.phi.update import MetaUpdate
 from koi.randomness import States, checked
 from koi.records import History
 from koi.settings import Settings, from_data, is_code
-from koi.training import frozen, stateful
-from koi.training.agreement import (
-    arguments_of,
-    different_optimizer,
-    different_settings,
-    different_tensors,
-    tensors_of,
-)
+from koi.training import frozen, held, stateful
+from koi.training.agreement import arguments_of, different_settings, tensors_of
 from koi.training.interrupts import uninterrupted
-from koi.training.past import Past, history_from, stored_history
+from koi.training.past import Past, stored_history
 from koi.training.state import Best, Mark, Owed, Pending, TrainingState, stored_rates
 
 Data = dict[str, Any]
@@ -165,12 +159,13 @@ def saved_from(data: Mapping[str, Any], path: Path | str) -> Saved:
         kept = {name: data[name] for name in names if name in data}
         generators = data["generators"]
         states = None if generators is None else checked(States(*generators))
+        held.check_form(data)
         kept["settings"] = {**Settings().stored(), **data["settings"]}  # some may be newer
         kept["ruled_out"] = frozenset(data["ruled_out"])
-        kept["history"] = history_from(data["history"], path)
+        kept["history"] = held.history_of(data, path)
         kept["owed"] = None if data.get("owed") is None else Owed(**data["owed"])
         return Saved(path=path, mark=Mark(data["tasks"], states, data["drawn_seed"]), **kept)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever stands there may be of any type
         problem = f"is not whole ({type(error).__name__}: {error}): use an earlier one"
         if not {"params", "settings"} & set(data):
             problem = "holds no learner: give a file that koi.save or koi.train wrote"
@@ -238,9 +233,9 @@ def go_on(
         CheckpointError: the model, or any setting, is another; all differences are named.
     """
     problems = [
-        *_model_problems(koi, saved),
+        *held.other_model(koi, _phi(koi), saved),
         *different_settings(saved.settings, koi.settings.stored()),
-        *_optimizer_problems(koi, saved, ()),
+        *held.other_optimizers(koi.settings, _phi(koi), saved, ()),
     ]
     _put(koi, state, saved, problems, tasks, callbacks)
 
@@ -251,9 +246,9 @@ def begin_with(koi: Configured, state: TrainingState, saved: Saved) -> None:
     Raises:
         CheckpointError: the model or an optimizer is another.
     """
-    _put(
-        koi, state, saved, [*_model_problems(koi, saved), *_optimizer_problems(koi, saved, ("lr",))]
-    )
+    phi = _phi(koi)
+    optimizers = held.other_optimizers(koi.settings, phi, saved, ("lr",))
+    _put(koi, state, saved, [*held.other_model(koi, phi, saved), *optimizers])
 
 
 def _put(
@@ -265,6 +260,7 @@ def _put(
     callbacks: Sequence[Any] | None = None,
 ) -> None:
     """Put what was read into a learner, its tasks and callbacks; nothing with problems."""
+    problems = problems or [*held.misfits(saved, _phi(koi), koi.settings)]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(
@@ -296,29 +292,6 @@ def _put(
         state.pending, state.drawn_seed = Pending(saved.mark, saved.callbacks), saved.mark.seed
 
 
-def _model_problems(koi: Configured, saved: Saved) -> list[str]:
-    """Return what differs in form, or, where nothing does, which frozen parameters do in value."""
-    values = {**saved.params, **saved.buffers}
-    if koi.settings.learned(koi.model).shards is not None:  # of parameters these are rows
-        values = saved.buffers
-    problems = [*different_tensors(saved.tensors, tensors_of(koi.model), values)]
-    return problems or [
-        *frozen.different_frozen(saved.frozen, _phi(koi).names.others_of(koi.model))
-    ]
-
-
-def _optimizer_problems(koi: Configured, saved: Saved, free: tuple[str, ...]) -> Iterator[str]:
-    """Yield what differs in the optimizers whose state is carried on, but for ``free``."""
-    settings, phi = koi.settings, _phi(koi)
-    if saved.moments and settings.inner_state == "carry":
-        here = arguments_of(settings.optimizer(phi.names.those_adapted(phi.params)))
-        yield from different_optimizer("inner_optimizer", saved.inner_optimizer, here, free)
-    meta = MetaUpdate(algorithm_of(settings.algorithm), phi, settings.meta_optimizer).optimizer
-    if saved.meta_optimizer is not None and meta is not None:
-        here = arguments_of(meta)
-        yield from different_optimizer("meta_optimizer", saved.meta_optimizer, here)
-
-
 def _meta_update(settings: Settings, phi: Phi, saved: Saved) -> MetaUpdate:
     """Return a new meta-update whose optimizer has the state that was stored."""
     update = MetaUpdate(algorithm_of(settings.algorithm), phi, settings.meta_optimizer)
@@ -327,11 +300,8 @@ def _meta_update(settings: Settings, phi: Phi, saved: Saved) -> MetaUpdate:
         return update
     try:
         optimizer.load_state_dict(copy.deepcopy(state))
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint {saved.path} has a state that meta_optimizer does not take ({error}): "
-            "give the meta_optimizer that it was made with"
-        ) from error
+    except Exception as error:  # whatever an optimizer of the user's makes of it
+        raise _no_state(saved, str(error)) from error
     # torch gives moments the type of their parameter, which need not have been theirs
     for group, stored in zip(optimizer.param_groups, state["param_groups"], strict=True):
         for param, number in zip(group["params"], stored["params"], strict=True):
@@ -339,14 +309,26 @@ def _meta_update(settings: Settings, phi: Phi, saved: Saved) -> MetaUpdate:
                 now = optimizer.state[param].get(name)
                 if isinstance(value, Tensor) and isinstance(now, Tensor):
                     optimizer.state[param][name] = value.to(now.device, copy=True)
+    problem = next(held.misfits_of_state(optimizer, state["param_groups"]), None)
+    if problem is not None:
+        raise _no_state(saved, problem)
     return update
+
+
+def _no_state(saved: Saved, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {saved.path} has a state (meta_state) that meta_optimizer does not take "
+        f"({why}): give the meta_optimizer that it was made with, or an earlier checkpoint"
+    )
 
 
 def _mean(saved: Saved, phi: Phi) -> ExponentialMean:
     """Return the exponential mean that was stored, where φ is now."""
     of = [*phi.learned, *phi.buffers]
     count, values = saved.mean["count"], saved.mean["values"]
-    if not count:
+    if not count or not arithmetic.same_shapes(
+        values, of
+    ):  # as where rates are learned in another way
         return ExponentialMean()
     moved = [v.to(t.device, copy=True) for v, t in zip(values, of, strict=True)]
     return ExponentialMean(moved, count, of)
@@ -356,8 +338,16 @@ def _best(saved: Saved, phi: Phi) -> Best | None:
     """Return the best φ that was stored; its moments are where φ is now."""
     if saved.best is None:
         return None
-    best = Best(**saved.best)
-    return replace(best, moments=_moments(saved, best.moments, phi.params))
+    best, kept = Best(**saved.best), None
+    if best.phi is not None:
+        tensors = best.phi[: len(phi.params) + len(phi.buffers) + len(phi.constants)]
+        rates = best.phi[len(tensors) :]
+        if not arithmetic.same_shapes(rates, phi.learned_rates):
+            rates = arithmetic.clone(phi.learned_rates)
+        best = replace(best, phi=[*tensors, *rates])
+    if best.moments is not None and len(best.moments) == len(saved.moment_devices):
+        kept = _moments(saved, best.moments, phi.params)  # else another inner_optimizer's
+    return replace(best, moments=kept)
 
 
 def _moments(saved: Saved, moments: Tensors | None, params: Tensors) -> Tensors | None:

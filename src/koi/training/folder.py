@@ -56,7 +56,8 @@ class Folder:
             raise ConfigurationError([f"{name} was given without checkpoint_dir: give both"])
         if every is not None:
             check_count("checkpoint_every", every)
-        return None if path is None else cls(Path(path))
+        # a callback may change the current folder
+        return None if path is None else cls(Path(path).absolute())
 
     def __enter__(self) -> Folder:
         return self

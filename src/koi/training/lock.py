@@ -55,7 +55,8 @@ class Lock:
         if sys.platform == "win32":
             return
         while self._handle is None:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            # not through a link, as what lies there is emptied
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             _open.add(handle)
             self._handle = handle
             try:

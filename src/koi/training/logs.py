@@ -12,13 +12,15 @@ from typing import Any
 
 from koi import allowed
 from koi.errors import ConfigurationError
-from koi.files import replace_file, replacing
+from koi.files import content_of, opened, replace_file, replacing
 from koi.records import COLUMNS, History
 from koi.training.state import TrainingState
 from koi.training.watch import warn
-from koi.training.whose import OwnPart, encoded, own_part
+from koi.training.whose import LONGEST, OwnPart, encoded, own_part, pieces
 
 METRICS = "metrics.jsonl"
+
+_MAX_APPENDED = 2**26  # bytes of a file that each line is added to as a whole
 
 # Seconds that a record may wait before it reaches its file.
 _PATIENCE = 5.0
@@ -43,7 +45,7 @@ def append(path: str | os.PathLike[str], line: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigurationError: it holds something else, or ``line`` does; it is as it was before.
-        OSError: the file cannot be written; it is as it was before.
+        OSError: the file cannot be written, or has more than 64 MiB; it is as it was before.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +58,7 @@ def append(path: str | os.PathLike[str], line: Mapping[str, Any]) -> None:
     """
     allowed.check(path=(path, allowed.path), line=(line, _line))
     path = Path(path)
-    before = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    before = content_of(path, _MAX_APPENDED).splitlines(keepends=True) if path.exists() else []
     whole = [text for text in before if text.endswith(b"\n")]
     kept: list[bytes] = []
     later: list[bytes] = []
@@ -116,7 +118,7 @@ class Log:
         resume: bool,
         begun: Path | None,
     ) -> None:
-        self._folder = None if folder is None else Path(folder)
+        self._folder = None if folder is None else Path(folder).absolute()
         self._state = state
         self._begun = begun
         self._size = 0  # of the file as it was left
@@ -166,6 +168,8 @@ class Log:
         done = len(history) - (self._state.owed is not None)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                opened(path).close()  # no pipe, on which all that follows would wait
             there = path.exists() and path.stat().st_size > 0
             if there and not history and not resume:
                 raise ConfigurationError(
@@ -206,7 +210,7 @@ class Log:
     def _first_line(self) -> bytes:
         """Return the line that was put down where there was no checkpoint to hold it."""
         with contextlib.suppress(OSError):
-            return b"" if self._begun is None else self._begun.read_bytes()
+            return b"" if self._begun is None else content_of(self._begun, LONGEST)
         return b""
 
     def _write(self, path: Path, count: int) -> None:
@@ -258,8 +262,8 @@ _CURVES = tuple(name for name in COLUMNS if name != "iteration")
 
 
 def _num_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
+    with opened(path) as file:
+        return sum(piece.count(b"\n") for piece in pieces(file))
 
 
 def _encoded_parts(history: History, start: int, end: int) -> Iterator[bytes]:

@@ -110,9 +110,10 @@ def history_from(data: Mapping[str, Any], path: Path | str) -> History:
     """
     if "rows" not in data:  # a tensor for each column
         return _of_rows(list(data), zip(*(c.tolist() for c in data.values()), strict=True))
-    columns, values = data["columns"], data["rows"].double()
-    if values.shape != (len(values), len(columns)) or not data["before"] >= 0:
-        raise ValueError("the history has no such rows")
+    columns, values = data["columns"], data["rows"]
+    fits = values.dtype == torch.float64 and values.shape == (len(values), len(columns))
+    if not (fits and data["before"] >= 0):
+        raise ValueError("it has no such rows")
     rows = b"".join(memory.pieces_of(values))
     if data["before"]:
         rows = _earlier(data, Path(path)) + rows

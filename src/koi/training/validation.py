@@ -10,7 +10,7 @@ from typing import Any
 
 from koi.configured import Configured
 from koi.errors import CheckpointError, ConfigurationError, wrong
-from koi.phi.arithmetic import Tensors, clone, copy_
+from koi.phi.arithmetic import Tensors, clone, copy_, same_shapes
 from koi.ranks.group import Ranks
 from koi.settings import check_count
 from koi.training import checkpoint
@@ -121,7 +121,10 @@ class Validation:
         learned = koi.settings.learned(koi.model)
         with uninterrupted():
             copy_(self._phi(), best.phi)
-            state.keep(best.moments, learned.params_of(koi.model), koi.settings)
+            # those of another inner_optimizer are of no use to this one
+            same = same_shapes(best.moments or [], state.carried(koi.settings) or [])
+            moments = best.moments if same else None
+            state.keep(moments, learned.params_of(koi.model), koi.settings)
         log.info(
             "φ is that after %d of %d meta-iterations, where validation gave %.4g",
             *(best.iteration, state.iteration, best.value),

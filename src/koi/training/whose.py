@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from koi.files import opened
 from koi.records import History, Record
 
 # Bytes at the end of what is done, a thousand lines or so, by which a log is known.
 _END = 2**18
-_LONGEST = 4096  # bytes of a line, by far
+LONGEST = 4096  # bytes of a line, by far
 
 
 class OwnPart(NamedTuple):
@@ -36,8 +37,8 @@ def own_part(path: Path, history: History, count: int, begun: bytes) -> OwnPart 
         count: how many of them the log may hold.
         begun: the first line, where there is no record yet.
     """
-    with path.open("rb") as file:
-        first = file.readline(_LONGEST)
+    with opened(path) as file:
+        first = file.readline(LONGEST)
         if not history or not first.endswith(b"\n"):
             known = begun if not history else encoded(history[:1])
             own = known == first or (known.startswith(first) and not first.endswith(b"\n"))
@@ -82,7 +83,9 @@ def _is_of(line: bytes, record: Record) -> bool:
 def _end_of_lines(file: Any, count: int) -> tuple[int, int]:
     """Return where so many lines end, or all whole ones if there are fewer, and their number."""
     size = found = read = 0
-    while found < count and (piece := file.read(2**20)):
+    for piece in pieces(file):
+        if found >= count:
+            break
         number = piece.count(b"\n")
         if found + number > count:
             number = count - found
@@ -91,6 +94,11 @@ def _end_of_lines(file: Any, count: int) -> tuple[int, int]:
             size = read + piece.rfind(b"\n") + 1
         found, read = found + number, read + len(piece)
     return size, found
+
+
+def pieces(file: Any) -> Iterator[bytes]:
+    """Yield what is left of a file, a piece at a time, however long its lines are."""
+    return iter(lambda: file.read(2**20), b"")
 
 
 def encoded(lines: Iterable[Record | Mapping[str, Any]]) -> bytes:

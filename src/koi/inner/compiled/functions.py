@@ -26,7 +26,7 @@ from koi.inner.optimizers.clipping import clipped
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.stepwise import filled
 from koi.phi.arithmetic import Tensors, mean_of, movements
-from koi.tasks import query_of, tensors_of, views, with_tensors
+from koi.tasks import has, query_of, tensors_of, views, with_tensors
 
 TensorDict = dict[str, Tensor]
 Target = Callable[[TensorDict], Any]
@@ -303,7 +303,7 @@ class InnerFunctions:
 
     def _outer_target(self, task: TensorDict, last: TensorDict) -> tuple[Target, TensorDict]:
         """Return what the query loss is of, as `koi.tasks.outer_view` does."""
-        if hasattr(self.task, "query"):
+        if has(self.task, "query"):
             return self._query, task
         if self.view is None:
             return self._seen, task

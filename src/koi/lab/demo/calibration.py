@@ -17,6 +17,11 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
+from koi.errors import DataError
+from koi.files import content_of
+
+_MAX_BYTES = 2**24
+
 # Of each initialisation, how to read scores before the first step and after each.
 Readings = dict[str, list["Reading"]]
 
@@ -85,15 +90,30 @@ def readings_of(checkpoint: Path) -> Readings | None:
     """Return how a checkpoint's scores are read, from the .json beside it.
 
     None where there is none, or it is of another checkpoint.
+
+    Raises:
+        DataError: it is of this one, and no such numbers are in it.
     """
     beside = checkpoint.with_suffix(".json")
     if not beside.is_file():
         return None
-    content = json.loads(beside.read_text(encoding="utf-8"))
-    if content["sha256"] != _digest(checkpoint):
-        return None
-    rows: dict[str, Sequence[Sequence[float]]] = content["readings"]
-    return {name: [Reading(*row) for row in part] for name, part in rows.items()}
+    try:
+        content = json.loads(content_of(beside, _MAX_BYTES))
+        if content["sha256"] != _digest(checkpoint):
+            return None
+        rows: dict[str, Sequence[Sequence[float]]] = content["readings"]
+        return {name: [Reading(*map(_finite, row)) for row in part] for name, part in rows.items()}
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{beside} holds no readings of {checkpoint} ({type(error).__name__}: {error}): write "
+            "it anew by benchmarks/calibrate.py, or remove it"
+        ) from error
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no number")
+    return float(value)
 
 
 def _digest(path: Path) -> str:

@@ -33,7 +33,8 @@ def export(run: Run, path: Path) -> int:
     code = recipe.code() | {"meta_optimizer": None}
     learner = Koi.load(chosen_checkpoint(run), recipe.model(), **code)
     learner.history.clear()
-    only_training = {"tasks": None, "generators": None, "drawn_seed": None}
+    names = ("tasks", "callbacks", "generators", "drawn_seed", "best", "owed")
+    only_training = dict.fromkeys(names)
     storage.write(path, learner.state_dict() | only_training | {RECIPE: recipe.as_data()})
     return learner.iteration
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from koi.settings import Settings
 from koi.training import checkpoint
 from koi.training.agreement import different_settings
 
+# What can be others where a run is measured: data move, and machines differ.
+_PLACES = ("data", "device")
 # Tasks that are adapted to at once on a CPU; on a GPU as many as are drawn together.
 _CHUNK = 20
 
@@ -145,12 +148,32 @@ def _check_settings(run: Run, path: Path) -> None:
     Raises:
         ConfigurationError: it says something else, as a card would then.
     """
-    config = run.config()
+    config, saved = run.config(), checkpoint.read(path)
     given = config.recipe.settings() | {"seed": config.seed, "compile": config.compile}
-    there, here = checkpoint.read(path).settings, Settings(**given).stored()
-    problems = [f"{run.folder / CONFIG}: {each}" for each in different_settings(there, here)]
+    problems = [*different_settings(saved.settings, Settings(**given).stored())]
+    if not problems and isinstance(saved.mark.tasks, dict) and "config" in saved.mark.tasks:
+        problems = _edited(saved.mark.tasks["config"], config)
     if problems:
-        raise ConfigurationError([*problems, "put it back as it was, or train anew elsewhere"])
+        raise ConfigurationError(
+            [
+                *(f"{run.folder / CONFIG}: {each}" for each in problems),
+                "put it back as it was, or train anew elsewhere",
+            ]
+        )
+
+
+def _edited(there: Any, here: Config) -> list[str]:
+    """Return what differs from the configuration that was trained with, but for where it ran."""
+    try:
+        before = Config.from_data(json.loads(there)).flat()
+    except (RecursionError, TypeError, ValueError) as error:  # Koi's own are ValueErrors, too
+        return [f"the checkpoint holds no configuration ({error})"]
+    now = here.flat()
+    return [
+        f"{name}: {before[name]!r} in the checkpoint, {now[name]!r} here"
+        for name in now
+        if name not in _PLACES and before[name] != now[name]
+    ]
 
 
 def newest_checkpoint(run: Run) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 
 from koi import Koi, Record
-from koi.fewshot import Accuracy, LabelledData
+from koi.fewshot import Accuracy, Episodes, LabelledData
 from koi.lab.runs.folder import Config, Run
 from koi.lab.runs.measuring import measured, measuring_copy
 from koi.recipes import FewShotRecipe
@@ -60,7 +61,7 @@ def train(
         watches = len(splits.validation) >= recipe.num_ways
         distance = max(_LEAST_DISTANCE, recipe.num_iterations // _NUM_VALIDATIONS)
         learner.train(
-            recipe.training_episodes(splits.train, config.device),
+            Tasks(recipe.training_episodes(splits.train, config.device), config),
             progress=False,
             callbacks=[lambda _, record: bar.advance(record), *callbacks],
             checkpoint_dir=run.checkpoints,
@@ -75,6 +76,41 @@ def train(
         )
     safetensors.torch.save_model(learner.model, str(run.weights))
     return learner
+
+
+class Tasks:
+    """The episodes that a run learns from; a checkpoint keeps the configuration with their classes.
+
+    With it `koi.lab.runs.measuring` sees whether config.json is still that of the training.
+
+    Args:
+        episodes: of the training classes.
+        config: the run's.
+    """
+
+    def __init__(self, episodes: Episodes, config: Config) -> None:
+        self._episodes, self._config = episodes, config
+
+    def sample(self) -> Any:
+        """Draw one episode."""
+        return self._episodes.sample()
+
+    @property
+    def sample_batch(self) -> Any:
+        """As that of the episodes."""
+        return self._episodes.sample_batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {**self._episodes.state_dict(), "config": json.dumps(self._config.as_data())}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Check that a checkpoint was made with these classes.
+
+        Raises:
+            CheckpointError: it was made with others.
+        """
+        self._episodes.load_state_dict(state)
 
 
 class Forecast:
