@@ -192,9 +192,9 @@ class Recurrent(nn.Module):
 OMNIGLOT = Net(partial(omniglot_net, 5), (1, 28, 28), 5, adam)
 NETS = {
     "omniglot": OMNIGLOT,
-    "mini-imagenet": Net(partial(mini_imagenet_net, 5), (3, 84, 84), 5, adam),
     "transformer": Net(Sequences, (16, 64), 8, torch.optim.SGD, 0.02),
     "lstm": Net(Recurrent, (32, 8), 8, torch.optim.SGD, 0.02),
+    "mini-imagenet": Net(partial(mini_imagenet_net, 5), (3, 84, 84), 5, adam),
 }
 
 

@@ -352,8 +352,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _numbers_of(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_complex(), tensor.is_floating_point()
+def _numbers_of(tensor: Tensor, name: str) -> Any:
+    """Return the type of what is kept; steps are counted in any that is a number's."""
+    kind = tensor.is_complex(), tensor.is_floating_point()
+    return kind if name == "step" else tensor.dtype
 
 
 def _is_other(default: Any, value: Any) -> bool:
@@ -362,6 +364,8 @@ def _is_other(default: Any, value: Any) -> bool:
         return not (isinstance(value, tuple) and len(value) == len(default))
     if default is None or isinstance(default, bool):
         return not (value is None or isinstance(value, bool))
+    if isinstance(value, int) and abs(value) >= 2**63:  # of which torch makes no number
+        return True
     number = isinstance(default, int | float | Tensor)
     return number and (isinstance(value, bool) or not isinstance(value, int | float | Tensor))
 
@@ -383,7 +387,7 @@ def _unlike_state(number: int, own: Mapping[str, Any], fresh: Mapping[str, Any])
             if value is not None or fresh[name] is not None:
                 yield f"{name} of parameter {number} is no number"
             continue
-        if one.shape != other.shape or _numbers_of(one) != _numbers_of(other):
+        if one.shape != other.shape or _numbers_of(one, name) != _numbers_of(other, name):
             yield f"{name} of parameter {number} has {in_words(one)}, not {in_words(other)}"
         elif bool(one.isnan().any()) or (name == "step" and bool((one < 0).any())):
             yield f"{name} of parameter {number} is negative or NaN"
