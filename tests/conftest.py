@@ -130,6 +130,14 @@ def own_run(tmp_path_factory):
 
 
 @pytest.fixture
+def koi(capsys):
+    """Return a function that runs the command: (exit code, stdout, stderr)."""
+    from own_folder_toys import exit_code
+
+    return lambda *arguments: (exit_code(*arguments), *capsys.readouterr())
+
+
+@pytest.fixture
 def untraced(monkeypatch):
     """Run the compiled engines' functions as they stand, without the compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

@@ -5,23 +5,6 @@ import pytest
 from koi.lab.markdown import text
 from koi.lab.runs import Run
 from koi.lab.runs.measuring import newest_checkpoint
-from own_folder_toys import exit_code
-
-
-@pytest.fixture
-def koi(capsys):
-    """Return a function that runs the command: (exit code, stdout, stderr)."""
-    return lambda *arguments: (exit_code(*arguments), *capsys.readouterr())
-
-
-@pytest.fixture
-def place(own_run):
-    return own_run.place
-
-
-@pytest.fixture
-def trained(own_run):
-    return own_run.run
 
 
 @pytest.fixture
@@ -71,8 +54,10 @@ KINDS = {
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_is_given_and_what_is_wanted(files, place, koi, monkeypatch, command, rightly, wanted):
-    monkeypatch.chdir(place)
+def test_what_is_given_and_what_is_wanted(
+    files, own_run, koi, monkeypatch, command, rightly, wanted
+):
+    monkeypatch.chdir(own_run.place)
     for kind, path in files.items():
         if kind in rightly:
             continue
@@ -86,7 +71,7 @@ def test_what_is_given_and_what_is_wanted(files, place, koi, monkeypatch, comman
         assert (code, stdout) == (2, "")
         assert stderr.startswith(f"koi: {path} {KINDS[kind]}: {end}"), stderr
         assert len(stderr.splitlines()) == 1
-    assert not (place / "out").exists()
+    assert not (own_run.place / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -106,15 +91,16 @@ def test_what_is_given_and_what_is_wanted(files, place, koi, monkeypatch, comman
         (["train", "mini-imagenet-5way", "--out", "mini"], "give them by --data"),
     ],
 )
-def test_what_cannot_be_done_has_a_mend(files, place, koi, monkeypatch, words, said):
-    monkeypatch.chdir(place)
+def test_what_cannot_be_done_has_a_mend(files, own_run, koi, monkeypatch, words, said):
+    monkeypatch.chdir(own_run.place)
     code, _, stderr = koi(*words)
     assert code == 2
     assert said in stderr
     assert len(stderr.splitlines()) == 1
 
 
-def test_a_run_without_a_result_is_named_after_the_others(files, place, trained, koi):
+def test_a_run_without_a_result_is_named_after_the_others(files, own_run, koi):
+    place, trained, _ = own_run
     bare = place / "bare"
     bare.mkdir(exist_ok=True)
     (bare / "config.json").write_bytes((trained / "config.json").read_bytes())
@@ -125,10 +111,10 @@ def test_a_run_without_a_result_is_named_after_the_others(files, place, trained,
     assert stderr == f"koi: {bare} has no result yet: measure it by koi evaluate {bare}\n"
 
 
-def test_on_a_terminal_a_table_is_for_people(trained, koi, monkeypatch):
+def test_on_a_terminal_a_table_is_for_people(own_run, koi, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    code, stdout, _ = koi("table", trained)
+    code, stdout, _ = koi("table", own_run.run)
     assert code == 0
     assert "┃" in stdout
     assert "the paper" not in stdout

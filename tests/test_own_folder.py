@@ -13,13 +13,7 @@ from koi.lab.runs import Classifier, Config, Run
 from koi.lab.runs.measuring import newest_checkpoint
 from koi.models import omniglot_net
 from koi.recipes import own_folder
-from own_folder_toys import NEW, TRAINED, draw_folder, exit_code
-
-
-@pytest.fixture
-def koi(capsys):
-    """Return a function that runs the command: (exit code, stdout, stderr)."""
-    return lambda *arguments: (exit_code(*arguments), *capsys.readouterr())
+from own_folder_toys import NEW, TRAINED, draw_folder
 
 
 @pytest.fixture
