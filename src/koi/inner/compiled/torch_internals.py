@@ -133,8 +133,8 @@ def quick_build() -> Iterator[None]:
 
     def fewer(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
         compiling, linking = flags(*args, **kwargs)  # type: ignore[misc]
-        if "clang" in args[0] or "O3" not in compiling:
-            return compiling, linking
+        if not args[0].endswith("g++") or "clang" in args[0] or "O3" not in compiling:
+            return compiling, linking  # another compiler may not know the flags
         rest = [flag for flag in compiling if flag != "O3"]
         return ["O2", "-param early-inlining-insns=14", *rest], linking
 
