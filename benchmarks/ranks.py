@@ -85,9 +85,9 @@ def bytes_of_a_meta_iteration(work: str) -> int:
     """Return the size of the one buffer."""
     sizes, real = [], dist.all_reduce
 
-    def counted(tensor: torch.Tensor) -> Any:
+    def counted(tensor: torch.Tensor, **options: Any) -> Any:
         sizes.append(tensor.nbytes)
-        return real(tensor)
+        return real(tensor, **options)
 
     koi, tasks = learner(work)
     koi.num_iterations = 1

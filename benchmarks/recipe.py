@@ -19,18 +19,34 @@ from typing import Any
 import harness
 import torch
 
-from koi import Koi
+from koi import Koi, linear
 from koi.fewshot import Accuracy, Splits, accuracy
 from koi.problems import omniglot
 from koi.recipes import RECIPES, Adaptation
 
 OURS = RECIPES["omniglot-5way-koi"]
+FOMAML = replace(OURS, algorithm="fomaml")
+REPTILE = replace(RECIPES["omniglot-5way"], torch_defaults=True)
+TESTED_AT = 0.003  # where the inner rate falls over the training
 
 # Of each choice: the recipe, and what of `koi.Koi`'s settings is another in training.
 CHOICES: dict[str, tuple[Any, dict[str, Any]]] = {
     "recipe": (OURS, {}),
     "paper": (RECIPES["omniglot-5way"], {}),
-    "fomaml": (replace(OURS, algorithm="fomaml"), {}),
+    "fomaml": (FOMAML, {}),
+    "fomaml, 3 steps of 0.2": (
+        replace(FOMAML, num_steps=3, step_size=0.2, adaptations={1: Adaptation(25, 5)}),
+        {},
+    ),
+    "fomaml, 5 shots": (replace(FOMAML, num_shots=5, num_queries=5, meta_batch_size=5), {}),
+    "fomaml, 5 steps of Adam": (
+        replace(
+            RECIPES["omniglot-5way-fomaml"], num_shots=5, torch_defaults=True, meta_rate=0.003
+        ),
+        {"step_size": linear(0.005, 0.001)},
+    ),
+    "reptile": (REPTILE, {"step_size": linear(0.005, 0.001)}),
+    "reptile, constant rate": (replace(REPTILE, step_size=0.003), {}),
     "initial values of the paper": (replace(OURS, torch_defaults=False), {}),
     "rate 0.1": (replace(OURS, step_size=0.1), {}),
     "rate 1": (replace(OURS, step_size=1.0), {}),
@@ -67,11 +83,12 @@ def trained(
 
 def measured(koi: Koi, choice: str, splits: Splits, num_shots: int, num_tasks: int) -> Accuracy:
     """Return its accuracy on validation tasks, the same for all."""
-    recipe, _ = CHOICES[choice]
+    recipe, more = CHOICES[choice]
     koi.compile, koi.chunk_size, koi.seed, koi.on_nonfinite = False, 20, 0, "skip"
     episodes = recipe.test_episodes(splits.validation, num_shots)
     num_steps = recipe.adaptation(num_shots).num_steps
-    return accuracy(koi, episodes, num_tasks=num_tasks, num_steps=num_steps)
+    step_size = TESTED_AT if "step_size" in more else None
+    return accuracy(koi, episodes, num_tasks, num_steps, step_size)
 
 
 def main() -> None:

@@ -7,15 +7,19 @@ Each loss sleeps, so that computing takes as long as it is meant to however busy
 Ranks note when they come to the one all-reduce and when they leave it, by a clock that all
 processes of a machine share. Up to the last that comes the others wait, whatever is done about the
 exchange; from then on it is the exchange alone that takes time: no more than this can be hidden.
+Then the same training is run with an exchange in pieces (`async_op=True`), of which
+each travels while the next is weighed and copied.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -27,11 +31,14 @@ from on_ranks import answers
 from torch import nn
 
 from koi import Koi
-from koi.ranks.exchange import share
+from koi.phi.outcome import Outcome
+from koi.ranks import group
+from koi.ranks.exchange import Buffer, Told, share
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 SECONDS = 0.005  # of each loss
 STEPS = 2
+PIECE = 2**19  # numbers that travel together
 
 
 class Case(NamedTuple):
@@ -56,11 +63,41 @@ PARAMETERS = (10**5, 10**7)
 
 
 class Noted(NamedTuple):
-    """When a rank came to each exchange and left it, and seconds of an all-reduce alone."""
+    """When a rank came to each exchange and left it, and when it left those in pieces.
+
+    Also the seconds of an all-reduce alone.
+    """
 
     came: list[float]
     left: list[float]
+    pieces: list[float]
     alone: list[float]
+
+
+class InPieces(Buffer):
+    """An exchange that begins while the rank still puts in what it has; of one parameter only."""
+
+    @torch.no_grad()
+    def put(self, outcome: Outcome, rank: int, first: int) -> None:
+        whole, self._parts = self._parts, []
+        super().put(replace(outcome, given=[], moments=[]), rank, first)  # the figures alone
+        self._parts = whole
+        scale = outcome.weight / self._num_tasks
+        self._works = []
+        for piece, given in zip(
+            self._flat[: self._size].split(PIECE), outcome.given[0].split(PIECE), strict=True
+        ):
+            torch.mul(given, scale, out=piece)
+            self._works.append(dist.all_reduce(piece, async_op=True))
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> Told:
+        everything, self._flat = self._flat, self._flat[self._size :]
+        size, self._size = self._size, 0
+        told = super().reduce(group)
+        self._flat, self._size = everything, size
+        for work in self._works:
+            work.wait()
+        return told
 
 
 class Sleeping:
@@ -96,7 +133,8 @@ def noted(case: Case, parameters: int, iterations: int) -> Noted:
         vectorize=False,
         seed=0,
     )
-    found, real = Noted([], [], []), dist.all_reduce
+    in_pieces = copy.deepcopy(koi)
+    found, real = Noted([], [], [], []), dist.all_reduce
 
     def reduce(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         found.came.append(time.monotonic())
@@ -106,6 +144,10 @@ def noted(case: Case, parameters: int, iterations: int) -> Noted:
 
     with patch.object(dist, "all_reduce", reduce):
         koi.train(Tasks(SECONDS * slow))
+    with patch.object(group, "Buffer", InPieces):
+        in_pieces.train(
+            Tasks(SECONDS * slow), None, lambda *_: found.pieces.append(time.monotonic())
+        )
     message = torch.zeros(parameters)
     for _ in range(iterations):
         dist.barrier()
@@ -113,7 +155,7 @@ def noted(case: Case, parameters: int, iterations: int) -> Noted:
         real(message)
         found.alone.append(time.monotonic() - began)
     # one more all-reduce stands at the end of the training
-    return Noted(found.came[1:-1], found.left[1:-1], found.alone)
+    return Noted(found.came[1:-1], found.left[1:-1], found.pieces[1:], found.alone)
 
 
 def all_noted(cases: list[tuple[Case, int]], iterations: int) -> list[Noted]:
@@ -139,11 +181,15 @@ def timings(ranks: Sequence[Noted]) -> dict[str, harness.Timing]:
     alone = [
         statistics.median(times) for times in zip(*(rank.alone for rank in ranks), strict=True)
     ]
+    pieces = [
+        statistics.median(times) for times in zip(*(rank.pieces for rank in ranks), strict=True)
+    ]
     found = {
         "meta-iteration": [b - a for a, b in itertools.pairwise(ends)],
         "wait of the first": [b - a for a, b in zip(first, last, strict=True)],
         "exchange": [b - a for a, b in zip(last, ends, strict=True)],
         "all at once": alone,
+        "in pieces": [b - a for a, b in itertools.pairwise(pieces)],
     }
     return {name: harness.Timing(tuple(seconds)) for name, seconds in found.items()}
 
@@ -153,12 +199,11 @@ def table(found: dict[tuple[Case, int], dict[str, harness.Timing]]) -> str:
     for (case, parameters), times in found.items():
         medians = {name: 1e3 * timing.median for name, timing in times.items()}
         part = 100 * medians["exchange"] / medians["meta-iteration"]
+        shown = [f"{float(f'{value:.3g}'):,g}" for value in medians.values()]
         row = [str(case.ranks), str(case), f"{parameters:,}"]
-        rows.append(
-            [*row, *(f"{float(f'{value:.3g}'):,g}" for value in medians.values()), f"{part:.2g} %"]
-        )
-    head = ["ranks", "tasks of each", "parameters", "meta-iteration, ms"]
-    head += ["the first waits", "exchange", "all at once", "at best hidden"]
+        rows.append([*row, *shown[:-1], f"{part:.2g} %", shown[-1]])
+    head = ["ranks", "tasks of each", "parameters", "meta-iteration, ms", "the first waits"]
+    head += ["exchange", "all at once", "at best hidden", "meta-iteration in pieces"]
     return harness.markdown_table(head, rows)
 
 
