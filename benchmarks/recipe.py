@@ -40,9 +40,7 @@ CHOICES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "fomaml, 5 shots": (replace(FOMAML, num_shots=5, num_queries=5, meta_batch_size=5), {}),
     "fomaml, 5 steps of Adam": (
-        replace(
-            RECIPES["omniglot-5way-fomaml"], num_shots=5, torch_defaults=True, meta_rate=0.003
-        ),
+        replace(RECIPES["omniglot-5way-fomaml"], num_shots=5, torch_defaults=True, meta_rate=0.003),
         {"step_size": linear(0.005, 0.001)},
     ),
     "reptile": (REPTILE, {"step_size": linear(0.005, 0.001)}),

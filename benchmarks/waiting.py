@@ -89,6 +89,7 @@ class InPieces(Buffer):
         ):
             torch.mul(given, scale, out=piece)
             self._works.append(dist.all_reduce(piece, async_op=True))
+        self._empty = False
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> Told:
         everything, self._flat = self._flat, self._flat[self._size :]

@@ -60,6 +60,7 @@ class Buffer:
         ends = itertools.accumulate(sizes)
         self._places = [0, *ends]
         self._figures: list[float] = []
+        self._empty = True
         lengths = [shape.numel() for shape, _ in forms]
         self._size = sum(lengths)
         self._flat = torch.empty(
@@ -72,7 +73,7 @@ class Buffer:
 
     def clear(self) -> None:
         """Begin anew, with nothing in it."""
-        self._flat.zero_()
+        self._empty = True
         self._figures = [0.0] * self._places[-1]
 
     @torch.no_grad()
@@ -84,8 +85,8 @@ class Buffer:
             for part, tensor in zip(
                 self._parts, [*outcome.given, *outcome.buffers, *moments], strict=True
             ):
-                part.copy_(tensor)
-            self._flat[: self._size].mul_(weight / self._num_tasks)
+                torch.mul(tensor.to(part.dtype), weight / self._num_tasks, out=part)
+            self._empty = False
         self._set(0, first * self._row, itertools.chain(*outcome.losses))
         self._set(1, first, [1] * count if outcome.weights is None else outcome.weights)
         self._set(2, rank, [count])
@@ -108,6 +109,8 @@ class Buffer:
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> Told:
         """Sum over the ranks, or those of a group, and return the figures."""
+        if self._empty:
+            self._flat[: self._size].zero_()
         self._flat[self._size :] = torch.tensor(self._figures, dtype=self._flat.dtype)
         dist.all_reduce(self._flat, group=group)
         figures = self._flat[self._size :].tolist()
