@@ -83,8 +83,11 @@ class Folder:
         """Make the folder, lock it and try to write there.
 
         Raises:
-            CheckpointError: it cannot be used, or another training uses it.
+            CheckpointError: it cannot be used, another training uses it, or a link lies there in
+                the place of a file that Koi writes.
         """
+        for name in (NAME, self.best.name, _BEGUN):
+            self._check_no_link(self._path / name)
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             self._lock.take()
@@ -114,8 +117,9 @@ class Folder:
         """Write the file of a learner with so many meta-iterations behind it.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: it cannot be written, or is a link.
         """
+        self._check_no_link(self.file(number))
         checkpoint.save(koi, state, self.file(number), self.past)
 
     def read(self, _: Configured, number: int) -> Saved:
@@ -161,6 +165,14 @@ class Folder:
                 old = self._number_of(path) is not None and path.name not in kept
                 if begun or old or path.name == _BEGUN:
                     self._remove(path)
+
+    def _check_no_link(self, path: Path) -> None:
+        """Check that what is written there stays in the folder."""
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link, and Koi writes through none among checkpoints: put the file "
+                "itself there, or make the whole folder a link"
+            )
 
     def _remove(self, path: Path) -> None:
         path.unlink()
