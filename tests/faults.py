@@ -144,7 +144,8 @@ def full_disk(times: int) -> int:
 
     def fill(folder: Path, number: int) -> Callable[[], None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_draw.randrange(1, 3000), hard))
+        # fewer than the first checkpoint has, which is the smallest
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_draw.randrange(1, 2800), hard))
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return in_a_folder(times, fill)
