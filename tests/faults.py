@@ -313,6 +313,11 @@ def failing_shard(times: int) -> int:
     return dead_shard(times, "raises")
 
 
+def failing_callback(times: int) -> int:
+    """An exception in a callback on one of these ranks alone."""
+    return dead_shard(times, "callback")
+
+
 def cut_link(times: int) -> int | None:
     """A cut link between two nodes; None where network namespaces are not permitted."""
     drill = Path(__file__).parent.parent / "benchmarks" / "two_machines.py"
@@ -360,6 +365,7 @@ FAULTS = [
     Fault("rank that dies under torchrun", dead_rank, 4, 0),
     Fault("rank that dies with a shard of φ", dead_shard, 1, 0),
     Fault("loss that raises on one shard of φ alone", failing_shard, 1, 0),
+    Fault("callback that raises on one shard alone", failing_callback, 1, 0),
     Fault("link cut between two nodes", cut_link, 1, 0),
 ]
 

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 from torch.distributed.distributed_c10d import default_pg_timeout
 
-from koi import Koi, records
+from koi import Koi, records, storage
 from koi.lab.demo import guards, server, strokes
 from koi.ranks import presence
 from koi.training import ahead, folder, frozen, logs, past
 
+SHIPPED = storage.read(Path(strokes.__file__).with_name("omniglot-5way-koi.safetensors"))
+how = tuple(SHIPPED["settings"][n] for n in ("algorithm", "inner_optimizer", "learn_step_size"))
+rate = SHIPPED["settings"]["step_size"]
 DOCS = Path(__file__).parent.parent / "docs"
 every = inspect.signature(Koi.train).parameters["validate_every"].default
 
@@ -38,6 +41,9 @@ every = inspect.signature(Koi.train).parameters["validate_every"].default
         ("demo", "Ctrl-C waits a second", server._PATIENCE, 1),
         ("demo", "(68 of 105 pixels)", (strokes._EXTENT, strokes._BOX), (68, 105)),
         ("demo", "(5.2 pixels wide", 2 * strokes._PEN_RADIUS, 5.2),
+        ("demo", "learned in 30,000 meta-iterations", SHIPPED["iteration"], 30_000),
+        ("demo", "MAML, whose inner steps are SGD with a", how, ("maml", "sgd", "layer")),
+        ("demo", "began with, 0.4 in all layers", rate, 0.4),
     ],
 )
 def test_promised(page, words, there, number):
