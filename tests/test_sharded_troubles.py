@@ -1,5 +1,7 @@
 """What goes wrong on one of the ranks of a sharded φ ends on all in one sentence, φ whole."""
 
+import shutil
+
 import pytest
 
 import sharded_troubles
@@ -92,9 +94,9 @@ def test_damaged_files(on_ranks, untroubled, tmp_path):
     """One bit in any of them: all ranks take the checkpoint before; damage to all is an error."""
     constant = {"num_iterations": 5}
     whole = on_ranks(2, sharded_troubles.given_alone, [{"folder": None, **constant}] * 2)[0]
+    on_ranks(2, sharded_troubles.given_alone, [{"folder": tmp_path / "made"}] * 2)
     for number, name in enumerate(FILES):
-        folder = tmp_path / str(number)
-        on_ranks(2, sharded_troubles.given_alone, [{"folder": folder}] * 2)
+        folder = shutil.copytree(tmp_path / "made", tmp_path / str(number))
         for end in on_ranks(2, sharded_troubles.damaged, folder, name, patience=30):
             assert (end.error, end.iteration) == ("NoneType", 5), end.text
             assert_close(end.phi, whole.phi, tolerance=0)
