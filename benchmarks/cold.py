@@ -3,11 +3,13 @@
 python benchmarks/cold.py 2     seconds on the Omniglot net with 2 threads, by torch's usual cache
 """
 
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,21 +28,21 @@ def first_seconds(num_threads: int) -> float:
     return time.perf_counter() - began
 
 
-def measured(num_threads: int, repetitions: int) -> dict[str, list[float]]:
-    """Seconds with an empty cache of the compiler, and with what it then holds."""
-    found: dict[str, list[float]] = {name: [] for name in MUST_AIM}
-    for _ in range(repetitions):
+def measured(numbers: Iterable[int], repetitions: int) -> dict[str, dict[int, list[float]]]:
+    """Seconds by number of threads, with an empty cache of the compiler, then with a filled one."""
+    found: dict[str, dict[int, list[float]]] = {name: {n: [] for n in numbers} for name in MUST_AIM}
+    for _, number in itertools.product(range(repetitions), found["empty cache"]):
         with tempfile.TemporaryDirectory() as folder:
             environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
-            for name in found:
+            for seconds in found.values():
                 done = subprocess.run(
-                    [sys.executable, str(Path(__file__)), str(num_threads)],
+                    [sys.executable, str(Path(__file__)), str(number)],
                     env=environment,
                     capture_output=True,
                     text=True,
                     check=True,
                 )
-                found[name].append(float(done.stdout))
+                seconds[number].append(float(done.stdout))
     return found
 
 

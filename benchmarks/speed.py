@@ -121,15 +121,20 @@ def memory_line(found: scaling.Memory) -> list[str]:
     return [work, f"at most {scaling.MOST_MEMORY:g}", "", shown, met, "", ""]
 
 
-def first_lines(found: Mapping[str, list[float]]) -> list[list[str]]:
-    """The lines on the first meta-iteration, which compiles."""
+def first_lines(found: Mapping[str, Mapping[int, list[float]]]) -> list[list[str]]:
+    """The lines on the first meta-iteration, which compiles; the quicker first."""
     lines = []
     for name, seconds in found.items():
-        (must, aim), middle = cold.MUST_AIM[name], statistics.median(seconds)
-        shown = f"**{middle:.1f} s** ({min(seconds):.1f}–{max(seconds):.1f})"
+        (must, aim), parts = cold.MUST_AIM[name], []
+        ranked = sorted(seconds.items(), key=lambda each: statistics.median(each[1]))
+        for threads, times in ranked:
+            shown = f"{statistics.median(times):.1f} s"
+            span = f"({min(times):.1f}–{max(times):.1f})"
+            where = f"with {threads} thread{'s' * (threads > 1)}"
+            parts.append(f"{shown} {span} {where}" if parts else f"**{shown}** {span} {where}")
         work = f"Omniglot net, first meta-iteration, compiled, {name}"
-        met = verdict(-middle, -must, -aim)
-        lines.append([work, f"at most {must} s", f"{aim} s", shown, met, "", ""])
+        met = verdict(-statistics.median(ranked[0][1]), -must, -aim)
+        lines.append([work, f"at most {must} s", f"{aim} s", ", ".join(parts), met, "", ""])
     return lines
 
 
@@ -206,7 +211,7 @@ class Found:
     lines: list[list[str]] = field(default_factory=list)
     results: dict[str, Result] = field(default_factory=dict)
     memory: scaling.Memory | None = None
-    first: dict[str, list[float]] = field(default_factory=dict)
+    first: dict[str, dict[int, list[float]]] = field(default_factory=dict)
 
     def report(self) -> str:
         """Both tables with what a reader must know of them."""
@@ -226,7 +231,7 @@ class Found:
 def measure(name: str, found: Found, device: str, threads: int, span: float) -> list[list[str]]:
     """Measure a group, note what was found, and return its lines of the table."""
     if name == "first":
-        found.first = cold.measured(threads, 3 if found.repetitions > 5 else 1)
+        found.first = cold.measured({1, threads}, 3 if found.repetitions > 5 else 1)
         return first_lines(found.first)
     if name == "memory":
         found.memory = scaling.memory_sizes(device)

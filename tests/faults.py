@@ -103,19 +103,32 @@ def in_a_folder(times: int, fault: Callable[[Path, int], Callable[[], None]]) ->
                 if record.iteration == at and not undo:
                     undo.append(fault(folder, number))
 
+            said = "nothing"
             try:
                 run.train(callbacks=[callback])
-                lost += 1  # it must not go on as if it were saved
             except CheckpointError as error:
-                lost += "cannot be written" not in str(error)
+                said = str(error)
             finally:
                 for function in undo:
                     function()
-            lost += not same(snapshot(run.koi.model), phi) or run.koi.iteration != at + 1
-            lost += bool(list(folder.glob(".*.tmp")))
-            lost += any(unreadable(path) for path in folder.glob("*.safetensors"))
-            lost += not same(run.train(), end)
+            wrong = {
+                f"it said {said!r}": "cannot be written" not in said,
+                "another φ": not same(snapshot(run.koi.model), phi),
+                f"it is at {run.koi.iteration}": run.koi.iteration != at + 1,
+                "a file half written": bool(list(folder.glob(".*.tmp"))),
+                "a checkpoint": any(unreadable(path) for path in folder.glob("*.safetensors")),
+            }
+            wrong["another end"] = not same(run.train(), end)
+            lost += told(f"{fault.__name__} {number} at {at}", wrong)
     return lost
+
+
+def told(when: str, wrong: dict[str, bool]) -> int:
+    """Return how much was lost, having said what."""
+    lost = [what for what, is_so in wrong.items() if is_so]
+    if lost:
+        print(f"{when}: {', '.join(lost)}", file=sys.stderr, flush=True)
+    return len(lost)
 
 
 def unreadable(path: Path) -> bool:
@@ -131,7 +144,8 @@ def full_disk(times: int) -> int:
 
     def fill(folder: Path, number: int) -> Callable[[], None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_draw.randrange(1, 3000), hard))
+        # fewer than the first checkpoint has, which is the smallest
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_draw.randrange(1, 2800), hard))
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return in_a_folder(times, fill)
@@ -299,6 +313,11 @@ def failing_shard(times: int) -> int:
     return dead_shard(times, "raises")
 
 
+def failing_callback(times: int) -> int:
+    """An exception in a callback on one of these ranks alone."""
+    return dead_shard(times, "callback")
+
+
 def cut_link(times: int) -> int | None:
     """A cut link between two nodes; None where network namespaces are not permitted."""
     drill = Path(__file__).parent.parent / "benchmarks" / "two_machines.py"
@@ -346,6 +365,7 @@ FAULTS = [
     Fault("rank that dies under torchrun", dead_rank, 4, 0),
     Fault("rank that dies with a shard of φ", dead_shard, 1, 0),
     Fault("loss that raises on one shard of φ alone", failing_shard, 1, 0),
+    Fault("callback that raises on one shard alone", failing_callback, 1, 0),
     Fault("link cut between two nodes", cut_link, 1, 0),
 ]
 

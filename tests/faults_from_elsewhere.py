@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import random
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -122,7 +123,10 @@ def forged_checkpoints(times: int) -> int:
             where = _draw.choice([*forgeries.places(data)])
             value = _draw.choice([*forgeries.instead_of(forgeries.at(data, where))])
             changed = forgeries.edited(data, where, value)
-            lost += forgeries.answer(kind, path, changed) is not None
+            said = forgeries.answer(kind, path, changed)
+            if said is not None:
+                lost += 1
+                print(f"{value!r} at {where}: {said}", file=sys.stderr)
     logging.getLogger("koi").setLevel(logging.NOTSET)
     return lost
 

@@ -27,6 +27,8 @@ def train(folder, victim=None, at=None, how="dies"):
             mark.write_text("")
             if how == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "callback":
+                raise ZeroDivisionError
             koi.model[2].register_forward_hook(lambda *_: 1 / 0)
 
     options = {} if folder is None else {"checkpoint_dir": folder, "checkpoint_every": 2}

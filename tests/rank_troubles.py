@@ -37,6 +37,7 @@ TROUBLES = {
     "nan": lambda: float("nan"),
     "Ctrl-C": lambda: os.kill(os.getpid(), signal.SIGINT),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "callback, SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "hangs": wait_for_the_others,
 }
 
@@ -50,7 +51,8 @@ class Troubled(Regressions):
 
     def meet(self, where, done=0):
         """Return what is added to a loss."""
-        place = self.trouble if self.trouble in ("sample", "callback") else "loss"
+        first = str(self.trouble).partition(",")[0]
+        place = first if first in ("sample", "callback") else "loss"
         if self.trouble is None or place != where or self.koi.iteration - done != self.at:
             return 0.0
         self.at = None  # once is enough
@@ -74,13 +76,14 @@ class Meeting(Regression):
         return super().loss(model) + self.tasks.meet("loss")
 
 
-def in_trouble(rank, trouble, victim, at, folder, settings):
+def in_trouble(rank, trouble, victim, at, folder, settings, every=None):
     """Train until trouble meets the victim; return how it ended."""
     koi = learner(**settings)
     tasks = Troubled(koi, at, trouble if rank == victim else None)
     error = None
     try:
-        koi.train(tasks, callbacks=[tasks.called], checkpoint_dir=folder, resume=folder is not None)
+        options = {} if folder is None else {"checkpoint_every": every, "resume": True}
+        koi.train(tasks, callbacks=[tasks.called], checkpoint_dir=folder, **options)
     except BaseException as caught:
         error = caught
     word().set(str(rank), "")

@@ -1,8 +1,10 @@
 """What is in a checkpoint's folder is gone on from, left alone, or refused; never lost."""
 
+import warnings
+
 import pytest
 
-from koi import CheckpointError, ConfigurationError, KoiWarning
+from koi import CheckpointError, ConfigurationError, Koi, KoiWarning
 from resume_toys import (
     Lines,
     Stateful,
@@ -14,7 +16,7 @@ from resume_toys import (
     stops_after,
     uninterrupted,
 )
-from toys import assert_same, small_net, snapshot
+from toys import Regressions, assert_same, small_net, snapshot
 
 
 def test_nothing_to_resume_starts_from_the_beginning(tmp_path):
@@ -132,3 +134,24 @@ def test_arguments_that_make_no_sense(arguments, tmp_path):
         arguments = {"checkpoint_every": 0, "checkpoint_dir": tmp_path}
     with pytest.raises(ConfigurationError, match=r"checkpoint_dir|checkpoint_every = 0"):
         learner(net(), {}, False).train(Lines(), **arguments)
+
+
+NAMES = ["history.f64", "best.safetensors", "begun.jsonl", "iteration-000000002.safetensors"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("content", ["", "precious", None])
+def test_nothing_is_written_through_a_link(name, content, tmp_path):
+    """To a file that has nothing in it yet, or is not there, neither."""
+    precious, folder = tmp_path / "precious", tmp_path / "folder"
+    constant = {"meta_step_size": 0.5, "seed": 0}
+    Koi(small_net(), num_iterations=1, **constant).train(Regressions(), checkpoint_dir=folder)
+    if content is not None:
+        precious.write_text(content)
+    (folder / name).symlink_to(precious)
+    koi = Koi(small_net(), num_iterations=2, **constant)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KoiWarning)  # of a checkpoint that cannot be read
+        with pytest.raises(CheckpointError, match=f"{name} is a link, and Koi writes through none"):
+            koi.train(Regressions(), checkpoint_dir=folder, resume=True)
+    assert (precious.read_text() if precious.exists() else None) == content

@@ -83,6 +83,12 @@ class TestContent:
             storage.write(tmp_path / "file", {"a": {"b": [0, value]}})
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+    def test_quantised_tensors_are_refused(self, tmp_path):
+        tensor = torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)
+        with pytest.raises(CheckpointError, match=r"cannot hold odd, of type torch\.qint8 tensor"):
+            storage.write(tmp_path / "file", {"odd": tensor})
+
     def test_file_is_a_safetensors_file(self, tmp_path):
         koi = trained(inner_optimizer="adam")
         koi.save(tmp_path / "koi.safetensors")

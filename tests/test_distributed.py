@@ -231,6 +231,15 @@ class TestTrouble:
         assert_close(ended[0].phi, ended[1].phi, tolerance=0)
         assert [path.name for path in tmp_path.iterdir()] == ["iteration-000000003.safetensors"]
 
+    @pytest.mark.parametrize("victim", [0, 1])
+    def test_sigterm_where_a_save_is_due(self, victim, on_ranks, tmp_path):
+        """They all finish one more; the one that it came to left alone."""
+        arguments = ("callback, SIGTERM", victim, 2, tmp_path, {"seed": 0}, 1)
+        for end in on_ranks(2, rank_troubles.in_trouble, *arguments):
+            assert (end.iteration, end.error, end.code) == (4, "SystemExit", 143)
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == [f"iteration-{number:09d}.safetensors" for number in (3, 4)]
+
     def test_rank_that_hangs(self, on_ranks, tmp_path):
         """It ends in a timeout with its name; where it wakes up, it finds the others gone."""
         settings = {"seed": 0, "vectorize": False}  # of which no step takes seconds

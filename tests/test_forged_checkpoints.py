@@ -55,6 +55,7 @@ FORGED = [
     ("adam", "settings", {3: 4}),
     ("adam", "inner_optimizer", {}),
     ("adam", "inner_optimizer.class", 3),
+    *(("adam", f"inner_optimizer.betas.{i}", torch.zeros(3)) for i in (0, 1)),
     ("adam", "history.rows", torch.zeros(3, 9)),
     ("adam", "history.rows", torch.full((3, 9), math.nan)),
     ("adam", "history.rows", torch.zeros(3, 9).long()),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from koi import CheckpointError, Koi, memory, storage
+from koi.training import frozen
 from toys import Regressions, assert_same, snapshot
 
 SETTINGS = {"step_size": 0.1, "num_steps": 2, "num_iterations": 4, "seed": 0}
@@ -150,3 +151,19 @@ class TestCost:
         model.load_state_dict(before)
         with pytest.raises(CheckpointError, match=r"the frozen parameters 0\.weight had"):
             Koi.load(newest, model)
+
+
+class Wraps(torch.Tensor):
+    """Has its values elsewhere, as quantised weights have."""
+
+    @staticmethod
+    def __new__(cls):
+        return torch.Tensor._make_wrapper_subclass(cls, (2,))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, *_):
+        raise AssertionError(f"{function} was asked of it")
+
+
+def test_what_wraps_other_tensors_has_no_digest():
+    assert list(frozen.digests({"plain": torch.zeros(2), "wraps": Wraps()})) == ["plain"]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -152,6 +153,19 @@ def test_modules(name):
     torch.testing.assert_close(net(input), expected)
     replaced = {"forward", "_conv_forward"} & vars(net[0]).keys()
     assert replaced == ({PRODUCTS[name]} if name in PRODUCTS else set())
+
+
+@pytest.mark.parametrize(("together", "calls"), [(False, 1), (True, 2)])
+def test_large_images_of_one_task_are_left_to_torch(together, calls, monkeypatch):
+    """Their patches would leave the cache before they are multiplied."""
+    gathered = Mock(wraps=patches_product)
+    monkeypatch.setattr("koi.inner.compiled.layers.patches_product", gathered)
+    net = nn.Conv2d(4, 2, 3, padding=1)
+    layers_as_products(net, together=together)
+    for input in torch.randn(5, 4, 30, 30), torch.randn(5, 4, 60, 60):
+        expected = F.conv2d(input, net.weight, net.bias, padding=1)
+        torch.testing.assert_close(net(input), expected)
+    assert gathered.call_count == calls
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -1,14 +1,19 @@
 """Private names of torch: one file has them, and Koi does without each."""
 
 import ast
+import gc
+import operator
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.codecache
 import torch._inductor.codegen.cpp
+import torch._inductor.graph
 import torch._inductor.sizevars
+import torch._inductor.utils
 
 from engine_toys import Fits, assert_agree, mlp, trained
 from koi import ConfigurationError, EngineError, Koi
@@ -91,13 +96,44 @@ def test_what_takes_long_says_so(monkeypatch, caplog):
 def test_a_quick_build_is_over_when_it_ends():
     """What others compile is built as they expect."""
     builder, sizes = torch._inductor.cpp_builder, torch._inductor.sizevars
-    flags, sympy = builder._get_optimization_cflags, sizes.sympy
-    with torch_internals.quick_build():
+    places = [
+        (builder, "_get_optimization_cflags"),
+        (sizes, "sympy"),
+        (torch._inductor.graph.GraphLowering, "run_node"),
+        (torch._inductor.graph.GraphLowering, "register_users_of"),
+        (torch._inductor.cpu_vec_isa, "valid_vec_isa_list"),
+        (torch._inductor.codecache, "_worker_compile_cpp"),
+    ]
+    before = [getattr(*place) for place in places]
+    with torch_internals.quick_build("cpu"):
+        assert not any(map(operator.is_, before, [getattr(*place) for place in places]))
         assert "O2" in builder._get_optimization_cflags("g++")[0]
         x, y = sizes.sympy.symbols("x y")
         assert sizes.sympy.simplify(49 * (x + 1) + y - (49 * x + y)) == 49
         assert sizes.sympy.gcd(4, 6) == 2
-    assert (builder._get_optimization_cflags, sizes.sympy) == (flags, sympy)
+        assert not gc.isenabled()
+    assert all(map(operator.is_, before, [getattr(*place) for place in places]))
+    assert gc.isenabled()
+
+
+def test_what_is_read_is_computed_before_it_is_overwritten():
+    """Before, in another order than it is overwritten, and after that again."""
+
+    def step(x, y):
+        double, backwards = 2 * x, x.flip(0)
+        y.copy_(double.sqrt())
+        x.copy_(backwards)
+        return double + 1, x * y
+
+    def given():
+        return torch.arange(1.0, 20.0), torch.zeros(19)
+
+    ours, plain = given(), given()
+    fresh = torch._inductor.utils.fresh_cache()
+    with fresh, torch_internals.quick_build("cpu"):
+        found = torch.compile(step, fullgraph=True)(*ours)
+    for got, expected in zip((*found, *ours), (*step(*plain), *plain), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 class TestMissing:
@@ -114,7 +150,9 @@ class TestMissing:
         assert torch_internals.without_lookup(function) is None
         monkeypatch.delattr(torch._inductor.cpp_builder, "_get_optimization_cflags")
         monkeypatch.delattr(torch._inductor.sizevars, "sympy")
-        with torch_internals.kernels_apart(), torch_internals.quick_build():
+        monkeypatch.delattr(torch._inductor.graph.GraphLowering, "register_users_of")
+        monkeypatch.delattr(torch._inductor.codecache, "_worker_compile_cpp")
+        with torch_internals.kernels_apart(), torch_internals.quick_build("cpu"):
             pass
         torch_internals.at_fixed_address(torch.zeros(1))
         assert torch_internals.options_of("reduce-overhead") == {"triton.cudagraphs": True}

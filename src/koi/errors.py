@@ -99,8 +99,10 @@ def is_end(error: BaseException) -> bool:
 def annotate(error: BaseException, note: str) -> None:
     """Tell where ``error`` happened without changing its type, so that users can still catch it.
 
-    Koi's own errors say it in their message; others get a note.
+    Koi's own errors say it in their message; others get a note; either once.
     """
+    if f"({note})" in str(error) or note in getattr(error, "__notes__", ()):
+        return
     if isinstance(error, KoiError):
         error.args = (f"{error} ({note})",)
     elif hasattr(error, "add_note"):

@@ -16,6 +16,7 @@ from koi.engines import Engines, Ready
 from koi.errors import ConfigurationError
 from koi.phi.outcome import Outcome
 from koi.phi.schedules import value_at
+from koi.phi.shards import in_words
 from koi.phi.update import MetaUpdate, Moved
 from koi.randomness import Place, alone, preserved_generators
 from koi.ranks.group import Ranks
@@ -201,16 +202,18 @@ class Koi(Adapting):
             logged = log_dir if ranks.first else None
             log = Log(logged, state, total, resume, saver.first_line)
         with bar, self._interrupts, ranks.training(update.phi), saver, log, draws:
-            start.let_go(state, saves=saver.saves)
-            duties.catch_up(bar)
+            with ranks.in_step():
+                start.let_go(state, saves=saver.saves)
+                duties.catch_up(bar)
             while state.iteration < self.settings.num_iterations:
                 if ranks.ending or validation.exhausted:
                     break
-                saver.before_iteration()
-                with alone():
-                    ready = self._ready(ready)  # a callback may have changed anything
-                    self._meta_iteration(draws, ready, watch, ranks, duties.new())
-                duties.do(bar)
+                with ranks.in_step():
+                    saver.before_iteration()
+                    with alone():
+                        ready = self._ready(ready)  # a callback may have changed anything
+                        self._meta_iteration(draws, ready, watch, ranks, duties.new())
+                    duties.do(bar)
                 log.after_iteration(saver.due)
                 saver.after_iteration()
         validation.finish()
@@ -314,6 +317,7 @@ class Koi(Adapting):
         device, carry = self._phi(ready, settings).params[0].device, settings.inner_state == "carry"
         shards = ready.inner.learned.shards
         alike = settings.in_words() | ({} if validation is None else validation.in_words())
+        alike |= in_words(self.model) | ({} if folder is None else folder.in_words())
         ranks = Ranks(device, settings.meta_batch_size, carry, self._interrupts, alike, shards)
         start.begin(self, self._state, tasks, callbacks, folder, resume, ranks)
         if self._state.pending is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from koi.inner.vectorized import VectorizedEngine
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
 from koi.randomness import Place, capture, restore
-from koi.tasks import TaskBatch, has_own_loop, is_tensor_task
+from koi.tasks import TaskBatch, has_own_loop, is_tensor_task, tensors_of
 
 log = logging.getLogger("koi")
 Result = TypeVar("Result")
@@ -29,6 +29,10 @@ Result = TypeVar("Result")
 # and with more parameters than these the weights of all tasks leave the cache: twice as long.
 _FEW_TASKS = 2
 _MOST_PARAMETERS = 2**17
+# Compiled, up to so many numbers of a task times parameters it is its calls that take the time.
+_MOST_WORK = 2**27
+# Gathered, the patches of an image of more numbers leave the cache.
+_LARGE_IMAGE = 2**12
 
 
 class Dispatch:
@@ -108,7 +112,8 @@ class Dispatch:
         if not possible or self._together in self.refused:
             return self._one_by_one
         compiled, num_tasks = bool(self._compile), len(batch)
-        why = why_one_by_one(self._model, self._inner, num_tasks, compiled=compiled)
+        task = batch.example
+        why = why_one_by_one(self._model, self._inner, task, num_tasks, compiled=compiled)
         form = self._one_by_one if why else self._together
         if form not in self._told:
             self._told.add(form)
@@ -192,7 +197,7 @@ class Dispatch:
 
 
 def why_one_by_one(
-    model: nn.Module, inner: InnerLoop, num_tasks: int, *, compiled: bool
+    model: nn.Module, inner: InnerLoop, task: Any, num_tasks: int, *, compiled: bool
 ) -> str | None:
     """Return why tasks that could run all at once are faster one by one; None where they are not.
 
@@ -202,14 +207,18 @@ def why_one_by_one(
     if params[0].device.type != "cpu":
         return None
     kinds = {type(part) for part in model.modules()}
+    data, size = tensors_of(task).values(), sum(param.numel() for param in params)
+    if nn.Conv2d in kinds and any(t.dim() > 3 and t[:1].numel() > _LARGE_IMAGE for t in data):
+        return "torch's convolution of images as large as these takes one task at a time"
     if compiled:
+        if nn.Conv2d not in kinds and size * sum(t.numel() for t in data) > _MOST_WORK:
+            return "each task is work enough"
         alone = nn.Conv2d in kinds and torch.get_num_threads() == 1
         return (
             "on one thread a task's convolutions keep its patches in the cache" if alone else None
         )
     if num_tasks <= _FEW_TASKS:
         return f"{num_tasks} tasks at once take longer"
-    size = sum(param.numel() for param in params)
     if size > _MOST_PARAMETERS:
         return f"with {size:,} parameters each task is work enough"
     # torch's kernel of a whole sequence, which cannot be mapped, is near the processor's rate; it

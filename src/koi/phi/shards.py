@@ -81,6 +81,15 @@ class Shards:
         return summed
 
 
+def in_words(module: nn.Module) -> dict[str, str]:
+    """Return what must be the same on all ranks for their shards to fit together."""
+    parts = [name or "the whole" for name, part in module.named_modules() if _is_fsdp(part)]
+    if not parts:
+        return {"model": "whole"}
+    shapes = {f"shape of {name}": str(tuple(p.shape)) for name, p in module.named_parameters()}
+    return {"model": f"in shards, by fully_shard of {', '.join(parts)}"} | shapes
+
+
 def settle(module: nn.Module, after_error: bool = False) -> None:
     """Let a module that is sharded have its shards, as after a forward pass alone it has not.
 

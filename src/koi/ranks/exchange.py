@@ -176,8 +176,9 @@ def digest_of(phi: Phi) -> tuple[int, ...]:
 def error_of(rank: int, name: str, text: str) -> Exception:
     """Return what the other ranks raise: Koi's own error, if it was one."""
     kind = getattr(errors, name, None)
+    where = "" if " (on rank " in text else f" (on rank {rank})"  # or it was heard of before
     if kind is ConfigurationError:
-        return ConfigurationError([f"{text} (on rank {rank})"])
+        return ConfigurationError([f"{text}{where}"])
     if isinstance(kind, type) and issubclass(kind, KoiError):
-        return kind(f"{text} (on rank {rank})")
+        return kind(f"{text}{where}")
     return RankError(f"rank {rank} has stopped, φ is as it was before: {name}: {text}")

@@ -11,14 +11,11 @@ none waits for it in vain, and all stop at the same φ.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,71 +27,11 @@ from koi.phi.outcome import Outcome, Phi
 from koi.phi.shards import Shards
 from koi.ranks.exchange import Buffer, Form, digest_of, error_of, share
 from koi.ranks.grid import Grid
-from koi.ranks.presence import Presence, gathered, patience
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
+from koi.ranks.joining import join
+from koi.ranks.presence import Presence
 
 Result = TypeVar("Result")
 log = logging.getLogger("koi")
-
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def join(device: torch.device) -> bool:
-    """Return whether this process is one of several, making the group that torchrun asks for."""
-    if not dist.is_available():
-        return False
-    if not dist.is_initialized():
-        if not all(name in os.environ for name in _LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
-            return False
-        from torch.distributed.rendezvous import rendezvous
-
-        try:
-            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=patience())))
-        except dist.DistError as error:
-            raise RankError(
-                f"the ranks cannot find each other ({error}): has one ended before koi.train?"
-            ) from error
-        dist.init_process_group(
-            # by itself torch takes NCCL for the GPU, gloo for what is on the CPU
-            "gloo" if device.type == "cpu" else None,
-            store=of_this_attempt(store, rank, size),
-            rank=rank,
-            world_size=size,
-        )
-        atexit.register(_leave)
-    return dist.get_world_size() > 1
-
-
-def of_this_attempt(store: Store, rank: int, size: int) -> Store:
-    """Return a part of ``store`` that is new to all ranks.
-
-    torchrun's store outlives its restarts, and processes would find in it the addresses of those
-    that have ended (pytorch/pytorch#135712). So each rank says hello under a name that was never
-    used, which only a rank 0 that is alive can answer, and confirms what it was told.
-    """
-    from torch.distributed.distributed_c10d import PrefixStore, default_pg_timeout
-
-    name = f"koi/{uuid.uuid4()}"
-    if rank > 0:
-        store.set(f"koi/hello/{rank}", name)
-        gathered(store, lambda _: name, [0], lambda _: None)
-        name = store.get(name).decode()
-        store.set(f"{name}/{rank}", "")
-
-    def answer(other: int) -> None:
-        if store.check([f"koi/hello/{other}"]):  # of this attempt, or of an earlier one
-            store.set(store.get(f"koi/hello/{other}").decode(), name)
-
-    gathered(store, lambda other: f"{name}/{other}", range(1, size if rank == 0 else 1), answer)
-    store.set_timeout(default_pg_timeout)
-    return PrefixStore(name, store)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Holding(Protocol):
@@ -256,8 +193,8 @@ class Ranks:
         return outcome
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
-        """Raise an error of the block on all ranks, on whichever it was."""
+    def agreed(self, ends: bool = True) -> Iterator[None]:
+        """Raise an error of the block on all ranks; ``ends``: and training ends with it."""
         if self.size == 1:
             yield
             return
@@ -265,7 +202,30 @@ class Ranks:
             yield
         except BaseException as error:
             self._error = error
-        self._hear()
+        self._hear(ends)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Raise an error of the block, or Ctrl-C, on all ranks, where φ is sharded.
+
+        A rank that went on alone would wait for the others' shards.
+        """
+        presence, shards = self._presence, self.shards
+        if presence is None or shards is None:
+            yield
+            return
+        try:
+            with self._interrupts.held():
+                yield
+        except BaseException as error:
+            if self._over:
+                raise
+            self._error = error
+        with self._interrupts.held():
+            self._look_at_group(presence, shards.ranks)
+            grid, failing = self.grid, self._error is not None
+            if grid is not None and self._together(lambda: grid.any(failing))[0]:
+                self._hear()
 
     def from_first(self, content: bytes) -> bytes:
         """Return what rank 0 gave here, sent in pieces, so that only pieces are copied."""
@@ -273,6 +233,10 @@ class Ranks:
         for start in range(0, size, memory.PIECE):
             parts.append(self._from_first(content[start : start + memory.PIECE]))
         return content if self.first else b"".join(parts)
+
+    def values(self, value: Result) -> list[Result]:
+        """Return what each rank gave here; all must come to it."""
+        return self._all(value) if self.size > 1 else [value]
 
     def value_of_first(self, value: Result) -> Result:
         """Return what rank 0 gave here; all must come to it."""
@@ -337,14 +301,14 @@ class Ranks:
             self._buffer = buffer
         return buffer
 
-    def _hear(self) -> None:
+    def _hear(self, ends: bool = True) -> None:
         """Raise the error of this rank or, with the same meaning, that of another one."""
         own, self._error = self._error, None
         told = self._all(None if own is None else (type(own).__name__, str(own)))
         failed = [(rank, *text) for rank, text in enumerate(told) if text is not None]
         if not failed:
             return
-        self._over = True
+        self._over = ends
         if own is not None:
             annotate(own, f"on rank {self.rank}")
             raise own

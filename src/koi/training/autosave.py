@@ -93,14 +93,19 @@ class Autosave:
         """Save where that is due, and let a SIGTERM do what it does."""
         if self.due:
             self._save()
-            if self._ranks.stopping:
+            if self._ranks.stopping:  # as all have agreed
                 self._termination.request()
-            self._termination.let_through()
+                self._termination.let_through()
 
     def _save(self) -> None:
         """Write the file of this iteration, unless it is there, and remove what is too old."""
         folder, number = self._folder, self._state.iteration
-        if folder is None or (number == folder.newest and self._state.owed == folder.owed):
+        if folder is None:
+            return
+        is_there = number == folder.newest and self._state.owed == folder.owed
+        if self._ranks.shards is not None:  # what is owed may differ
+            is_there = self._ranks.value_of_first(is_there)
+        if is_there:
             return
         with uninterrupted():
             folder.save(self._koi, self._state, number)

@@ -33,12 +33,14 @@ class Folder:
     """
 
     _suffix = ".safetensors"
+    _other_suffix, _kind, _other_kind = ".shards", "whole", "sharded"
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = Lock(path)
         self.past = Past(path / NAME)
         self._damaged: set[int] = set()
+        self._asked: dict[str, str] = {}
         self.newest: int | None = None  # read or written in this training
         self.owed: Owed | None = None  # by what is in it
 
@@ -56,14 +58,21 @@ class Folder:
             raise ConfigurationError([f"{name} was given without checkpoint_dir: give both"])
         if every is not None:
             check_count("checkpoint_every", every)
-        # a callback may change the current folder
-        return None if path is None else cls(Path(path).absolute())
+        if path is None:
+            return None
+        folder = cls(Path(path).absolute())  # a callback may change the current folder
+        folder._asked = {"checkpoint_every": str(every), "resume": str(resume)}
+        return folder
 
     def __enter__(self) -> Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def in_words(self) -> dict[str, str]:
+        """Return what all ranks must have been given alike."""
+        return {}
 
     @property
     def first_line(self) -> Path | None:
@@ -83,8 +92,11 @@ class Folder:
         """Make the folder, lock it and try to write there.
 
         Raises:
-            CheckpointError: it cannot be used, or another training uses it.
+            CheckpointError: it cannot be used, another training uses it, or a link lies there in
+                the place of a file that Koi writes.
         """
+        for name in (NAME, self.best.name, _BEGUN):
+            self._check_no_link(self._path / name)
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             self._lock.take()
@@ -96,6 +108,12 @@ class Folder:
                 f"checkpoint_dir {self._path} cannot be written to ({error.strerror or error}): "
                 "choose another folder"
             ) from error
+        if any(self._path.glob(f"iteration-*{self._other_suffix}")):
+            raise CheckpointError(
+                f"checkpoint_dir {self._path} holds checkpoints of a model that is "
+                f"{self._other_kind}, and this one is {self._kind}: choose another folder, or make "
+                "the model as it was"
+            )
 
     def check_unused(self, iteration: int) -> None:
         """Check that a learner of so many meta-iterations would overwrite nothing.
@@ -114,8 +132,9 @@ class Folder:
         """Write the file of a learner with so many meta-iterations behind it.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: it cannot be written, or is a link.
         """
+        self._check_no_link(self.file(number))
         checkpoint.save(koi, state, self.file(number), self.past)
 
     def read(self, _: Configured, number: int) -> Saved:
@@ -161,6 +180,14 @@ class Folder:
                 old = self._number_of(path) is not None and path.name not in kept
                 if begun or old or path.name == _BEGUN:
                     self._remove(path)
+
+    def _check_no_link(self, path: Path) -> None:
+        """Check that what is written there stays in the folder."""
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link, and Koi writes through none among checkpoints: put the file "
+                "itself there, or make the whole folder a link"
+            )
 
     def _remove(self, path: Path) -> None:
         path.unlink()

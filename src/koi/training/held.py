@@ -63,7 +63,11 @@ _optimizer = allowed.that(
     lambda value: (
         isinstance(value, Mapping)
         and isinstance(value.get("class"), str)
-        and not any(isinstance(each, Tensor | list | Mapping) for each in value.values())
+        and all(
+            isinstance(part, bool | int | float | str | None)
+            for each in value.values()
+            for part in (each if isinstance(each, tuple) else (each,))
+        )
     ),
     "the arguments of an optimizer and its class",
 )

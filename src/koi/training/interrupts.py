@@ -20,7 +20,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._before: Any = None
-        self._holding = False
+        self._holding = 0  # blocks, one within the other
         self._missed: tuple[int, FrameType | None] | None = None
 
     def __enter__(self) -> Interrupts:
@@ -40,12 +40,12 @@ class Interrupts:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Let the block finish before an interrupt is handled."""
-        self._holding = True
+        self._holding += 1
         try:
             yield
         finally:
-            self._holding = False
-            if self._missed is not None:
+            self._holding -= 1
+            if not self._holding and self._missed is not None:
                 missed, self._missed = self._missed, None
                 self._handle(*missed)
 

@@ -160,7 +160,7 @@ class CompiledEngine:
 
     def _prepare(self, module: nn.Module) -> None:
         if self.device.type == "cpu":
-            layers_as_products(module)
+            layers_as_products(module, together=self.together)
         if self.together:
             map_normalisation(module, self.inner.autocast is not None, join=False)
         map_recurrence(module, kernel=False)

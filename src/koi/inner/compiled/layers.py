@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,15 @@ from torch.nn import functional as F
 
 from koi.inner.checks.granted import is_torchs_own
 
+# Patches of more numbers leave the cache between being gathered and being multiplied.
+_MOST_PATCHES = 2**19
 
-def layers_as_products(module: nn.Module) -> None:
+
+def layers_as_products(module: nn.Module, *, together: bool = False) -> None:
     """Make the linear layers and plain 2-d convolutions of ``module``, a copy, those below.
 
-    Grouped, dilated and otherwise padded convolutions stay as they are.
+    Grouped, dilated and otherwise padded convolutions stay as they are, and of one task those of
+    large images: of all tasks ``together`` torch has only a slow one.
     """
     layer: Any
     for layer in module.modules():
@@ -29,10 +34,15 @@ def layers_as_products(module: nn.Module) -> None:
             and layer.padding_mode == "zeros"
             and not isinstance(layer.padding, str)
         ):
-            layer._conv_forward = partial(_convolution, layer)
+            layer._conv_forward = partial(_convolution, layer, together)
 
 
-def _convolution(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolution(
+    layer: Any, together: bool, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    patches = input.numel() // math.prod(layer.stride) * math.prod(layer.kernel_size)
+    if not together and patches > _MOST_PATCHES:
+        return F.conv2d(input, weight, bias, layer.stride, layer.padding)
     input, weight = _lowered(input, weight)
     return patches_product(input, weight, bias, layer.stride, layer.padding)
 
