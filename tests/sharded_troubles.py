@@ -55,6 +55,16 @@ def train(folder, callbacks=(), tasks=None, every=1, resume=True, **settings):
     return Ended(type(error).__name__, text, koi.iteration, whole(koi.model), seen)
 
 
+def evaluates_alone(rank, victim, folder):
+    """Let a callback evaluate on one rank only, and others on all; then go on."""
+
+    def evaluate(koi, record):
+        if record.iteration != 1 or rank == victim:
+            koi.evaluate(Regressions(), num_tasks=2)
+
+    return train(folder, [evaluate]), train(folder, [lambda koi, record: None])
+
+
 def in_a_callback(rank, trouble, victim, folder):
     """Let a callback meet with trouble on one rank; then go on."""
 

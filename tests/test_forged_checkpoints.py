@@ -86,6 +86,7 @@ FORGED = [
     ("meta-adam", "meta_state.param_groups.0.weight_decay", 10**30),
     ("meta-adam", "meta_state.param_groups.0.weight_decay", -(10**400)),
     ("meta-sgd", "meta_state.param_groups.0.momentum", 2**64),
+    ("meta-sgd", "meta_state.param_groups.0.dampening", torch.zeros(3)),
     ("meta-adam", "meta_state.state.0.step", 10**400),
     ("meta-adam", "meta_state.state.0.exp_avg", torch.zeros(4, 3, dtype=torch.float64)),
     ("meta-sgd", "meta_state.state.0.momentum_buffer", torch.zeros(4, 3, dtype=torch.float64)),

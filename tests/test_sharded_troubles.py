@@ -46,6 +46,17 @@ def test_callback(trouble, own, others, text, iteration, victim, on_ranks, untro
     assert_goes_on(ended, again, iteration, untroubled)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_evaluation_on_one_rank_alone(victim, on_ranks, untroubled, tmp_path):
+    found = on_ranks(2, sharded_troubles.evaluates_alone, victim, tmp_path, patience=30)
+    ended, again = zip(*found, strict=True)
+    for end in ended:
+        assert end.error == "RankError"
+        assert "call koi.evaluate and koi.measure on all of them" in end.text
+        assert f"on rank {victim}" in end.text
+    assert_goes_on(ended, again, 2, untroubled)
+
+
 @pytest.mark.parametrize(
     ("trouble", "own", "others"),
     [("NaN", "NonFiniteError", "NonFiniteError"), ("Ctrl-C", "KeyboardInterrupt", "RankError")],

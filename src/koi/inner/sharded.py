@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from koi.errors import ConfigurationError, EngineError
+from koi.errors import ConfigurationError, EngineError, RankError
 from koi.inner.base import InnerLoop, Metric, finite_tasks
 from koi.inner.eager import EagerEngine, Kept
 from koi.inner.optimizers.bound import bound_optimizer
@@ -81,6 +81,7 @@ class ShardedEngine(EagerEngine):
 
     def evaluate(self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place) -> Tensor:
         """Return each task's query loss before and after each step."""
+        self._meet()
         run = super().evaluate
         return self._aside(phi, lambda start: run(start, batch, num_steps, place))
 
@@ -88,6 +89,7 @@ class ShardedEngine(EagerEngine):
         self, phi: Phi, batch: TaskBatch, num_steps: int, place: Place, metric: Metric
     ) -> Tensors:
         """Return ``metric(adapted module, task)`` of each task that is not skipped."""
+        self._meet()
         run = super().measure
         return self._aside(phi, lambda start: run(start, batch, num_steps, place, metric))
 
@@ -127,6 +129,18 @@ class ShardedEngine(EagerEngine):
         distance = square**0.5
         kept = finite_tasks([losses], [distance], number, place, self.inner.skip_nonfinite)
         return Kept([losses] if kept else [], distance)
+
+    def _meet(self) -> None:
+        """Wait for the other ranks of the group, without which there are no layers.
+
+        Raises:
+            RankError: in a training they go on without it.
+        """
+        if self._shards.all_evaluate(True, self.params[0].device) is None:
+            raise RankError(
+                "some ranks of a task group evaluate or measure and others do not, where each has "
+                "but a part of φ: call koi.evaluate and koi.measure on all of them"
+            )
 
     def _aside(self, phi: Phi, work: Callable[[Phi], Result]) -> Result:
         """Do the work from a copy of φ, and put that back."""

@@ -70,9 +70,22 @@ class Shards:
         Raises:
             RankError: one of them cannot be reached.
         """
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def all_evaluate(self, evaluates: bool, device: torch.device) -> bool | None:
+        """Return whether the ranks are to evaluate; None: some of them are, and others go on.
+
+        Raises:
+            RankError: one of them cannot be reached.
+        """
+        flags = torch.tensor([evaluates, not evaluates], dtype=torch.int32, device=device)
+        some, others = self._reduced(flags, dist.ReduceOp.MAX).tolist()
+        return None if some and others else bool(some)
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
         summed = values.clone()
         try:
-            dist.all_reduce(summed, group=self.group)
+            dist.all_reduce(summed, how, group=self.group)
         except RuntimeError as error:
             raise RankError(
                 f"not all of the ranks {self.ranks}, which hold the shards of φ, can be reached "

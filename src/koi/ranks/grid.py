@@ -24,6 +24,7 @@ class Grid:
         size: how many task groups there are.
         column: the process group of the ranks with the same rows of φ, one of each task group.
         source: the first of them.
+        device: where φ is.
 
     Raises:
         ConfigurationError: not all ranks hold shards, or in groups of different size.
@@ -42,7 +43,7 @@ class Grid:
                     f"{len(rows)}: every rank must be in one group, and all groups of one size"
                 ]
             )
-        self.number, self.size, self._device = groups.index(shards.ranks), len(groups), device
+        self.number, self.size, self.device = groups.index(shards.ranks), len(groups), device
         for column in zip(*groups, strict=True):
             group = dist.new_group(list(column))
             if dist.get_rank() in column:
@@ -50,7 +51,7 @@ class Grid:
 
     def any(self, *flags: bool) -> list[bool]:
         """Return which of the flags are set on any rank."""
-        values = torch.tensor(flags, dtype=torch.int32, device=self._device)
+        values = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return [flag > 0 for flag in values.tolist()]
 

@@ -224,7 +224,10 @@ class Ranks:
         with self._interrupts.held():
             self._look_at_group(presence, shards.ranks)
             grid, failing = self.grid, self._error is not None
-            if grid is not None and self._together(lambda: grid.any(failing))[0]:
+            assert grid is not None
+            while shards.all_evaluate(False, grid.device) is None:
+                pass  # whoever evaluates alone is told so, and comes here
+            if self._together(lambda: grid.any(failing))[0]:
                 self._hear()
 
     def from_first(self, content: bytes) -> bytes:

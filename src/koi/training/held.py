@@ -370,6 +370,8 @@ def _is_other(default: Any, value: Any) -> bool:
         return not (value is None or isinstance(value, bool))
     if isinstance(value, int) and abs(value) >= 2**63:  # of which torch makes no number
         return True
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return True
     number = isinstance(default, int | float | Tensor)
     return number and (isinstance(value, bool) or not isinstance(value, int | float | Tensor))
 
