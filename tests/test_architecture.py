@@ -217,7 +217,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_import_koi_is_light() -> None:
+def test_import_koi_is_light_and_training_loads_no_compiler() -> None:
     heavy = {
         "PIL",
         "jax",
@@ -233,15 +233,33 @@ def test_import_koi_is_light() -> None:
         "koi.lab",
         "koi.recipes",
     }
-    loaded = set(run_python("import sys, koi; print(*sys.modules)").split())
-    assert "koi" in loaded
-    assert not loaded & heavy
+    code = (
+        "import sys, koi\n"
+        "print(*sys.modules)\n"
+        "import torch, koi.problems\n"
+        "for vectorize in (False, True):\n"
+        "    koi.Koi(torch.nn.Linear(1, 1), num_iterations=1, meta_batch_size=2, "
+        "vectorize=vectorize).train(koi.problems.Lines())\n"
+        "print(*sys.modules)"
+    )
+    imported, trained = (set(line.split()) for line in run_python(code).splitlines())
+    assert "koi" in imported
+    assert not imported & heavy
+    assert not {name for name in trained if name.startswith("koi.inner.compiled.")}
+    assert "torch._inductor.compile_fx" not in trained
 
 
-def test_import_koi_works_without_what_extras_bring() -> None:
+def test_koi_works_without_what_extras_bring(tmp_path: Path) -> None:
     """As after `pip install koi-x`: torch runs without NumPy, and so does Koi."""
-    extras = "numpy=None, PIL=None, pooch=None"
-    run_python(f"import sys; sys.modules.update({extras}); import koi, koi.models, koi.problems")
+    run_python(
+        "import sys; sys.modules.update(numpy=None, PIL=None, pooch=None)\n"
+        "import koi, koi.models, koi.problems, torch\n"
+        "learner, path = koi.Koi(torch.nn.Linear(2, 1)), "
+        f"{str(tmp_path / 'koi')!r}\n"
+        "learner.save(path)\n"
+        "read = koi.Koi.load(path, torch.nn.Linear(2, 1))\n"
+        "assert torch.equal(read.model.weight, learner.model.weight)"
+    )
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))

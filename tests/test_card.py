@@ -1,6 +1,6 @@
 """The model card, as the Hub's own library reads it."""
 
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_model
 from torch import nn
 
+import forked
 import koi
 from koi import CheckpointError, ConfigurationError, Koi
 from koi.lab.card import model_card
@@ -95,14 +96,10 @@ def test_its_code_runs(tmp_path):
         "    loss = staticmethod(lambda model: model(torch.ones(1, 3)).square().sum())\n"
     )
     after = "print(model[0].weight.tolist(), adapted[0].weight.equal(model[0].weight))"
-    done = subprocess.run(
-        [sys.executable, "-c", task + code + after],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == f"{model[0].weight.tolist()} False"
+    script = tmp_path / "use.py"
+    script.write_text(task + code + after, encoding="utf-8")
+    done = forked.run_script(script, cwd=tmp_path, output=tmp_path, variables={})
+    assert done.stdout.strip() == f"{model[0].weight.tolist()} False", done.stderr
 
 
 def test_the_card_of_a_run(tmp_path):
@@ -151,7 +148,7 @@ def test_what_is_missing_is_named():
     )
 
 
-def test_a_saved_model_loads_without_koi(tmp_path):
+def test_a_saved_model_loads_without_koi(tmp_path, monkeypatch):
     """Into the same class, by torch and safetensors alone."""
     learner = Koi(small_net(), num_iterations=2, num_steps=2)
     learner.train(Regressions())
@@ -159,8 +156,6 @@ def test_a_saved_model_loads_without_koi(tmp_path):
     inputs = torch.randn(4, 3)
     torch.save((inputs, learner(inputs).detach()), tmp_path / "expected.pt")
     code = """
-import sys
-sys.modules["koi"] = None
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -170,4 +165,8 @@ model.load_state_dict(load_file("model.safetensors"))
 inputs, expected = torch.load("expected.pt", weights_only=True)
 assert torch.equal(model(inputs), expected)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    (tmp_path / "use.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "koi"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    runpy.run_path("use.py")

@@ -1,8 +1,6 @@
 """The files: what they hold, refused where they are not right, and nothing in them executed."""
 
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -108,20 +106,6 @@ class TestContent:
         for module, name in [(pickle, "load"), (pickle, "loads"), (torch, "load")]:
             monkeypatch.setattr(module, name, refuse)
         Koi.load(tmp_path / "koi", small_net())
-
-    def test_without_numpy(self, tmp_path):
-        script = """if True:
-            import sys
-            sys.modules["numpy"] = None
-            import torch
-            from koi import Koi
-            koi = Koi(torch.nn.Linear(2, 1))
-            koi.save(sys.argv[1])
-            assert torch.equal(Koi.load(sys.argv[1], torch.nn.Linear(2, 1)).model.weight,
-                               koi.model.weight)
-        """
-        command = [sys.executable, "-W", "ignore", "-c", script, tmp_path / "koi"]
-        subprocess.run(command, check=True)
 
     def test_settings_are_restored(self, tmp_path):
         settings = {

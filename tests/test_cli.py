@@ -1,13 +1,11 @@
 """The command line."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
+import forked
 from koi import Koi
 from koi.lab.cli.commands import app
 from koi.lab.cli.sine import _adapted
@@ -18,8 +16,10 @@ from own_folder_toys import exit_code
 
 def test_sine_prints_its_table_and_draws_its_picture(tmp_path):
     """In a process of its own, as a user types it."""
-    command = [sys.executable, "-m", "koi", "sine", "--iterations", "3", "--tasks", "4"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    script = tmp_path / "script.py"
+    script.write_text("import runpy\nrunpy.run_module('koi', run_name='__main__')\n")
+    arguments = ["sine", "--iterations", "3", "--tasks", "4"]
+    done = forked.run_script(script, *arguments, cwd=tmp_path, output=tmp_path, variables={})
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     steps = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "±" in line]

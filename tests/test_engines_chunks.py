@@ -44,7 +44,7 @@ def one_by_one(net, tasks, **settings):
 @pytest.mark.parametrize("engine", TOGETHER)
 def test_chunks(engine, chunk_size, algorithm, net):
     settings = {"meta_batch_size": 5, "algorithm": algorithm, "inner_optimizer": "adam"}
-    settings["num_iterations"] = 3
+    settings["num_iterations"] = 2
     model, eager = one_by_one(net, TASKS[net], **settings)
     other = trained(engine, model, TASKS[net](), **settings, chunk_size=chunk_size)
     assert_agree(other, eager)

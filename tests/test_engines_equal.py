@@ -42,11 +42,11 @@ TRACED = [
 
 @functools.cache
 def run(engine, algorithm, optimizer, net):
-    """Return the start and a learner after six meta-iterations of two inner steps."""
+    """Return the start and a learner after three meta-iterations of two inner steps."""
     make, shape = NETS[net]
     torch.manual_seed(zlib.crc32(net.encode()))
     start = make()
-    settings = {"num_steps": 2, "num_iterations": 6, "algorithm": algorithm}
+    settings = {"num_steps": 2, "num_iterations": 3, "algorithm": algorithm}
     settings |= OPTIMIZERS[optimizer]
     if algorithm == "maml" and settings["inner_optimizer"] == "adam":
         # Adam's first step is g / (|g| + ε), whose slope at zero is 1 / ε: through that MAML makes

@@ -26,15 +26,20 @@ def pictures(notebook: nbformat.NotebookNode) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_runs(name, tmp_path, monkeypatch):
-    """In its short form, without a word on stderr, showing the pictures that are committed."""
+def test_notebooks_run(tmp_path, monkeypatch):
+    """In their short form, without a word on stderr, showing the pictures that are committed.
+
+    One after the other in one kernel, which loads torch once and is emptied in between.
+    """
     monkeypatch.setenv("KOI_EXAMPLE_SHORT", "1")
-    committed = nbformat.read(FOLDER / name, as_version=4)
-    shown = pictures(committed)
+    together = nbformat.v4.new_notebook()
+    for name in NOTEBOOKS:
+        together.cells += nbformat.read(FOLDER / name, as_version=4).cells
+        together.cells.append(nbformat.v4.new_code_cell("%reset -f"))
+    shown = pictures(together)
     where = {"metadata": {"path": str(tmp_path)}}
     notebook = NotebookClient(
-        committed, kernel_name="python3", timeout=None, resources=where
+        together, kernel_name="python3", timeout=None, resources=where
     ).execute()
     said = [
         output.text

@@ -3,7 +3,6 @@
 import ast
 import gc
 import operator
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,19 +53,6 @@ def test_they_live_in_one_file():
         for name in private_names(ast.parse(path.read_text(encoding="utf-8")))
     }
     assert not found
-
-
-def test_the_compiler_is_not_loaded_before_it_is_asked_for():
-    code = (
-        "import sys, torch, koi, koi.problems\n"
-        "for vectorize in (False, True):\n"
-        "    koi.Koi(torch.nn.Linear(1, 1), num_iterations=1, meta_batch_size=2, "
-        "vectorize=vectorize).train(koi.problems.Lines())\n"
-        "print(*sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {n for n in done.stdout.split() if n.startswith("koi.inner.compiled.")}
-    assert "torch._inductor.compile_fx" not in done.stdout.split()
 
 
 MISSING = [
@@ -174,8 +160,11 @@ class TestMissing:
             torch_internals.options_of("max-autotune")
         assert torch_internals.graph_pass(products=True) == {}
 
+    @pytest.mark.parametrize("how", ["traced", pytest.param("compiled", marks=pytest.mark.slow)])
     @pytest.mark.usefixtures("float64")
-    def test_the_numbers_are_the_same(self):
+    def test_the_numbers_are_the_same(self, how, request):
+        if how == "traced":
+            request.getfixturevalue("traced")
         start, tasks = mlp(), Fits()
         settings = {"num_iterations": 3, "num_steps": 2}
         eager, compiled = (trained(e, start, tasks, **settings) for e in ("eager", "compiled"))
