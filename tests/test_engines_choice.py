@@ -12,6 +12,7 @@ from koi.engines import inner_loop
 from koi.inner.compiled.workers import threads
 from koi.inner.dispatch import why_one_by_one
 from koi.settings import Settings
+from koi.tasks import TaskBatch, stack
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -56,26 +57,28 @@ def test_what_is_faster_one_by_one_is_known_by_its_size(case):
     model, num_tasks, algorithm, reason = CHOICES[case]
     settings = Settings(algorithm=algorithm, num_iterations=1)
     inner = inner_loop(model, settings, None)
-    task = Fits().sample()
-    found = why_one_by_one(model, inner, task, num_tasks, compiled=False)
+    shapes = TaskBatch(tasks=[Fits().sample()]).shapes
+    found = why_one_by_one(model, inner, shapes, num_tasks, compiled=False)
     assert found == reason if reason is None else reason in found
-    assert why_one_by_one(model, inner, task, num_tasks, compiled=True) is None
+    assert why_one_by_one(model, inner, shapes, num_tasks, compiled=True) is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("width", "alone"), [(64, False), (65, True)])
 def test_large_images_run_one_by_one(width, alone, compiled):
-    inner, task = inner_loop(conv(), Settings(), None), Fits((1, 64, width)).sample()
-    with threads(2):
-        why = why_one_by_one(conv(), inner, task, 5, compiled=compiled)
-    assert (why is not None) == alone
+    inner, tasks = inner_loop(conv(), Settings(), None), [Fits((1, 64, width)).sample()] * 5
+    for batch in TaskBatch(tasks=tasks), TaskBatch(stacked=stack(tasks)):
+        with threads(2):
+            why = why_one_by_one(conv(), inner, batch.shapes, 5, compiled=compiled)
+        assert (why is not None) == alone
 
 
 @pytest.mark.parametrize(("width", "alone"), [(80, False), (100, True)])
 def test_compiled_tasks_that_are_work_enough_run_one_by_one(width, alone):
-    model, task = nn.Linear(width, width), Fits((16, width)).sample()
-    why = why_one_by_one(model, inner_loop(model, Settings(), None), task, 5, compiled=True)
-    assert (why is not None) == alone
+    model, tasks = nn.Linear(width, width), [Fits((16, width)).sample()] * 5
+    for batch in TaskBatch(tasks=tasks), TaskBatch(stacked=stack(tasks)):
+        inner = inner_loop(model, Settings(), None)
+        assert (why_one_by_one(model, inner, batch.shapes, 5, compiled=True) is not None) == alone
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -83,7 +86,7 @@ def test_compiled_convolutions_run_one_by_one_on_one_thread(num_threads):
     model = conv()
     inner = inner_loop(model, Settings(), None)
     with threads(num_threads):
-        why = why_one_by_one(model, inner, Fits((1, 4, 4)).sample(), 5, compiled=True)
+        why = why_one_by_one(model, inner, [torch.Size((6, 1, 4, 4))], 5, compiled=True)
     assert (why is not None) == (num_threads == 1)
 
 

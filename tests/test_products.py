@@ -199,6 +199,28 @@ def test_small_products_are_written_out(sizes, remaining):
     torch.testing.assert_close(traced(left, right), products(left, right))
 
 
+SLICES = {
+    "one dimension": (lambda x: x[1:3].sin(), 0),
+    "two": (lambda x: x[:2, 1:].sin(), 0),
+    "several that overlap": (lambda x: x[:2, 1:].sin() + 2 * x[1:, :-1].cos(), 0),
+    "one that is used twice": (lambda x: x[1:][:, 1:].sin(), 0),
+    "every second": (lambda x: x[:, ::2].sin(), 1),
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_gradients_of_slices_are_padded(name):
+    function, remaining = SLICES[name]
+    slope, input = grad(lambda x: function(x).sum()), torch.randn(3, 4)
+    table = torch._decomp.core_aten_decompositions()
+    traced = make_fx(slope, decomposition_table=table, tracing_mode="fake")(input)
+    graph_pass(products=True)["post_grad_custom_pre_pass"](traced.graph)
+    traced.recompile()
+    targets = [node.target for node in traced.graph.nodes]
+    assert targets.count(torch.ops.aten.slice_scatter.default) == remaining
+    torch.testing.assert_close(traced(input), slope(input))
+
+
 # torch warns of itself where a derivative forward is first traced
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("products", [True, False])

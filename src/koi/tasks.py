@@ -254,6 +254,12 @@ class TaskBatch:
         """One of the tasks, or the stack of all: what class they are."""
         return self.stacked if "stacked" in self.__dict__ else self.tasks[0]
 
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the tensors of one of the tasks, whether or not all are stacked."""
+        first = 1 if "stacked" in self.__dict__ else 0
+        return [tensor.shape[first:] for tensor in tensors_of(self.example).values()]
+
     def chunks(self, size: int) -> Iterator[tuple[int, TaskBatch]]:
         """Yield at most ``size`` tasks at a time, with the number of the first of them."""
         for start in range(0, len(self), size):

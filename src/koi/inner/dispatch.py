@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from koi.inner.vectorized import VectorizedEngine
 from koi.phi.arithmetic import Tensors
 from koi.phi.outcome import Outcome, Phi
 from koi.randomness import Place, capture, restore
-from koi.tasks import TaskBatch, has_own_loop, is_tensor_task, tensors_of
+from koi.tasks import TaskBatch, has_own_loop, is_tensor_task
 
 log = logging.getLogger("koi")
 Result = TypeVar("Result")
@@ -112,8 +112,8 @@ class Dispatch:
         if not possible or self._together in self.refused:
             return self._one_by_one
         compiled, num_tasks = bool(self._compile), len(batch)
-        task = batch.example
-        why = why_one_by_one(self._model, self._inner, task, num_tasks, compiled=compiled)
+        shapes = batch.shapes
+        why = why_one_by_one(self._model, self._inner, shapes, num_tasks, compiled=compiled)
         form = self._one_by_one if why else self._together
         if form not in self._told:
             self._told.add(form)
@@ -197,21 +197,28 @@ class Dispatch:
 
 
 def why_one_by_one(
-    model: nn.Module, inner: InnerLoop, task: Any, num_tasks: int, *, compiled: bool
+    model: nn.Module,
+    inner: InnerLoop,
+    shapes: Sequence[torch.Size],
+    num_tasks: int,
+    *,
+    compiled: bool,
 ) -> str | None:
     """Return why tasks that could run all at once are faster one by one; None where they are not.
 
-    On the CPU alone: a GPU is idle with one task.
+    On the CPU alone: a GPU is idle with one task. ``shapes`` are those of the tensors of a task.
     """
     params = inner.learned.params_of(model)
     if params[0].device.type != "cpu":
         return None
     kinds = {type(part) for part in model.modules()}
-    data, size = tensors_of(task).values(), sum(param.numel() for param in params)
-    if nn.Conv2d in kinds and any(t.dim() > 3 and t[:1].numel() > _LARGE_IMAGE for t in data):
+    size = sum(param.numel() for param in params)
+    if nn.Conv2d in kinds and any(
+        len(shape) > 3 and shape[1:].numel() > _LARGE_IMAGE for shape in shapes
+    ):
         return "torch's convolution of images as large as these takes one task at a time"
     if compiled:
-        if nn.Conv2d not in kinds and size * sum(t.numel() for t in data) > _MOST_WORK:
+        if nn.Conv2d not in kinds and size * sum(shape.numel() for shape in shapes) > _MOST_WORK:
             return "each task is work enough"
         alone = nn.Conv2d in kinds and torch.get_num_threads() == 1
         return (

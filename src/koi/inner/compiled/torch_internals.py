@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import math
 import os
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +22,10 @@ import torch
 from torch import Tensor
 
 from koi.errors import ConfigurationError, EngineError
+from koi.inner.compiled import passes
+from koi.inner.compiled.passes import is_small, pad, sum_of_terms, with_memory
 
 _TRIED = (2, 11), (2, 14)  # and what is between
-
-# Measured on the sine net: products with up to 16 terms in a sum gain, those with 25 do not.
-_MOST_TERMS = 16
-_MOST_WORK = 2**16
 
 
 def check_version(compile: bool | str) -> None:
@@ -293,10 +290,8 @@ def options_of(mode: str) -> dict[str, Any]:
 def graph_pass(*, products: bool) -> dict[str, Any]:
     """Return the option with a pass over each graph, before Inductor makes code of it.
 
-    It writes ZeroTensors out as zeros (`with_memory`) and, with ``products``, A B with few terms in
-    each sum as that sum. The gradient of a linear layer's weight is such a product, with a term for
-    each example of a minibatch. As a call of its own it writes the gradient down and the update
-    reads it again; as a sum Σₖ A[:, k] B[k, :] it becomes a part of the update.
+    It writes ZeroTensors out as zeros, slices among zeros as padding and, with ``products``, those
+    with few terms as sums (`koi.inner.compiled.passes`).
 
     Without: no option; small networks are a twentieth to a tenth slower, and nested derivatives end
     the process.
@@ -314,56 +309,18 @@ def graph_pass(*, products: bool) -> dict[str, Any]:
     patterns = PatternMatcherPass()
     pattern = CallFunction([torch.ops.aten.mm.default, torch.ops.aten.bmm.default], Arg(), Arg())
 
-    @register_graph_pattern(pattern, pass_dict=patterns, extra_check=_is_small)
+    @register_graph_pattern(pattern, pass_dict=patterns, extra_check=is_small)
     def write_out(match: Any, left: Any, right: Any) -> None:
         match.replace_by_example(sum_of_terms, [left, right])
 
     class Pass(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
             with_memory(graph)
+            pad(graph)
             if products:
                 patterns.apply(graph)
 
         def uuid(self) -> Any:  # what the compiler's cache knows this pass by
-            return get_hash_for_files((__file__,)) + bytes([products])
+            return get_hash_for_files((__file__, passes.__file__)) + bytes([products])
 
     return {"post_grad_custom_pre_pass": Pass()}
-
-
-def with_memory(graph: torch.fx.Graph) -> None:
-    """Make the ZeroTensors of a graph tensors of zeros.
-
-    Torch gives a tangent that is zero, as in a ``torch.func.jvp`` inside another, as a ZeroTensor,
-    which has no memory. The code that Inductor makes reads it there: the process ended with SIGSEGV
-    (torch 2.11 to 2.13, pytorch/pytorch#190856; docs/tasks.md has it without Koi).
-    """
-    for node in list(graph.nodes):
-        if node.target is torch.ops.aten._efficientzerotensor.default:
-            like = node.meta["val"]
-            form = {"dtype": like.dtype, "device": like.device}
-            with graph.inserting_before(node):
-                zeros = graph.call_function(torch.ops.aten.full.default, (node.args[0], 0), form)
-            zeros.meta.update(node.meta)
-            node.replace_all_uses_with(zeros)
-            graph.erase_node(node)
-
-
-def _is_small(match: Any) -> bool:
-    left, right = (node.meta["val"] for node in match.args)
-    sizes: list[int | torch.SymInt] = [*left.shape[-2:], right.shape[-1]]
-    known = all(isinstance(size, int) for size in sizes)
-    return known and 0 < int(sizes[1]) <= _MOST_TERMS and math.prod(sizes) <= _MOST_WORK
-
-
-def sum_of_terms(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right``, shapes (…, M, K) and (…, K, N), as a sum over K.
-
-    >>> left, right = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
-    >>> torch.allclose(sum_of_terms(left, right), left @ right, atol=1e-6)
-    True
-    """
-    columns, rows = left.unsqueeze(-1).unbind(-2), right.unsqueeze(-3).unbind(-2)
-    total = columns[0] * rows[0]
-    for column, row in zip(columns[1:], rows[1:], strict=True):
-        total = total + column * row
-    return total
