@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import koi
-from engine_toys import assert_agree, trained
+from engine_toys import Fits, assert_agree, conv, trained
 from koi.inner.compiled.layers import layers_as_products, linear_product, patches_product
 from koi.inner.compiled.torch_internals import graph_pass
 
@@ -166,6 +166,16 @@ def test_large_images_of_one_task_are_left_to_torch(together, calls, monkeypatch
         expected = F.conv2d(input, net.weight, net.bias, padding=1)
         torch.testing.assert_close(net(input), expected)
     assert gathered.call_count == calls
+
+
+@pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
+@pytest.mark.usefixtures("float64", "traced")
+def test_training_on_large_images_is_as_without_the_compiler(algorithm, monkeypatch):
+    monkeypatch.setattr("koi.inner.compiled.layers._MOST_PATCHES", 0)
+    settings = {"algorithm": algorithm, "num_iterations": 2, "num_steps": 2}
+    start, tasks = conv(), Fits((1, 4, 4))
+    eager, compiled = (trained(e, start, tasks, **settings) for e in ("eager", "compiled"))
+    assert_agree(compiled, eager)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
