@@ -7,8 +7,8 @@ Each loss sleeps, so that computing takes as long as it is meant to however busy
 Ranks note when they come to the one all-reduce and when they leave it, by a clock that all
 processes of a machine share. Up to the last that comes the others wait, whatever is done about the
 exchange; from then on it is the exchange alone that takes time: no more than this can be hidden.
-Then the same training is run with an exchange in pieces (`async_op=True`), of which
-each travels while the next is weighed and copied.
+Then the same training is run with an exchange in pieces (`async_op=True`), of which each travels
+while the next is weighed and copied.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import io
 import math
 import os
 import platform
@@ -76,6 +77,14 @@ def pieces_of(tensor: Tensor) -> Iterator[memoryview]:
         # not ctypes.string_at, whose size is a C int
         block = ctypes.c_char * part.nbytes
         yield memoryview(block.from_address(part.data_ptr())).cast("B")
+
+
+def checksum(file: io.BufferedIOBase, start: bytes = b"") -> str:
+    """Return the SHA-256 of ``start`` and of what is left of a file, read in pieces."""
+    found = hashlib.sha256(start)
+    while piece := file.read(PIECE):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def digest(*tensors: Tensor, size: int) -> bytes:

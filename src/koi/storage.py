@@ -279,10 +279,7 @@ def _read(file: io.BufferedIOBase, path: Path | str) -> dict[str, Any]:
 
 def _digest(file: io.BufferedIOBase, start: bytes) -> bytes:
     """Return the checksum of a file of which ``start`` has been read."""
-    digest = hashlib.sha256(start[: _DIGEST.start] + _ZEROS)
-    while piece := file.read(memory.PIECE):
-        digest.update(piece)
-    return digest.hexdigest().encode()
+    return memory.checksum(file, start[: _DIGEST.start] + _ZEROS).encode()
 
 
 def _check_places(header: Mapping[str, Any], size: int) -> None:

@@ -8,7 +8,6 @@ which torch's kind has not.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -283,11 +282,8 @@ def _complete(begun: Path, sums: dict[str, str]) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with files.opened(path) as file:
-        while piece := file.read(memory.PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return memory.checksum(file)
 
 
 def _global(rows: Tensor, param: Any) -> Any:
