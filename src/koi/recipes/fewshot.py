@@ -265,6 +265,17 @@ OMNIGLOT_5WAY_KOI = replace(
     torch_defaults=True,
 )
 
+# The same for 20 classes: nothing in it was chosen for them but the number of tasks, with which a
+# meta-iteration sees half the images of the paper's.
+OMNIGLOT_20WAY_KOI = replace(
+    OMNIGLOT_5WAY_KOI,
+    name="omniglot-20way-koi",
+    num_ways=20,
+    batch_size=100,
+    adaptations={1: Adaptation(100, 3), 5: Adaptation(100, 3)},
+    meta_batch_size=5,
+)
+
 # As omniglot-5way in all but the algorithm, to be measured beside it.
 EIGEN_5WAY = replace(OMNIGLOT_5WAY, name="omniglot-5way-eigen-reptile", algorithm="eigen-reptile")
 
@@ -272,7 +283,7 @@ RECIPES: dict[str, FewShotRecipe] = {
     recipe.name: recipe
     for recipe in (
         *(OMNIGLOT_5WAY, OMNIGLOT_20WAY, MINI_IMAGENET_5WAY),
-        *(OMNIGLOT_5WAY_KOI, EIGEN_5WAY, FOMAML_5WAY, MAML_5WAY),
+        *(OMNIGLOT_5WAY_KOI, OMNIGLOT_20WAY_KOI, EIGEN_5WAY, FOMAML_5WAY, MAML_5WAY),
     )
 }
 
@@ -288,7 +299,7 @@ PAPER: dict[tuple[str, int], tuple[tuple[float, float], tuple[float, float]]] = 
 }
 
 # Recipes of our own, and the paper's whose cells they are set beside.
-BESIDE = {"omniglot-5way-koi": "omniglot-5way"}
+BESIDE = {"omniglot-5way-koi": "omniglot-5way", "omniglot-20way-koi": "omniglot-20way"}
 
 
 def recipe_named(name: str) -> FewShotRecipe:
