@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[Any, dict[str, Any]]] = {
     "fomaml": (FOMAML, {}),
     "fomaml, 3 steps of 0.2": (
         replace(FOMAML, num_steps=3, step_size=0.2, adaptations={1: Adaptation(25, 5)}),
-        {"compile": False},  # in float32 its rounding is amplified beyond what the check allows
+        {},
     ),
     "fomaml, 5 shots": (replace(FOMAML, num_shots=5, num_queries=5, meta_batch_size=5), {}),
     "fomaml, 5 steps of Adam": (

@@ -3,6 +3,7 @@
 import logging
 import random
 from copy import deepcopy
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -248,6 +249,31 @@ def test_bias_before_a_normalisation_is_no_disagreement(caplog):
         learner = Koi(deepcopy(net), inner_optimizer=optimizer, **(SETTINGS | {"seed": seed}))
         learner.train(Fits())
         assert learner.engine == "vectorized"
+    assert not caplog.records
+
+
+@package.tensor_task
+@dataclass
+class AtKinks:
+    """Every weight stands where ReLU has its kink; where tasks run at once, beside it by rounding."""
+
+    kinks: torch.Tensor
+
+    def loss(self, model):
+        at_once = torch._C._functorch.is_batchedtensor(self.kinks)
+        values = torch.cat([part.bias for part in model])
+        return F.relu(values - self.kinks * (1 - 2e-16 * at_once)).sum()
+
+
+def test_kinks_that_rounding_crosses_are_no_disagreement(caplog):
+    """In one of two cases a change of φ crosses one, too."""
+    model = nn.ModuleList([nn.Linear(1, 1) for _ in range(16)])
+    kinks = torch.rand(16) + 1
+    for part, kink in zip(model, kinks, strict=True):
+        nn.init.constant_(part.bias, kink)
+    learner = Koi(model, **SETTINGS)
+    learner.train(InTurn(*[AtKinks(kinks) for _ in range(12)]))
+    assert learner.engine == "vectorized"
     assert not caplog.records
 
 

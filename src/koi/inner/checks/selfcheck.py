@@ -28,6 +28,9 @@ from koi.tasks import TaskBatch
 _ROUNDING = 2000
 _PART = 1e-10
 _AMPLIFIED = 100
+# Changes of φ, in units of its precision. There are many of the largest, since each crosses a kink
+# that rounding alone may cross, such as that of a ReLU, in one of two cases.
+_CHANGES = (1, 1, 10, *[100] * 7)
 # Where draws cannot be repeated one for one: so many times what other draws change.
 _NOISE = 5
 
@@ -250,11 +253,11 @@ class SelfCheck:
             for m, e in zip(moved, expected, strict=True)
         ]
         unit = torch.finfo(self._inner.autocast).eps if self._inner.autocast else eps
-        for attempt, size in enumerate((unit, unit, 10 * unit, 100 * unit)):
+        for attempt, size in enumerate(_CHANGES):
             wrong = [i for i in range(len(away)) if not away[i] <= allowed[i]]
             if not wrong:
                 return []
-            other, _ = self._plainly(perturbed(start, size, attempt), tasks, states)
+            other, _ = self._plainly(perturbed(start, size * unit, attempt), tasks, states)
             for i, (a, b) in enumerate(zip(other, expected, strict=True)):
                 allowed[i] = max(allowed[i], _AMPLIFIED * largest(a - b))
         if self._plain.noisy:
