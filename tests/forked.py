@@ -42,6 +42,8 @@ def _become(script, arguments, cwd, output, variables):
     sys.path.insert(0, str(script.parent))
     warnings.resetwarnings()
     warnings.simplefilter("error")
-    # torch 2.13 warns of itself when `torch.compile` is first called.
+    # As in pyproject.toml: torch 2.13 warns of itself when `torch.compile` is first called, and of
+    # more workers than there are cores.
     warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     runpy.run_path(str(script), run_name="__main__")

@@ -60,9 +60,9 @@ IMPORTS = {here: set(theirs.split()) for here, theirs in _TABLE.items()}
 
 # Packages from outside that come with `pip install koi-x`, and those that an extra brings or that
 # a user may or may not have. The latter are imported inside the function that needs them.
-REQUIRED = {"safetensors", "torch", "tqdm"}
+REQUIRED = {"numpy", "safetensors", "torch", "tqdm"}
 TOP_LEVEL: dict[str, set[str]] = {
-    "lab.cli": REQUIRED | {"numpy", "rich", "typer"},
+    "lab.cli": REQUIRED | {"rich", "typer"},
     "lab.demo": REQUIRED | {"anyio", "pydantic", "starlette", "uvicorn"},
     "plots": REQUIRED | {"matplotlib"},
 }
@@ -71,7 +71,6 @@ LAZY: dict[str, set[str]] = {
     "lab": {"huggingface_hub"},
     "problems": {"PIL", "pooch"},
 }
-LAZY_ANYWHERE = {"numpy"}
 
 MAX_LINES = 400
 
@@ -181,7 +180,7 @@ def test_third_party_imports() -> None:
         here = unit(module_name(path))
         part = ".".join(module_name(path).split(".")[1:3])
         top_level = TOP_LEVEL.get(part, TOP_LEVEL.get(here, REQUIRED)) | sys.stdlib_module_names
-        lazy = top_level | LAZY_ANYWHERE | LAZY.get(here, set())
+        lazy = top_level | LAZY.get(here, set())
         for entry in sorted({entry for entry in imports(path) if not is_ours(entry.name)}):
             package = entry.name.split(".")[0]
             if package not in lazy:
@@ -250,9 +249,9 @@ def test_import_koi_is_light_and_training_loads_no_compiler() -> None:
 
 
 def test_koi_works_without_what_extras_bring(tmp_path: Path) -> None:
-    """As after `pip install koi-x`: torch runs without NumPy, and so does Koi."""
+    """As after `pip install koi-x`."""
     run_python(
-        "import sys; sys.modules.update(numpy=None, PIL=None, pooch=None)\n"
+        "import sys; sys.modules.update(PIL=None, pooch=None)\n"
         "import koi, koi.models, koi.problems, torch\n"
         "learner, path = koi.Koi(torch.nn.Linear(2, 1)), "
         f"{str(tmp_path / 'koi')!r}\n"

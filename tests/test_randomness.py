@@ -96,6 +96,36 @@ def test_with_a_seed_the_global_states_stay(method):
     assert states() == before
 
 
+@pytest.mark.parametrize("task_draws", [True, False])
+def test_whatever_the_user_draws_in_between(task_draws):
+    """NumPy's generator keeps every second normal number, with which its twister stands still."""
+    tasks = Noisy() if task_draws else Regressions(1)
+    koi = Koi(dropout_net(), seed=0, **SETTINGS | {"num_iterations": 9})
+    one_later = states_after(np.random.standard_normal)
+    between = [
+        np.random.standard_normal,
+        lambda: None,
+        np.random.standard_normal,
+        lambda: np.random.set_state(one_later),
+        np.random.standard_normal,
+        np.random.rand,
+        lambda: np.random.seed(3),
+        lambda: np.random.set_state(one_later),
+        lambda: random.seed(1),
+    ]
+    for draw in between:
+        draw()
+        before = states()
+        koi.step(tasks)
+        assert states() == before
+
+
+def states_after(draw):
+    """Return the state of NumPy's generator after a draw."""
+    draw()
+    return np.random.get_state()
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("algorithm", ["reptile", "fomaml"])
 def test_without_a_seed_koi_draws_nothing_itself(algorithm):

@@ -255,7 +255,7 @@ def test_bias_before_a_normalisation_is_no_disagreement(caplog):
 @package.tensor_task
 @dataclass
 class AtKinks:
-    """Every weight stands where ReLU has its kink; where tasks run at once, beside it by rounding."""
+    """Every weight stands where ReLU has its kink; all at once, beside it by rounding."""
 
     kinks: torch.Tensor
 
