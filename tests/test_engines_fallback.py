@@ -158,6 +158,24 @@ def test_tasks_that_run_one_by_one(name, caplog):
     assert_agree(learner, trained("eager", model, tasks), tolerance=0)
 
 
+@pytest.mark.parametrize("num_steps", [2, 20])
+@pytest.mark.parametrize("vectorize", ["auto", False])
+def test_no_graph_for_each_value_of_a_setting(vectorize, num_steps, untraced, caplog):
+    """20 steps are compiled one by one, 2 in one graph."""
+    model, settings = mlp(), SETTINGS | {"num_steps": num_steps}
+    learner = Koi(deepcopy(model), compile=True, vectorize=vectorize, **settings)
+    with caplog.at_level("INFO", "koi"):
+        learner.train(Scales())
+    expected = Koi(deepcopy(model), vectorize=False, **settings)
+    expected.train(Scales())
+    assert_agree(learner, expected)
+    compiled = [line for line in caplog.messages if line.startswith("compiling")]
+    assert len(compiled) == 8
+    assert ("an inner step" in compiled[0]) == (num_steps == 20)
+    (said,) = [line for line in caplog.messages if "run uncompiled" in line]
+    assert "make what differs between tasks a tensor" in said
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_that_cannot_run_at_once(name):
     tasks, why, mend = TASKS[name]

@@ -44,6 +44,13 @@ def lines(count, **arguments):
     return [Line(torch.randn(4, 1), torch.randn(4, 1), made=[], **arguments) for _ in range(count)]
 
 
+def with_query(query=None):
+    """Return a line that was given a query set, as tasks that are no dataclasses are."""
+    (task,) = lines(1)
+    task.query = lines(1)[0] if query is None else query
+    return task
+
+
 @pytest.mark.parametrize("compiling", [False, True])
 def test_what_a_task_holds_besides_its_fields_goes_on(compiling, monkeypatch):
     """Also while it is traced, when the compiler of torch before 2.13 cannot list attributes."""
@@ -89,8 +96,14 @@ class TestStacking:
             ([*lines(1, scale=np.ones(2)), *lines(1, scale=np.zeros(2))], "'scale'"),
             ([*lines(1), Line(torch.zeros(5, 1), torch.zeros(4, 1), made=[])], "'x' .* one shape"),
             ([*lines(1), Line(torch.zeros(4, 1), 3, made=[])], "'y' .* cannot be stacked"),
+            ([with_query()], "'query' of Line is a task, .* a property"),
+            ([line for _ in range(2) for line in lines(1, scale=[torch.ones(2)])], "holds tensors"),
+            ([with_query(torch.ones(2)), with_query(torch.ones(2))], "'query' .* is a tensor, and"),
         ],
-        ids=["no tensor task", "class", "setting", "array as setting", "shape", "no tensor"],
+        ids=[
+            *("no tensor task", "class", "setting", "array as setting", "shape", "no tensor"),
+            *("nested task", "list of tensors", "no field"),
+        ],
     )
     def test_tasks_that_do_not_fit(self, tasks, message):
         with pytest.raises(KoiError, match=message):
@@ -126,6 +139,17 @@ class TestDraw:
         assert torch.equal(batch.tasks[2].x, batch.stacked.x[2])
         model = nn.Linear(1, 1)
         Koi(model, num_iterations=2, num_steps=2, meta_batch_size=3).train(Tasks())
+
+    @pytest.mark.parametrize("held", ["a query set", [torch.ones(3, 1)], {"b": torch.ones(3, 1)}])
+    def test_what_each_task_would_have_whole_is_refused(self, held):
+        class Tasks:
+            def sample_batch(self, count):
+                task = Line(torch.rand(count, 4, 1), torch.rand(count, 4, 1))
+                task.query = Line(task.x, task.y) if held == "a query set" else held
+                return task
+
+        with pytest.raises(TaskError, match="'query' of Line"):
+            draw(Tasks(), 3, self.place)
 
     def test_sample_batch_must_give_a_tensor_task(self):
         class Tasks:

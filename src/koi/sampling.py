@@ -13,7 +13,15 @@ from torch import Tensor
 
 from koi.errors import ConfigurationError, TaskError, annotate, is_end, wrong
 from koi.randomness import Place
-from koi.tasks import TaskBatch, everything_of, has, is_task, is_tensor_task, tensors_of
+from koi.tasks import (
+    TaskBatch,
+    check_stacked,
+    everything_of,
+    has,
+    is_task,
+    is_tensor_task,
+    tensors_of,
+)
 
 # Means are sums in the parameters' own precision, of which a larger weight would leave nothing.
 _LARGEST = 1e18
@@ -166,6 +174,7 @@ def _drawn_together(distribution: Any, num_tasks: int, first: int, count: int, p
             f"{' and '.join(map(str, sorted(given))) or 'no'} tasks: every tensor must have "
             f"{count} along its first dimension"
         )
+    check_stacked(stacked)
     return stacked
 
 

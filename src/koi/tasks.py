@@ -179,14 +179,13 @@ def stack(tasks: Sequence[Any]) -> Any:
         first = tasks[0]
         names = list(tensors_of(first))
     settings = settings_of(first)
+    if is_tensor_task(settings.get("query")):  # which is mapped with the task, be it one or many
+        raise EngineError(_unstackable(first, "query", settings["query"]))
     for task in tasks[1:]:
         others = settings_of(task)
         for name in {**settings, **others}.keys() - set(names):
             if not (name in settings and name in others and _same(settings[name], others[name])):
-                raise EngineError(
-                    f"the field {name!r} of {type(first).__name__} is no tensor and differs "
-                    "between tasks: make it a tensor, or equal in all tasks"
-                )
+                raise EngineError(_unstackable(first, name, settings.get(name, others.get(name))))
     stacked = {}
     for name in names:
         try:
@@ -197,6 +196,44 @@ def stack(tasks: Sequence[Any]) -> Any:
                 "it must have one shape, type and device in all tasks"
             ) from error
     return with_tensors(first, stacked)
+
+
+def check_stacked(stacked: Any) -> None:
+    """Check that all tensors of many tasks in one are fields, of which each task gets its part.
+
+    Raises:
+        TaskError: another task, a list or an attribute that is no field holds some, which all
+            tasks would share.
+    """
+    for name, value in settings_of(stacked).items():
+        if _holds_tensors(value):
+            raise TaskError(_unstackable(stacked, name, value))
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor) or is_tensor_task(value)
+
+
+def _unstackable(task: Any, name: str, value: Any) -> str:
+    """Return why what a task holds besides tensors keeps it from being stacked."""
+    kind = type(task).__name__
+    if is_tensor_task(value):
+        return (
+            f"the field {name!r} of {kind} is a task, which is not stacked with it: make its "
+            f"tensors fields of {kind}, and {name!r} a property that returns the task"
+        )
+    if isinstance(value, Tensor):
+        return f"{name!r} of {kind} is a tensor, and no field: declare it, {name}: torch.Tensor"
+    if _holds_tensors(value):
+        return f"the field {name!r} of {kind} holds tensors and is none: make each of them a field"
+    return (
+        f"the field {name!r} of {kind} is no tensor and differs between tasks: make it a tensor, "
+        "or equal in all tasks"
+    )
 
 
 def _same(left: Any, right: Any) -> bool:

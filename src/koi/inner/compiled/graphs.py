@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,11 @@ from koi.tasks import (
     with_tensors,
 )
 
+log = logging.getLogger("koi")
+
+# Settings that tasks of one class may have: were there a graph for each value of one that differs
+# from task to task, a training would compile for ever.
+_MOST_SETTINGS = 8
 # Inner steps times parameter tensors: up to here a graph with all steps compiles in seconds.
 _MOST_WRITTEN_OUT = 64
 # Parameters times numbers that a step sees, which bounds the products of one task's layers: up to
@@ -95,6 +101,7 @@ class Graphs:
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in copy.module.modules())
         self._looks: dict[type, tuple[ClassLook, ValuesLook]] = {}
         self._known: dict[Any, Traced] = {}
+        self._told: set[type] = set()
         self._last: tuple[Any, Traced] | None = None  # equal keys are faster compared than hashed
         self._step_graphs: dict[Any, StepGraphs] = {}
 
@@ -156,11 +163,10 @@ class Graphs:
         drawn = self._drawn(job) if draws else traced.functions.prepare(task, job.num_steps)
         steps = [{name: t.contiguous() for name, t in tensors.items()} for tensors in drawn]
         key = (traced.form, forms, forms_of(*steps[:1]), threads)
-        if key not in self._step_graphs:
-            self._step_graphs[key] = StepGraphs(
-                traced.functions, partial(self._graph, traced, lean=True)
-            )
-        return self._step_graphs[key].program(job.purpose), steps
+        graphs = self._step_graphs if traced.compiled else traced.programs
+        if key not in graphs:
+            graphs[key] = StepGraphs(traced.functions, partial(self._graph, traced, lean=True))
+        return graphs[key].program(job.purpose), steps
 
     def _tensors(self, chunk: TaskBatch) -> TensorDict:
         return tensors_of(chunk.stacked if self._together else chunk.tasks[0])
@@ -183,9 +189,28 @@ class Graphs:
             if key not in self._known:
                 # which padding may have made another
                 first = unstack(chunk.stacked)[0] if self._together else chunk.tasks[0]
-                self._known[key] = self._trace(kind, first, size, num_steps)
+                traced = self._trace(kind, first, size, num_steps)
+                if self._too_many(kind):
+                    self._last = key, replace(traced, compiled=False)
+                    return self._last[1]
+                self._known[key] = traced
             self._last = key, self._known[key]
         return self._last[1]
+
+    def _too_many(self, kind: tuple[Any, ...]) -> bool:
+        """Return whether there are graphs for many other settings of tasks of this class."""
+        others = {known[0] for known in self._known if known[0][0] is kind[0]}
+        if kind in others or len(others) < _MOST_SETTINGS:
+            return False
+        if kind[0] not in self._told:
+            self._told.add(kind[0])
+            log.warning(
+                "what %s holds besides tensors has been another in each of %d graphs: tasks with "
+                "yet others run uncompiled; make what differs between tasks a tensor",
+                kind[0].__name__,
+                len(others),
+            )
+        return True
 
     def _kind_of(self, task: Any) -> tuple[Any, ...]:
         """Return the class of a tensor task, what its classes hold, and the task's settings."""
@@ -268,7 +293,8 @@ class Graphs:
         def run(*inputs: Any) -> Any:  # a plain function, which methods are not
             return function(*inputs)
 
-        return self._make(
+        make = self._make if traced.compiled else AsItStands
+        return make(
             run,
             what=f"{what} of {'all tasks at once' if self._together else 'one task'}",
             tasks=type(traced.functions.task).__name__,
@@ -289,6 +315,7 @@ class Traced:
         draws: whether the minibatches are drawn at random.
         noisy: whether the loss draws at random.
         light: whether the loss is so small that a second thread costs more than it does.
+        compiled: whether graphs are compiled, or run as they stand.
         programs: the graphs of all steps that have been made for it.
     """
 
@@ -297,7 +324,8 @@ class Traced:
     draws: bool
     noisy: bool
     light: bool
-    programs: dict[Any, Program] = field(default_factory=dict)
+    compiled: bool = True
+    programs: dict[Any, Any] = field(default_factory=dict)
 
 
 def without_data(task: Any) -> Any:
