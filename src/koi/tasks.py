@@ -8,6 +8,8 @@ tensors (`tensor_task`), minibatches, a query set.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
@@ -370,8 +372,20 @@ def has(task: Any, name: str) -> bool:
     return hasattr(type(task), name) or hasattr(task, name)
 
 
+def wants_object(value: Any, method: str) -> bool:
+    """Return whether ``value`` is a class whose method needs an object of it.
+
+    >>> wants_object(str, "upper"), wants_object(Task, "loss"), wants_object("a", "upper")
+    (False, True, False)
+    """
+    plain = isinstance(value, type) and inspect.getattr_static(value, method, None)
+    return isinstance(plain, types.FunctionType)
+
+
 def is_task(task: Any) -> bool:
     """Return whether ``task`` has a loss, or an inner loop of its own."""
+    if wants_object(task, "loss") or wants_object(task, "adapt"):
+        return False
     return callable(getattr(task, "loss", None)) or has_own_loop(task)
 
 
