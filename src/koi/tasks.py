@@ -364,12 +364,12 @@ def has_own_loop(task: Any) -> bool:
 
 
 def has(task: Any, name: str) -> bool:
-    """Return whether a task has something besides a loss.
+    """Return whether a task has something besides a loss; None is nothing.
 
     A property is there, whatever it raises when it is read: to take an AttributeError of its own
     for its absence would be to measure on the support set, say, without a word.
     """
-    return hasattr(type(task), name) or hasattr(task, name)
+    return getattr(type(task), name, None) is not None or getattr(task, name, None) is not None
 
 
 def wants_object(value: Any, method: str) -> bool:
@@ -391,9 +391,10 @@ def is_task(task: Any) -> bool:
 
 def query_of(task: Any) -> Any:
     """Return the task on held-out data, or the task itself where it has none."""
-    return task.query if has(task, "query") else task
+    return outer_view(task, task)
 
 
 def outer_view(task: Any, last: Any) -> Any:
     """Return what FOMAML and MAML differentiate: the query set, else the last step's view."""
-    return task.query if has(task, "query") else last
+    query = task.query if has(task, "query") else None
+    return last if query is None else query

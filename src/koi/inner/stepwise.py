@@ -245,6 +245,12 @@ def explain(error: RuntimeError, second_order: bool) -> None:
             "calling backward(), which Koi does; and of what an earlier step or task has computed, "
             "such as a hidden state, use .detach()"
         ) from error
+    if "modified by an inplace operation" in text:
+        raise ModelError(
+            f"the gradient of the loss needs a tensor that was changed in place since ({text}): "
+            "make a new one, such as self.scale = 0.9 * self.scale in the place of "
+            "self.scale.mul_(0.9), which MAML needs as it goes back through all inner steps"
+        ) from error
     twice = "once_differentiable" in text or ("derivative" in text and "not implemented" in text)
     if second_order and twice:
         raise ModelError(
