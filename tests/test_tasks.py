@@ -329,6 +329,39 @@ def test_none_is_absent(kind, algorithm):
     assert values[0] == values[1]
 
 
+class WithPair(Regression):
+    query = (torch.zeros(1), torch.zeros(1))
+
+
+class WithMethod(Regression):
+    def query(self):
+        return self
+
+
+class InTensors(Regression):
+    def minibatches(self, num_steps):
+        return [self.inputs] * num_steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            WithPair,
+            r"query of WithPair is a tuple, which has no loss: it must be a task \(above a method",
+        ),
+        (WithMethod, "query of WithMethod is a method, .* write @property"),
+        (InTensors, r"minibatches\(1\) of InTensors gave a Tensor: .* must be a task"),
+    ],
+)
+def test_parts_that_are_no_tasks_are_refused(kind, message):
+    task = Regressions().sample()
+    koi = Koi(small_net(), 0.01, 1, 1, algorithm="fomaml", meta_step_size=0.1)
+    for use in (koi.train, partial(koi.evaluate, num_tasks=1)):
+        with pytest.raises(TaskError, match=message):
+            use(InTurn(kind(task.inputs, task.targets)))
+
+
 class WithFailing(Regression):
     """Has properties with a mistake in them, such as a name that is not there."""
 

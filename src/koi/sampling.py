@@ -15,12 +15,14 @@ from koi.errors import ConfigurationError, TaskError, annotate, is_end, wrong
 from koi.randomness import Place
 from koi.tasks import (
     TaskBatch,
-    check_stacked,
     everything_of,
     has,
+    holds_tensors,
     is_task,
     is_tensor_task,
+    settings_of,
     tensors_of,
+    unstackable,
     wants_object,
 )
 
@@ -189,8 +191,20 @@ def _drawn_together(distribution: Any, num_tasks: int, first: int, count: int, p
             f"{' and '.join(map(str, sorted(given))) or 'no'} tasks: every tensor must have "
             f"{count} along its first dimension"
         )
-    check_stacked(stacked)
+    _check_stacked(stacked)
     return stacked
+
+
+def _check_stacked(stacked: Any) -> None:
+    """Check that all tensors of many tasks in one are fields, of which each task gets its part.
+
+    Raises:
+        TaskError: another task, a list or an attribute that is no field holds some, which all
+            tasks would share.
+    """
+    for name, value in settings_of(stacked).items():
+        if holds_tensors(value):
+            raise TaskError(unstackable(stacked, name, value))
 
 
 def asked(method: Callable[..., Any], what: str, *arguments: Any, **more: Any) -> Any:

@@ -182,12 +182,12 @@ def stack(tasks: Sequence[Any]) -> Any:
         names = list(tensors_of(first))
     settings = settings_of(first)
     if is_tensor_task(settings.get("query")):  # which is mapped with the task, be it one or many
-        raise EngineError(_unstackable(first, "query", settings["query"]))
+        raise EngineError(unstackable(first, "query", settings["query"]))
     for task in tasks[1:]:
         others = settings_of(task)
         for name in {**settings, **others}.keys() - set(names):
             if not (name in settings and name in others and _same(settings[name], others[name])):
-                raise EngineError(_unstackable(first, name, settings.get(name, others.get(name))))
+                raise EngineError(unstackable(first, name, settings.get(name, others.get(name))))
     stacked = {}
     for name in names:
         try:
@@ -200,27 +200,16 @@ def stack(tasks: Sequence[Any]) -> Any:
     return with_tensors(first, stacked)
 
 
-def check_stacked(stacked: Any) -> None:
-    """Check that all tensors of many tasks in one are fields, of which each task gets its part.
-
-    Raises:
-        TaskError: another task, a list or an attribute that is no field holds some, which all
-            tasks would share.
-    """
-    for name, value in settings_of(stacked).items():
-        if _holds_tensors(value):
-            raise TaskError(_unstackable(stacked, name, value))
-
-
-def _holds_tensors(value: Any) -> bool:
+def holds_tensors(value: Any) -> bool:
+    """Return whether a setting is or has a tensor."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return any(map(_holds_tensors, value))
+        return any(map(holds_tensors, value))
     return isinstance(value, Tensor) or is_tensor_task(value)
 
 
-def _unstackable(task: Any, name: str, value: Any) -> str:
+def unstackable(task: Any, name: str, value: Any) -> str:
     """Return why what a task holds besides tensors keeps it from being stacked."""
     kind = type(task).__name__
     if is_tensor_task(value):
@@ -230,7 +219,7 @@ def _unstackable(task: Any, name: str, value: Any) -> str:
         )
     if isinstance(value, Tensor):
         return f"{name!r} of {kind} is a tensor, and no field: declare it, {name}: torch.Tensor"
-    if _holds_tensors(value):
+    if holds_tensors(value):
         return f"the field {name!r} of {kind} holds tensors and is none: make each of them a field"
     return (
         f"the field {name!r} of {kind} is no tensor and differs between tasks: make it a tensor, "
@@ -339,7 +328,7 @@ def views(task: Any, num_steps: int) -> Iterable[Any]:
     A generator of minibatches is read as they are used, so that one is in memory at a time.
 
     Raises:
-        TaskError: ``task.minibatches(num_steps)`` gave fewer than num_steps.
+        TaskError: ``task.minibatches(num_steps)`` gave fewer than num_steps, or no tasks.
     """
     if not has(task, "minibatches"):
         return [task] * num_steps
@@ -347,14 +336,17 @@ def views(task: Any, num_steps: int) -> Iterable[Any]:
 
 
 def _enough(task: Any, num_steps: int) -> Iterator[Any]:
-    given = 0
+    what, given = f"minibatches({num_steps}) of {type(task).__name__} gave", 0
     for view in islice(task.minibatches(num_steps), num_steps):
+        if not hasattr(view, "loss"):
+            kind = type(view).__name__
+            raise TaskError(f"{what} a {kind}: each of them must be a task, with loss(model)")
         given += 1
         yield view
     if given < num_steps:
         raise TaskError(
-            f"minibatches({num_steps}) of {type(task).__name__} gave {given}: it must "
-            "give one for each inner step, going through the data again where they run out"
+            f"{what} {given}: it must give one for each inner step, going through the data again "
+            "where they run out"
         )
 
 
@@ -397,4 +389,11 @@ def query_of(task: Any) -> Any:
 def outer_view(task: Any, last: Any) -> Any:
     """Return what FOMAML and MAML differentiate: the query set, else the last step's view."""
     query = task.query if has(task, "query") else None
-    return last if query is None else query
+    if query is None:
+        return last
+    if not hasattr(query, "loss"):
+        raise TaskError(
+            f"query of {type(task).__name__} is a {type(query).__name__}, which has no loss: it "
+            "must be a task (above a method write @property)"
+        )
+    return query
