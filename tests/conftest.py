@@ -25,8 +25,8 @@ settings.load_profile("koi")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# The slow tests in shares of a few minutes, of which the check of every commit runs the next one.
-NUM_SHARDS = 8
+# The slow tests in shares, of which the check of every commit runs the next one.
+NUM_SHARDS = 3
 
 
 def pytest_addoption(parser):
