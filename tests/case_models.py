@@ -358,6 +358,30 @@ def bag():
     return Padded(nn.EmbeddingBag(5, 2, padding_idx=0))
 
 
+class Tempered(nn.Module):
+    """Has a parameter that is one number, without a dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.temperature = mlp(), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.temperature * self.body(x)
+
+
+class Scaling(nn.Module):
+    """Divides by a running size, which each forward changes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("size", torch.tensor(1.0))
+
+    def forward(self, x):
+        self.size.mul_(0.9).add_(0.1 * x.detach().square().mean())
+        return self.body(x) / self.size
+
+
 def with_weight_norm():
     return around(nn.Tanh(), weight_norm(nn.Linear(4, 4)))
 

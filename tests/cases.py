@@ -117,6 +117,8 @@ MODELS = {
     "unused": Model(models.Unused),
     "kept in a tuple": Model(models.HeldInTuple, refusals=BY_REFERENCE),
     "closure": Model(models.Closing, refusals=(Refusal("module that Koi was given"),)),
+    "scalar": Model(models.Tempered),
+    "scaling in place": Model(models.Scaling, refusals=(Refusal("in place", EVERY, MAML),)),
     "weight norm": Model(models.with_weight_norm),
     "spectral norm": Model(
         models.with_spectral_norm,

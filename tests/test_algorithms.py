@@ -93,6 +93,16 @@ def mlp_of_seed(seed):
 
 
 @dataclass(frozen=True)
+class InPlace(TowardsPoint):
+    """Halfway, written as it must not be: in the memory of φ."""
+
+    def gives(self, task):
+        for start, end in zip(task.start, task.end, strict=True):
+            start.lerp_(end, 0.5)
+        return task.start
+
+
+@dataclass(frozen=True)
 class Halfway(TowardsPoint):
     """Towards a point on the way to φ̃."""
 
@@ -161,6 +171,20 @@ class TestOfAUsersOwn:
         assert_agree(
             trained("eager", net, Fits(), **settings), trained(engine, net, Fits(), **settings)
         )
+
+    @pytest.mark.usefixtures("untraced")
+    @pytest.mark.parametrize("engine", ["eager", "compiled"])
+    def test_what_it_does_in_place_does_not_reach_phi(self, engine):
+        one, other = (
+            trained(engine, mlp_of_seed(3), Fits(), algorithm=algorithm)
+            for algorithm in (InPlace(), Halfway())
+        )
+        assert_agree(one, other)
+        model = mlp_of_seed(3)
+        start = deepcopy(model.state_dict())
+        with pytest.raises(koi.EngineError):
+            Koi(model, algorithm=InPlace(), vectorize=True, **SETTINGS).train(Fits())
+        torch.testing.assert_close(model.state_dict(), start, rtol=0, atol=0)
 
     def test_by_hand(self):
         """Halfway with ε is Reptile with ε / 2."""

@@ -100,6 +100,7 @@ REFUSED = {
     "no tensor": task(support_inputs=[1.0]),
     "a key of another type": task(key=torch.tensor(1.0)),
     "no criterion": task(criterion=None),
+    "class of a criterion": task(criterion=nn.MSELoss),
     "waves in batches of none": lambda: Sines(batch_size=0),
     "waves of none": lambda: Sines(num_points=0),
     "lines of none": lambda: Lines(num_points=0),

@@ -11,7 +11,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 import forked
-import koi
+import koi.models
 from koi import CheckpointError, ConfigurationError, Koi
 from koi.lab.card import model_card
 from koi.lab.runs import Config, Run, write_card
@@ -100,6 +100,15 @@ def test_its_code_runs(tmp_path):
     script.write_text(task + code + after, encoding="utf-8")
     done = forked.run_script(script, cwd=tmp_path, output=tmp_path, variables={})
     assert done.stdout.strip() == f"{model[0].weight.tolist()} False", done.stderr
+
+
+def test_its_code_brings_koi_models(tmp_path):
+    """In a process that has not imported them, as that of whoever reads the card."""
+    code = model_card(CONFIG).partition("```python\n")[2].partition("load_model(model")[0]
+    script = tmp_path / "use.py"
+    script.write_text(code + "print(len(list(model)))", encoding="utf-8")
+    done = forked.run_script(script, cwd=tmp_path, output=tmp_path, variables={})
+    assert done.stdout.strip() == str(len(list(koi.models.omniglot_net(5)))), done.stderr
 
 
 def test_the_card_of_a_run(tmp_path):

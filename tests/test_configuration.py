@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from koi import ConfigurationError, Koi, KoiError, linear
+from koi import ConfigurationError, Koi, KoiError, TaskError, linear
 from toys import InTurn, Point, Quadratic, Regression, Regressions, assert_same, small_net
 
 NAN, INF = float("nan"), float("inf")
@@ -166,6 +166,23 @@ class TestCalls:
     def test_one_task_in_place_of_many(self, method):
         with pytest.raises(ConfigurationError, match="this looks like one task"):
             getattr(self.koi, method)(Regression(None, None))
+
+    @pytest.mark.parametrize("method", ["train", "evaluate"])
+    def test_class_in_place_of_an_object(self, method):
+        with pytest.raises(ConfigurationError, match=r"its class: give an object, InTurn\(…\)"):
+            getattr(self.koi, method)(InTurn)
+        with pytest.raises(ConfigurationError, match=r"a class: give an object, Quadratic\(…\)"):
+            self.koi.adapt(Quadratic)
+        with pytest.raises(TaskError, match=r"returned the class Quadratic: .* Quadratic\(…\)"):
+            self.koi.evaluate(InTurn(Quadratic), num_tasks=1)
+
+    def test_class_that_samples_by_itself(self):
+        class Always:
+            @staticmethod
+            def sample():
+                return Quadratic(0.0)
+
+        assert self.koi.evaluate(Always, num_tasks=1).after == 0
 
     @pytest.mark.parametrize("value", [0, -1, 2.5, "ten", True])
     def test_num_tasks(self, value):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from koi import Koi, NonFiniteError, TaskError, tensor_task
+from koi import Koi, ModelError, NonFiniteError, TaskError, tensor_task
 from toys import InTurn, Point, Quadratic, Regression, Regressions, assert_same, small_net, snapshot
 
 SETTINGS = {
@@ -64,10 +64,12 @@ FAULTS = {
     "float": (lambda loss: loss.item(), TaskError, r"of type float: .* without \.item\(\)"),
     "nothing": (lambda loss: None, TaskError, "of type NoneType"),
     "detached": (lambda loss: loss.detach(), TaskError, "does not depend on the model"),
+    "complex": (lambda loss: loss + 1j, TaskError, r"is complex: it must be a real number"),
     "NaN": (lambda loss: loss * float("nan"), NonFiniteError, "the loss is nan"),
     "infinite": (lambda loss: loss * float("inf"), NonFiniteError, "the loss is inf"),
+    "backward": (lambda loss: loss.backward() or loss, ModelError, r"without calling backward\(\)"),
 }
-NAMES_THE_STEP = [name for name in FAULTS if name not in ("exception", "interrupt", "exit")]
+NAMES_THE_STEP = FAULTS.keys() - {"exception", "interrupt", "exit", "backward"}
 
 
 def told(error, caplog):

@@ -1,6 +1,7 @@
 """The inner step: rates by name, over the training and over the steps; clipped gradients."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 import naive
-from engine_toys import ENGINES, Fits, mlp, trained
+from case_models import Tempered
+from engine_toys import ENGINES, FAST, Fits, assert_agree, mlp, trained
 from koi import ConfigurationError, Koi, cosine, linear
 from koi.fewshot import accuracy
+from koi.inner.optimizers.clipping import clipped
 from test_own_loop import Stop
 from test_roles import SETTINGS, Drawn
 from toys import InTurn, Point, Quadratic, assert_same, snapshot
@@ -221,3 +224,31 @@ def test_sparse_gradients_are_clipped():
 def test_numbers_of_numpy():
     koi = Koi(mlp(), {"*": np.float32(0.25)})
     assert koi.step_size == {"*": 0.25}
+
+
+def test_scalars_are_clipped_by_task():
+    """Gradients (3, 4) and (0.3, 0.4), of a scalar and a vector of one, have norms 5 and 0.5."""
+    grads = [torch.tensor([3.0, 0.3]), torch.tensor([[4.0], [0.4]])]
+    of_scalar, of_vector = clipped(grads, 1.0, stacked=True)
+    torch.testing.assert_close(of_scalar, torch.tensor([0.6, 0.3]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(of_vector, torch.tensor([[0.8], [0.4]]), rtol=1e-5, atol=0)
+
+
+class Lost(Fits):
+    """The second task of each meta-batch is not finite."""
+
+    number = 0
+
+    def sample(self):
+        self.number += 1
+        task = super().sample()
+        return replace(task, y=task.y * float("nan")) if self.number % 2 == 0 else task
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_scalar_of_a_task_that_is_skipped(engine):
+    model = Tempered()
+    settings = SETTINGS | {"on_nonfinite": "skip", "clip_inner": 0.5, "num_iterations": 2}
+    one, other = (trained(name, model, Lost(), **settings) for name in ("eager", engine))
+    assert_agree(one, other)
+    assert [record.num_skipped for record in other.history] == [1, 1]

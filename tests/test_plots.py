@@ -70,3 +70,16 @@ def test_a_figure_is_written(tmp_path):
         path = tmp_path / f"picture{suffix}"
         plots.save(plots.loss_curve([record(0, 3.0, 1.0)]), path)
         assert path.stat().st_size > 1000
+
+
+def test_learning_curve_counts_from_zero_in_whole_numbers():
+    """A single point had stood among 57, 58, 60, 62 and 63."""
+    figure = plots.learning_curve([{"iteration": 60, "1-shot inductive": 0.8}], {})
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_xlim()[0] == 0
+    labels = {
+        tick.get_text(): place
+        for tick, place in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True)
+    }
+    assert all(float(text.replace(",", "")) == place for text, place in labels.items())

@@ -18,7 +18,7 @@ from koi.randomness import Place
 from koi.sampling import draw
 from koi.supervised import cycled_order
 from koi.tasks import TaskBatch, everything_of, is_tensor_task, unstack, views, with_tensors
-from toys import InTurn, Regression, Regressions, small_net
+from toys import InTurn, Regression, Regressions, assert_same, small_net
 
 
 @koi.tensor_task
@@ -299,6 +299,34 @@ class TestSupervisedTask:
 def test_protocols():
     assert isinstance(lines(1)[0], koi.Task)
     assert not isinstance(small_net(), koi.Task)
+
+
+class Without(Regression):
+    """Says that it has neither, as fields of a dataclass do that are filled for some tasks."""
+
+    minibatches = None
+
+    def __init__(self, inputs, targets):
+        super().__init__(inputs, targets)
+        self.query = self.weight = None
+
+
+class WithoutProperty(Regression):
+    query = property(lambda self: None)
+
+
+@pytest.mark.parametrize("kind", [Without, WithoutProperty])
+@pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
+def test_none_is_absent(kind, algorithm):
+    task, one, other = Regressions().sample(), small_net(), small_net()
+    other.load_state_dict(one.state_dict())
+    values = []
+    for model, cls in ((one, Regression), (other, kind)):
+        koi = Koi(model, 0.01, 2, 2, algorithm=algorithm, meta_step_size=0.1)
+        koi.train(InTurn(cls(task.inputs, task.targets)))
+        values.append(koi.evaluate(InTurn(cls(task.inputs, task.targets)), num_tasks=1).after)
+    assert_same(one, other)
+    assert values[0] == values[1]
 
 
 class WithFailing(Regression):

@@ -21,6 +21,7 @@ from koi.tasks import (
     is_task,
     is_tensor_task,
     tensors_of,
+    wants_object,
 )
 
 # Means are sums in the parameters' own precision, of which a larger weight would leave nothing.
@@ -33,10 +34,16 @@ def check_tasks(tasks: Any) -> None:
     Raises:
         ConfigurationError: it is not.
     """
-    if not callable(getattr(tasks, "sample", None)) and not hasattr(tasks, "sample_batch"):
-        hint = " (this looks like one task: give the object that samples them)"
+    a_class = wants_object(tasks, "sample") or wants_object(tasks, "sample_batch")
+    can = callable(getattr(tasks, "sample", None)) or hasattr(tasks, "sample_batch")
+    if a_class or not can:
+        hint = ""
+        if a_class:
+            hint = f" (this is its class: give an object, {tasks.__name__}(…))"
+        elif hasattr(tasks, "loss"):
+            hint = " (this looks like one task: give the object that samples them)"
         problem = wrong("tasks", tasks, "an object with a method sample() -> task")
-        raise ConfigurationError([problem + (hint if hasattr(tasks, "loss") else "")])
+        raise ConfigurationError([problem + hint])
 
 
 def check_task(task: Any) -> None:
@@ -48,7 +55,10 @@ def check_task(task: Any) -> None:
     if not is_task(task):
         hint = " (this looks like many tasks: give one that they sample)"
         problem = wrong("task", task, "an object with a method loss(model) -> scalar tensor")
-        raise ConfigurationError([problem + (hint if hasattr(task, "sample") else "")])
+        if isinstance(task, type):
+            hint = f" (this is a class: give an object, {task.__name__}(…))"
+        more = isinstance(task, type) or hasattr(task, "sample")
+        raise ConfigurationError([problem + (hint if more else "")])
 
 
 def draw(
@@ -147,6 +157,11 @@ def _drawn_apart(distribution: Any, number: int, place: Place) -> Any:
     place.set("sample", number)
     task = asked(distribution.sample, f"task {number} of {place}")
     if not is_task(task):
+        if isinstance(task, type):
+            raise TaskError(
+                f"sample of {type(distribution).__name__} returned the class {task.__name__}: it "
+                f"must return an object of it, {task.__name__}(…)"
+            )
         raise TaskError(
             f"sample of {type(distribution).__name__} returned {type(task).__name__}, which "
             "has no method loss(model): a task must have one, or adapt(model, num_steps)"

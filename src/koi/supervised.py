@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +84,11 @@ class SupervisedTask:
         sets = ("support_inputs", "support_targets", "query_inputs", "query_targets", "key")
         usual = all(type(getattr(self, name)) is Tensor for name in sets)
         # every meta-iteration makes tasks, and most of them are seen to be right at a glance
-        if not (usual and callable(self.criterion) and self.batch_size is None):
+        function = callable(self.criterion) and not isinstance(self.criterion, type)
+        if not (usual and function and self.batch_size is None):
             allowed.check(
                 **{name: (getattr(self, name), allowed.tensor) for name in sets},
-                criterion=(self.criterion, allowed.code("(predictions, targets)")),
+                criterion=(self.criterion, _criterion),
                 batch_size=(self.batch_size, allowed.optional(allowed.count(1))),
             )
         if self.key.dtype != torch.int64:
@@ -136,3 +138,10 @@ class SupervisedTask:
             self, {"support_inputs": inputs, "support_targets": targets}
         )
         return other
+
+
+def _criterion(value: Any) -> Any:
+    """Take a callable, but no class of a loss, which would take predictions for its settings."""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise allowed.Refused(f"an object in the place of its class, {value.__name__}()")
+    return allowed.code("(predictions, targets)")(value)

@@ -8,6 +8,8 @@ tensors (`tensor_task`), minibatches, a query set.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
@@ -362,24 +364,37 @@ def has_own_loop(task: Any) -> bool:
 
 
 def has(task: Any, name: str) -> bool:
-    """Return whether a task has something besides a loss.
+    """Return whether a task has something besides a loss; None is nothing.
 
     A property is there, whatever it raises when it is read: to take an AttributeError of its own
     for its absence would be to measure on the support set, say, without a word.
     """
-    return hasattr(type(task), name) or hasattr(task, name)
+    return getattr(type(task), name, None) is not None or getattr(task, name, None) is not None
+
+
+def wants_object(value: Any, method: str) -> bool:
+    """Return whether ``value`` is a class whose method needs an object of it.
+
+    >>> wants_object(str, "upper"), wants_object(Task, "loss"), wants_object("a", "upper")
+    (False, True, False)
+    """
+    plain = isinstance(value, type) and inspect.getattr_static(value, method, None)
+    return isinstance(plain, types.FunctionType)
 
 
 def is_task(task: Any) -> bool:
     """Return whether ``task`` has a loss, or an inner loop of its own."""
+    if wants_object(task, "loss") or wants_object(task, "adapt"):
+        return False
     return callable(getattr(task, "loss", None)) or has_own_loop(task)
 
 
 def query_of(task: Any) -> Any:
     """Return the task on held-out data, or the task itself where it has none."""
-    return task.query if has(task, "query") else task
+    return outer_view(task, task)
 
 
 def outer_view(task: Any, last: Any) -> Any:
     """Return what FOMAML and MAML differentiate: the query set, else the last step's view."""
-    return task.query if has(task, "query") else last
+    query = task.query if has(task, "query") else None
+    return last if query is None else query

@@ -53,6 +53,12 @@ class Algorithm(ABC):
     trajectory: ClassVar[bool] = False
     query_gradient: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
+    _from_elsewhere: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note whose it is."""
+        super().__init_subclass__(**kwargs)
+        cls._from_elsewhere = cls.__module__.partition(".")[0] != "koi"
 
     @abstractmethod
     def gives(self, task: Adaptation) -> Tensors:
@@ -129,6 +135,8 @@ def given(
     Raises:
         ConfigurationError: it is not a tensor like each parameter.
     """
+    if algorithm._from_elsewhere:  # what changes its start in place must not reach φ
+        start = [tensor.clone() for tensor in start]
     tensors: Any = algorithm.gives(Adaptation(start, end, path, gradient))
     if not isinstance(tensors, list | tuple) or len(tensors) != len(start):
         found = f"{len(tensors)} of them" if isinstance(tensors, list | tuple) else repr(tensors)

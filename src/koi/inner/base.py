@@ -149,6 +149,8 @@ def scalar(loss: Any, task: Any, step: int) -> Tensor:
             f"the {name} has shape {tuple(loss.shape)}: it must be a scalar, so reduce it, for "
             "example by .mean()"
         )
+    if loss.is_complex():
+        raise TaskError(f"the {name} is complex: it must be a real number, such as its .abs()")
     return loss
 
 

@@ -239,6 +239,18 @@ def explain(error: RuntimeError, second_order: bool) -> None:
     text = str(error)
     if "use_reentrant=True" in text:
         raise ModelError(_REENTRANT) from error
+    if "through the graph a second time" in text:
+        raise ModelError(
+            "the gradient of the loss goes through a graph that is gone: return the loss without "
+            "calling backward(), which Koi does; and of what an earlier step or task has computed, "
+            "such as a hidden state, use .detach()"
+        ) from error
+    if "modified by an inplace operation" in text:
+        raise ModelError(
+            f"the gradient of the loss needs a tensor that was changed in place since ({text}): "
+            "make a new one, such as self.scale = 0.9 * self.scale in the place of "
+            "self.scale.mul_(0.9), which MAML needs as it goes back through all inner steps"
+        ) from error
     twice = "once_differentiable" in text or ("derivative" in text and "not implemented" in text)
     if second_order and twice:
         raise ModelError(

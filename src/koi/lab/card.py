@@ -166,8 +166,10 @@ def _use(config: Mapping[str, Any]) -> str:
 gathered in training; what was measured was adapted from both. `model.safetensors` holds the plain
 weights, for any training loop; from fresh moments they adapt a little differently."""
     )
+    # `import koi` alone does not bring koi.models
+    door = "koi.models" if "koi.models." in config["model"] else "koi"
     lines = f"""\
-import koi
+import {door}
 import torch{imports}
 
 model = {config["model"]}

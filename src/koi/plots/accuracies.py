@@ -50,7 +50,8 @@ def learning_curve(
         axes.set_title(f"{num_shots}-shot")
         axes.set_xlabel("meta-iterations")
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlim(left=0)  # a point alone would stand among numbers that are next to its own
         axes.grid(axis="y", color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy, %")

@@ -46,8 +46,8 @@ class CompiledEngine:
         if inner.rule is None:
             raise EngineError(
                 "compile=True has the optimizer inside the graph, which works for torch.optim's "
-                "SGD (no dampening), Adam and AdamW (no amsgrad): choose one of these, or "
-                "compile=False"
+                "SGD (no dampening) and, where no parameter is complex, Adam and AdamW (no "
+                "amsgrad): choose one of these, or compile=False"
             )
         if inner.scale is not None:
             raise EngineError(

@@ -354,7 +354,8 @@ class InnerFunctions:
     def _norms(self, tensors: Tensors) -> Tensor:
         """Return the Euclidean norm of each task's tensors, shape ([tasks])."""
         first = 0 if self.num_tasks is None else 1
-        return torch.stack([_squares(t).flatten(first).sum(-1) for t in tensors]).sum(0).sqrt()
+        squares = [_squares(t).unsqueeze(-1) for t in tensors]  # a scalar has no dimension
+        return torch.stack([s.flatten(first).sum(-1) for s in squares]).sum(0).sqrt()
 
     def _last(self, tensors: Tensors, kept: Tensor, weights: Tensor | None) -> Tensors:
         """Return those of the last task that is kept and counts."""

@@ -271,8 +271,10 @@ class Graphs:
         self._copy.watch()
         versions = [t._version for t in tensors_of(view).values()]
         with torch.enable_grad(), self._inner.precision(copies[0].device):
-            loss = scalar(self._pure(copies, view), view, 0)
+            scalar(self._pure(copies, view), view, 0)
             scalar(self._pure(copies, query_of(task)), query_of(task), num_steps)
+            # anew, as the query loss may have changed buffers in place that its graph refers to
+            loss = self._pure(copies, view)
         self._copy.untouched()
         check_fields(view, fields)
         if versions != [t._version for t in tensors_of(view).values()]:

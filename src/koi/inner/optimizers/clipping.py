@@ -30,7 +30,9 @@ def clipped(
     if not kept:
         return tuple(dense)
     first = 1 if stacked else 0
-    squares = torch.stack([g.abs().square().flatten(first).sum(-1) for g in kept]).sum(0)
+    # of a scalar parameter there is no second dimension
+    each = [g.unsqueeze(-1).abs().square().flatten(first).sum(-1) for g in kept]
+    squares = torch.stack(each).sum(0)
     # at zero the root has no slope, and nothing is clipped
     norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
     shares = (limit / (norms + _EPS)).clamp(max=1.0)
