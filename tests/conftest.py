@@ -7,8 +7,6 @@ import signal
 # As many processes run tests as there are cores: each of them, and what it starts, on one thread.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# So many graphs are compiled that it pays to compile torch's headers once.
-os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
 
 import numpy as np
 import pytest
@@ -25,8 +23,8 @@ settings.load_profile("koi")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# The slow tests in shares of a few minutes, of which the check of every commit runs the next one.
-NUM_SHARDS = 8
+# The slow tests in shares, of which the check of every commit runs the next one.
+NUM_SHARDS = 3
 
 
 def pytest_addoption(parser):
@@ -36,6 +34,12 @@ def pytest_addoption(parser):
         metavar="N",
         help=f"run one of {NUM_SHARDS} shares of the selected tests: that of N modulo {NUM_SHARDS}",
     )
+
+
+def pytest_configure(config):
+    """Among the slow tests are so many graphs that it pays to compile torch's headers once."""
+    if config.getoption("markexpr") == "slow":
+        os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
 
 
 def pytest_report_header(config):

@@ -71,8 +71,9 @@ def assert_says(text, words):
 
 
 def lines(caplog):
-    """Return what Koi has logged."""
-    return [record.getMessage() for record in caplog.records if record.name == "koi"]
+    """Return what Koi has logged, but for how long the compiler takes on a busy machine."""
+    said = [record.getMessage() for record in caplog.records if record.name == "koi"]
+    return [line for line in said if " so far: it happens once" not in line]
 
 
 @pytest.mark.usefixtures("untraced")

@@ -39,6 +39,7 @@ PHONE = {
 expect.set_options(timeout=600_000)
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium: .ci/install-chromium on Debian"),
 ]
 

@@ -182,7 +182,7 @@ ARGUMENTS = dict.fromkeys(
     ("examples/adapters.py", "examples/intents.py"),
     ROOT.parent / "shared/data/clinc150/data_full.json",
 )
-SLOW = {"examples/adapters.py", "examples/intents.py"}
+SLOW = {"examples/adapters.py", "examples/images.py", "examples/intents.py"}
 
 
 @pytest.mark.parametrize(

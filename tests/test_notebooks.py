@@ -26,6 +26,7 @@ def pictures(notebook: nbformat.NotebookNode) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_notebooks_run(tmp_path, monkeypatch):
     """In their short form, without a word on stderr, showing the pictures that are committed.
 
