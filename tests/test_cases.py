@@ -23,6 +23,7 @@ TRACED = [
     ("average assigned", "compiled"),
     ("counter", "vectorized+compiled"),
     ("flag", "compiled"),
+    ("scalar", "compiled"),
     ("weight changed in forward", "vectorized+compiled"),
 ]
 

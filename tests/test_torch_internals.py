@@ -152,7 +152,12 @@ class TestMissing:
         monkeypatch.delattr(torch._inductor.sizevars, "sympy")
         monkeypatch.delattr(torch._inductor.graph.GraphLowering, "register_users_of")
         monkeypatch.delattr(torch._inductor.codecache, "_worker_compile_cpp")
+        monkeypatch.delattr(
+            torch.fx.passes._tensorify_python_scalars, "_is_tensorify_enabled", raising=False
+        )
         with torch_internals.kernels_apart(), torch_internals.quick_build("cpu"):
+            pass
+        with torch_internals.scalars_kept():
             pass
         torch_internals.at_fixed_address(torch.zeros(1))
         assert torch_internals.options_of("reduce-overhead") == {"triton.cudagraphs": True}

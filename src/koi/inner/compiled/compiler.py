@@ -25,6 +25,7 @@ from koi.inner.compiled.torch_internals import (
     options_of,
     quick_build,
     recurrence_traced,
+    scalars_kept,
     without_lookup,
 )
 from koi.inner.layers.libraries import values_unread
@@ -86,9 +87,12 @@ class Graph:
         with torch.no_grad():
             if not self._compiled:
                 return self._first_run(*inputs)
-            if self.threadsafe:
+            if not self.threadsafe:  # the compiler is disabled, and the function itself runs
+                with self._context():
+                    return self._run(*inputs)
+            if not self._checked:
                 return self._run(*inputs)
-            with self._context():  # the compiler is disabled, and the function itself runs
+            with scalars_kept():  # it may be compiled anew
                 return self._run(*inputs)
 
     def _first_run(self, *inputs: Any) -> Any:
@@ -101,6 +105,7 @@ class Graph:
                 self._context(),
                 kernels_apart() if self._lean else nullcontext(),
                 recurrence_traced(),
+                scalars_kept(),
                 quick_build(self._device),
                 warnings.catch_warnings(),
             ):

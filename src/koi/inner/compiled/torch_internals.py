@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,38 @@ def _in_its_place(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+class _Scalars(threading.local):
+    kept = False
+
+
+_scalars = _Scalars()
+
+
+@contextmanager
+def scalars_kept() -> Iterator[None]:
+    """Let what the compiler makes in this thread write to tensors without dimensions.
+
+    A pass that turns Python's numbers into tensors takes such tensors of float64 for numbers, and
+    what is written to them is dropped, without a word: a learned temperature stays where it is.
+
+    Without: the pass is as torch left it.
+    """
+    owner = importlib.import_module("torch.fx.passes._tensorify_python_scalars")
+    asked = getattr(owner, "_is_tensorify_enabled", None)
+    if asked is not None and not hasattr(asked, "as_torch_has_it"):
+
+        def enabled() -> bool:
+            return not _scalars.kept and bool(asked())
+
+        enabled.as_torch_has_it = asked  # type: ignore[attr-defined]
+        owner._is_tensorify_enabled = enabled  # type: ignore[attr-defined]
+    before, _scalars.kept = _scalars.kept, True
+    try:
+        yield
+    finally:
+        _scalars.kept = before
 
 
 def kernels_apart() -> AbstractContextManager[None]:
