@@ -69,7 +69,7 @@ FAULTS = {
     "infinite": (lambda loss: loss * float("inf"), NonFiniteError, "the loss is inf"),
     "backward": (lambda loss: loss.backward() or loss, ModelError, r"without calling backward\(\)"),
 }
-NAMES_THE_STEP = FAULTS.keys() - {"exception", "interrupt", "exit", "backward"}
+NAMES_THE_STEP = [n for n in FAULTS if n not in {"exception", "interrupt", "exit", "backward"}]
 
 
 def told(error, caplog):
