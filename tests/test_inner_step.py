@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import naive
-from case_models import Tempered
+from case_models import Complex, Tempered
 from engine_toys import ENGINES, FAST, Fits, assert_agree, mlp, trained
 from koi import ConfigurationError, Koi, cosine, linear
 from koi.fewshot import accuracy
@@ -245,9 +245,13 @@ class Lost(Fits):
         return replace(task, y=task.y * float("nan")) if self.number % 2 == 0 else task
 
 
-@pytest.mark.parametrize("engine", FAST)
-def test_scalar_of_a_task_that_is_skipped(engine):
-    model = Tempered()
+@pytest.mark.parametrize(
+    ("model", "engine"),
+    [*((Tempered, engine) for engine in FAST), (Complex, "vectorized")],
+)
+def test_odd_parameters_of_a_task_that_is_skipped(model, engine):
+    """Without a dimension, and complex."""
+    model = model()
     settings = SETTINGS | {"on_nonfinite": "skip", "clip_inner": 0.5, "num_iterations": 2}
     one, other = (trained(name, model, Lost(), **settings) for name in ("eager", engine))
     assert_agree(one, other)

@@ -93,6 +93,9 @@ def _shifted(numbers: Tensor, bits: int) -> Tensor:
     return (numbers >> bits) & ((1 << (64 - bits)) - 1)
 
 
+_numpys_own = numpy.random.mtrand._rand
+
+
 class _NumPys:
     """NumPy's global generator, whose state takes NumPy 60 µs to read, and again to write.
 
@@ -142,7 +145,6 @@ class _NumPys:
         return cast(int, _numpys_own._bit_generator.ctypes.state_address)
 
 
-_numpys_own = numpy.random.mtrand._rand
 _numpys = _NumPys()
 
 

@@ -55,12 +55,13 @@ def check_task(task: Any) -> None:
         ConfigurationError: it is not.
     """
     if not is_task(task):
-        hint = " (this looks like many tasks: give one that they sample)"
-        problem = wrong("task", task, "an object with a method loss(model) -> scalar tensor")
+        hint = ""
         if isinstance(task, type):
             hint = f" (this is a class: give an object, {task.__name__}(…))"
-        more = isinstance(task, type) or hasattr(task, "sample")
-        raise ConfigurationError([problem + (hint if more else "")])
+        elif hasattr(task, "sample"):
+            hint = " (this looks like many tasks: give one that they sample)"
+        problem = wrong("task", task, "an object with a method loss(model) -> scalar tensor")
+        raise ConfigurationError([problem + hint])
 
 
 def draw(

@@ -316,8 +316,7 @@ class VectorizedEngine(SecondOrderEngine):
         total = arithmetic.norm(adapted.given) + adapted.losses.sum()
         if bool(total.isfinite()):
             return None, rows
-        squares = [p.square().unsqueeze(-1).flatten(1).sum(1) for p in adapted.given]
-        norms = torch.stack(squares).sum(0).tolist()
+        norms = arithmetic.squared_norm(adapted.given, stacked=True).tolist()
         kept = finite_tasks(rows, norms, first, place, self.inner.skip_nonfinite)
         return kept, [rows[row] for row in kept]
 

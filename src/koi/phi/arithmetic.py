@@ -80,6 +80,17 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def squared_norm(tensors: Sequence[Tensor], *, stacked: bool) -> Tensor:
+    """Return Σ |x|² over all numbers of the tensors, as one scalar; if stacked, of each row.
+
+    >>> squared_norm([torch.tensor([3.0, 0.3]), torch.tensor([[4.0], [0.4]])], stacked=True)
+    tensor([25.0000,  0.2500])
+    """
+    squares = [t.abs().square() if t.is_complex() else t.square() for t in tensors]
+    first = 1 if stacked else 0  # a row may be one number, without a dimension
+    return torch.stack([s.unsqueeze(-1).flatten(first).sum(-1) for s in squares]).sum(0)
+
+
 def in_words(tensor: Tensor) -> str:
     """Return a tensor's shape and type, for messages.
 

@@ -25,7 +25,7 @@ from koi.inner.functional import PureLoss
 from koi.inner.optimizers.clipping import clipped
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.stepwise import filled
-from koi.phi.arithmetic import Tensors, mean_of, movements
+from koi.phi.arithmetic import Tensors, mean_of, movements, squared_norm
 from koi.tasks import has, query_of, tensors_of, views, with_tensors
 
 TensorDict = dict[str, Tensor]
@@ -175,7 +175,7 @@ class InnerFunctions:
         start = [*of_learned(phi.params), *phi.learned]
         each = give(start, [*of_learned(self._rows(after.params)), *rates], path, gradient)
         curves = torch.stack(adapted.losses)
-        norms = self._norms(each)
+        norms = squared_norm(each, stacked=self.num_tasks is not None).sqrt()
         kept = curves.isfinite().all(0) & norms.isfinite()
         split = self.rule.num_slots * len(phi.params)
         moments = self._means(after.moments[:split], kept, phi.weights)
@@ -184,7 +184,7 @@ class InnerFunctions:
         count = len(self.inner.learned.buffers)
         moved = movements(after.buffers[:count], phi.buffers[:count])
         way = algorithm.meta_gradient(start, mean)
-        distance = torch.stack([_squares(w).sum() for w in way]).sum().sqrt()
+        distance = squared_norm(way, stacked=False).sqrt()
         figures = [curves.flatten(), norms.flatten(), distance.flatten()]
         return TrainOutput(
             mean,
@@ -351,12 +351,6 @@ class InnerFunctions:
             rows[0][i] = phi.params[i]
         return State(rows[0], rows[1], rows[2] + phi.moments[split:], phi.rates, phi.learned)
 
-    def _norms(self, tensors: Tensors) -> Tensor:
-        """Return the Euclidean norm of each task's tensors, shape ([tasks])."""
-        first = 0 if self.num_tasks is None else 1
-        squares = [_squares(t).unsqueeze(-1) for t in tensors]  # a scalar has no dimension
-        return torch.stack([s.flatten(first).sum(-1) for s in squares]).sum(0).sqrt()
-
     def _last(self, tensors: Tensors, kept: Tensor, weights: Tensor | None) -> Tensors:
         """Return those of the last task that is kept and counts."""
         if self.num_tasks is None:
@@ -379,8 +373,3 @@ class InnerFunctions:
             weights = torch.where(kept, weights, 0)
             return [mean_of(t, weights).contiguous() for t in those]
         return [(t.sum(0) / kept.sum()).contiguous() for t in those]
-
-
-def _squares(tensor: Tensor) -> Tensor:
-    """Return squares, of complex numbers |z|²."""
-    return tensor.abs().square() if tensor.is_complex() else tensor.square()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from koi.phi.arithmetic import squared_norm
+
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
@@ -29,10 +31,7 @@ def clipped(
     kept = [g for g in dense if g is not None]
     if not kept:
         return tuple(dense)
-    first = 1 if stacked else 0
-    # of a scalar parameter there is no second dimension
-    each = [g.unsqueeze(-1).abs().square().flatten(first).sum(-1) for g in kept]
-    squares = torch.stack(each).sum(0)
+    squares = squared_norm(kept, stacked=stacked)
     # at zero the root has no slope, and nothing is clipped
     norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
     shares = (limit / (norms + _EPS)).clamp(max=1.0)
