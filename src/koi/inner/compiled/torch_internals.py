@@ -24,6 +24,7 @@ from torch import Tensor
 
 from koi.errors import ConfigurationError, EngineError
 from koi.inner.compiled import passes
+from koi.inner.compiled import products as kernels
 from koi.inner.compiled.passes import is_small, pad, sum_of_terms, with_memory
 
 _TRIED = (2, 11), (2, 14)  # and what is between
@@ -352,8 +353,11 @@ def graph_pass(*, products: bool) -> dict[str, Any]:
             pad(graph)
             if products:
                 patterns.apply(graph)
+                if kernels.has_kernels():
+                    kernels.multiply(graph)
 
         def uuid(self) -> Any:  # what the compiler's cache knows this pass by
-            return get_hash_for_files((__file__, passes.__file__)) + bytes([products])
+            files = __file__, passes.__file__, kernels.__file__, str(kernels.CODE)
+            return get_hash_for_files(files) + bytes([products, kernels.has_kernels()])
 
     return {"post_grad_custom_pre_pass": Pass()}
