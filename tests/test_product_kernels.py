@@ -85,7 +85,8 @@ def test_what_is_computed_in_the_graph_may_lie_in_any_order():
     def several(x, y):
         active = (x + 1).tanh()
         forward = active @ y
-        return forward, active.mT @ forward.relu(), forward @ active, active.sum(0)
+        biased = torch.addmm(active.sum(0), forward, active)
+        return forward, active.mT @ forward.relu(), biased
 
     x, y = torch.randn(30, 20), torch.randn(20, 30)
     found, code = compiled(several, (x, y))
