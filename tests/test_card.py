@@ -13,9 +13,10 @@ from torch import nn
 import forked
 import koi.models
 from koi import CheckpointError, ConfigurationError, Koi
+from koi.fewshot import labelled
 from koi.lab.card import model_card
 from koi.lab.runs import Config, Run, write_card
-from koi.recipes import recipe_named
+from koi.recipes import RECIPES, recipe_named
 from toys import Regressions, small_net
 
 CONFIG = {
@@ -136,6 +137,32 @@ def test_the_card_of_a_run(tmp_path):
     assert "| 5-way 5-shot, inductive | accuracy | 0.8 | ± 0.03 |" in text
     assert "koi train omniglot-5way --iterations 7 --seed 0" in text
     assert "1-shot" not in text
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("omniglot-5way")])
+def test_the_code_of_a_run_adapts_as_its_recipe_does(name, tmp_path):
+    """By the inner optimizer, moments and rates of the training."""
+    recipe = replace(recipe_named(name), num_iterations=2)
+    run = Run.begun(tmp_path / "run", Config(recipe))
+    torch.manual_seed(0)
+    learner = Koi(recipe.model(), **recipe.settings(), seed=0)
+    data = labelled((torch.rand(5 * 25, 1, 28, 28), torch.arange(5).repeat_interleave(25)))
+    learner.train(recipe.training_episodes(data))
+    run.checkpoints.mkdir()
+    learner.save(run.checkpoints / "iteration-000000002.safetensors")
+    write_card(run)
+    card = (run.folder / "README.md").read_text("utf-8")
+
+    task = recipe.test_episodes(data, 1).sample()
+    block = card.partition("```python\n")[2].partition("```")[0]
+    code = block.replace(run.learner.name, str(run.learner))
+    script = tmp_path / "use.py"
+    script.write_text(code, encoding="utf-8")
+    found = runpy.run_path(str(script), {"task": task})
+    expected = learner.adapt(task, recipe.adaptation(1).num_steps).state_dict()
+    torch.testing.assert_close(found["adapted"].state_dict(), expected)
+    optimizer = {"sgd": "SGD", "adam": "Adam, β1 = 0"}[recipe.inner_optimizer]
+    assert f"| `inner_optimizer` | `{optimizer}` |" in card
 
 
 def test_inner_optimizer_is_in_its_code():

@@ -14,7 +14,15 @@ from koi import allowed
 from koi.errors import ConfigurationError, printable
 from koi.lab.markdown import block, code, link, text
 
-_PAPER = "https://arxiv.org/abs/1803.02999"
+# Whose the algorithms of `koi.algorithms` are.
+_REPTILE = "Nichol et al., 2018", "1803.02999"
+_MAML = "Finn et al., 2017", "1703.03400"
+_PAPERS = {
+    "reptile": _REPTILE,
+    "fomaml": _MAML,
+    "maml": _MAML,
+    "eigen-reptile": ("Chen et al., 2022", "2206.01944"),
+}
 _NEEDED = ("name", "description", "license", "model", "settings", "data")
 _DATA = ("name", "license")
 _RESULT = ("task", "metric", "value")
@@ -162,9 +170,10 @@ def _use(config: Mapping[str, Any]) -> str:
         "Any training loop can take the place of the last two lines: the file holds plain weights."
         if plain
         else f"""\
-{code(config["checkpoint"])} holds the weights and the moments that the inner optimizer had
-gathered in training; what was measured was adapted from both. `model.safetensors` holds the plain
-weights, for any training loop; from fresh moments they adapt a little differently."""
+{code(config["checkpoint"])} holds the weights and what the inner loop had besides in training,
+the optimizer's moments or learned rates; what was measured was adapted from all of it.
+`model.safetensors` holds the plain weights, for any training loop; without the rest they adapt a
+little differently."""
     )
     # `import koi` alone does not bring koi.models
     door = "koi.models" if "koi.models." in config["model"] else "koi"
@@ -181,7 +190,9 @@ adapted = learner.adapt(task)  # anything with loss(model)"""
 
 def _training(config: Mapping[str, Any]) -> str:
     algorithm = config["settings"].get("algorithm", "reptile")
-    lines = [f"Meta-learned with Koi by {text(algorithm)} ([Nichol et al., 2018]({_PAPER})):", ""]
+    authors, paper = _PAPERS.get(algorithm, _REPTILE)
+    of = f"[{authors}](https://arxiv.org/abs/{paper})"
+    lines = [f"Meta-learned with Koi by {text(algorithm)} ({of}):", ""]
     lines += ["| setting | value |", "| :-- | :-- |"]
     lines += [f"| {code(name)} | {code(value)} |" for name, value in config["settings"].items()]
     if "command" in config:

@@ -16,6 +16,8 @@ from koi.randomness import States
 # A contradiction is one beyond so much of the gradient's length, and so many times what differences
 # of several sizes differ by among themselves.
 _SURELY = 10
+# The size of the finest difference, as a part of the largest.
+_FINEST = 32
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,14 @@ class Losses:
     ) -> bool:
         plain = plain or self.plain
         h = self._eps ** (1 / 3) * (1 + max(map(largest, self.start)))
-        slopes = [self._slope(direction, h / part, plain) for part in (1, 2, 4)]
-        length = norm(gradient).item() * norm(direction).item()
-        error = max(slopes) - min(slopes) + self._eps**0.6 * length
-        return not abs(slopes[1] - _product(gradient, direction)) <= _SURELY * error
+        *slopes, finest = [self._slope(direction, h / part, plain) for part in (1, 2, 4, _FINEST)]
+        rounding = self._eps**0.6 * norm(gradient).item() * norm(direction).item()
+        spread = max(slopes) - min(slopes)
+        # After steps of a normalised gradient, as Adam's first ones are, a loss can be so rough that
+        # coarse differences agree among themselves and see nothing of its slope.
+        if abs(finest - slopes[-1]) > 2 * spread + _FINEST * rounding:
+            return False
+        return not abs(slopes[1] - _product(gradient, direction)) <= _SURELY * (spread + rounding)
 
     def _autograd_sees_all(self, direction: Tensors) -> bool:
         """Return whether autograd's gradient is that of differences where no step is taken.

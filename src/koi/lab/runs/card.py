@@ -51,7 +51,9 @@ def write_card(run: Run) -> None:
     config = run.config()
     recipe = config.recipe
     data, weights_license = _DATA.get(recipe.problem, _OTHER)
-    network = f"koi.models.{_NETWORKS[recipe.network]}(num_classes={recipe.num_ways})"
+    arguments = f"num_classes={recipe.num_ways}"
+    arguments += ", torch_defaults=True" if recipe.torch_defaults else ""
+    network = f"koi.models.{_NETWORKS[recipe.network]}({arguments})"
     card = model_card(
         {
             "name": recipe.name,
@@ -78,11 +80,13 @@ def _description(recipe: FewShotRecipe) -> str:
 
 
 def _learner(run: Run, recipe: FewShotRecipe) -> str:
-    least = min(recipe.adaptations)
+    num_steps = recipe.adaptation(min(recipe.adaptations)).num_steps
+    if recipe.inner_optimizer == "sgd":
+        return f'koi.Koi.load("{run.learner.name}", model, num_steps={num_steps})'
     return f"""koi.Koi.load(
     "{run.learner.name}",
     model,
-    num_steps={recipe.adaptation(least).num_steps},
+    num_steps={num_steps},
     inner_optimizer=lambda params, lr: torch.optim.Adam(params, lr, betas=(0.0, 0.999)),
 )"""
 
@@ -90,7 +94,7 @@ def _learner(run: Run, recipe: FewShotRecipe) -> str:
 def _settings(recipe: FewShotRecipe) -> dict[str, Any]:
     """Return what the learner was given, code as the text of what it does."""
     settings = {key: value for key, value in recipe.settings().items() if key not in recipe.code()}
-    settings["inner_optimizer"] = "Adam, β1 = 0"
+    settings["inner_optimizer"] = "SGD" if recipe.inner_optimizer == "sgd" else "Adam, β1 = 0"
     if recipe.meta_rate is not None:
         settings["meta_optimizer"] = f"Adam, rate {recipe.meta_rate:g}"
     return settings | {
