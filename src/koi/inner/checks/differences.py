@@ -85,7 +85,7 @@ class Losses:
         *slopes, finest = [self._slope(direction, h / part, plain) for part in (1, 2, 4, _FINEST)]
         rounding = self._eps**0.6 * norm(gradient).item() * norm(direction).item()
         spread = max(slopes) - min(slopes)
-        # After steps of a normalised gradient, as Adam's first ones are, a loss can be so rough that
+        # After steps of a normalised gradient, as Adam's first are, a loss can be so rough that
         # coarse differences agree among themselves and see nothing of its slope.
         if abs(finest - slopes[-1]) > 2 * spread + _FINEST * rounding:
             return False
