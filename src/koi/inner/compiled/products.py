@@ -90,14 +90,15 @@ def _have_code() -> bool:
     except ImportError:
         return False
 
+    code = CODE.read_text(encoding="utf-8")
+    declaration = code[code.index('extern "C"') : code.index(" {\n  const")] + ";"
+
     class Products(ir.ExternKernelOut):  # type: ignore[misc, unused-ignore]
         """A call of what `CODE` defines, which is written before the first one."""
 
         def codegen(self, wrapper: Any) -> None:
-            code = CODE.read_text(encoding="utf-8")
             if code not in wrapper.src_to_kernel:
                 wrapper.src_to_kernel[code] = "koi_products"
-                declaration = code[code.index('extern "C"') : code.index(" {\n  const")] + ";"
                 wrapper.define_kernel("koi_products", code, None, False, declaration)
             batch, m, n = [1, *map(int, self.get_size())][-3:]
             tensors: Any = self.inputs
