@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._inductor.utils
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from engine_toys import ENGINES, Fits
 from koi import Koi
@@ -93,6 +94,24 @@ def test_what_is_computed_in_the_graph_may_lie_in_any_order():
     for got, expected in zip(found, several(x.double(), y.double()), strict=True):
         torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
     assert code.count("    koi_products(") == 3
+
+
+def test_a_weight_is_transposed_once_for_all_steps_of_a_loop():
+    def steps(x, weight):
+        for _ in range(3):
+            x = (x @ weight.mT).tanh()
+        return x, x @ weight
+
+    given = torch.randn(20, 30), torch.randn(30, 30)
+    table = torch._decomp.core_aten_decompositions()
+    traced = make_fx(steps, decomposition_table=table, tracing_mode="fake")(*given)
+    products.multiply(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    targets = [node.target for node in traced.graph.nodes]
+    assert targets.count(torch.ops.koi.product.default) == 4
+    assert targets.count(torch.ops.aten.clone.default) == 1
+    torch.testing.assert_close(traced(*given), steps(*given))
 
 
 @needs_kernels

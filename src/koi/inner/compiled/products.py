@@ -60,6 +60,7 @@ def _(left: Tensor, right: Tensor) -> Tensor:
 
 def multiply(graph: Graph) -> None:
     """Let those products of a graph that the kernels are for be theirs."""
+    copies: dict[Any, Any] = {}
     for node in list(graph.nodes):
         if node.target is aten.addmm.default and not node.kwargs and _fits(*node.args[1:]):
             bias, left, right = node.args
@@ -68,7 +69,25 @@ def multiply(graph: Graph) -> None:
             found.meta.update(node.meta)
             node.target, node.args = aten.add.Tensor, (found, bias)
         elif node.target in (aten.mm.default, aten.bmm.default) and _fits(*node.args):
+            found = node
             node.target = torch.ops.koi.product.default
+        else:
+            continue
+        found.args = tuple(_copied_once(graph, factor, copies) for factor in found.args)
+
+
+def _copied_once(graph: Graph, node: Any, copies: dict[Any, Any]) -> Any:
+    """Return a transposed factor as one copy for all products with it, as of a loop's steps."""
+    if node.target is not aten.permute.default or node.meta["val"].stride(-1) == 1:
+        return node
+    source, order = node.args
+    key = source, *order
+    if key not in copies:
+        with graph.inserting_after(node):
+            form: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            copies[key] = graph.call_function(aten.clone.default, (node,), form)
+        copies[key].meta["val"] = node.meta["val"].contiguous()
+    return copies[key]
 
 
 def _fits(*nodes: Any) -> bool:

@@ -25,7 +25,14 @@ from torch import Tensor
 from koi.errors import ConfigurationError, EngineError
 from koi.inner.compiled import passes
 from koi.inner.compiled import products as kernels
-from koi.inner.compiled.passes import is_small, pad, sum_of_terms, with_memory
+from koi.inner.compiled.passes import (
+    is_small,
+    join,
+    pad,
+    sum_of_terms,
+    with_memory,
+    without_expansions,
+)
 
 _TRIED = (2, 11), (2, 14)  # and what is between
 
@@ -324,8 +331,8 @@ def options_of(mode: str) -> dict[str, Any]:
 def graph_pass(*, products: bool) -> dict[str, Any]:
     """Return the option with a pass over each graph, before Inductor makes code of it.
 
-    It writes ZeroTensors out as zeros, slices among zeros as padding and, with ``products``, those
-    with few terms as sums (`koi.inner.compiled.passes`).
+    It writes ZeroTensors out as zeros, slices among zeros as padding and, with ``products``, sums
+    of products as one, and products with few terms as sums (`koi.inner.compiled.passes`).
 
     Without: no option; small networks are a twentieth to a tenth slower, and nested derivatives end
     the process.
@@ -352,6 +359,8 @@ def graph_pass(*, products: bool) -> dict[str, Any]:
             with_memory(graph)
             pad(graph)
             if products:
+                without_expansions(graph)
+                join(graph)
                 patterns.apply(graph)
                 if kernels.has_kernels():
                     kernels.multiply(graph)
