@@ -191,7 +191,7 @@ def test_modules_in_autocast(name):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "remaining"), [((5, 16, 7), 0), ((5, 17, 7), 2), ((500, 16, 9), 2), ((5, 1, 7), 0)]
+    ("sizes", "remaining"), [((5, 10, 7), 0), ((5, 11, 7), 2), ((800, 10, 9), 2), ((5, 1, 7), 0)]
 )
 def test_small_products_are_written_out(sizes, remaining):
     rows, terms, columns = sizes

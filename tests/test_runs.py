@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import koi.lab.runs.measuring
 import koi.lab.runs.training
 from koi import CheckpointError, ConfigurationError, DataError, Koi, NonFiniteError
 from koi.fewshot import Episodes, LabelledData, Splits
@@ -231,6 +232,28 @@ def test_the_processor_is_the_one_that_it_ran_on(device, expected, tmp_path, mon
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(Path, "read_text", lambda path, encoding: "model name\t: a CPU")
     assert environment(device)["processor"] == expected
+
+
+@pytest.mark.parametrize(
+    ("compile", "num_tasks", "expected"), [(True, 3, True), (True, 2, False), (False, 3, False)]
+)
+def test_many_test_tasks_are_adapted_to_by_a_graph(
+    compile, num_tasks, expected, tmp_path, monkeypatch
+):
+    """Of a training that was compiled, too."""
+    run = Run.begun(tmp_path, Config(SMALL))
+    train(run)
+    compiled, original = [], koi.lab.runs.measuring.measured
+
+    def measured(learner, *arguments):
+        compiled.append(learner.compile)
+        learner.compile = False
+        return original(learner, *arguments)
+
+    monkeypatch.setattr(koi.lab.runs.measuring, "measured", measured)
+    monkeypatch.setattr(koi.lab.runs.measuring, "_WORTH_A_GRAPH", 3)
+    assert measure(run, 1, num_tasks, compile=compile)["num_tasks"] == num_tasks
+    assert compiled == [expected]
 
 
 def test_what_was_left_out_is_told_wherever_accuracies_are(tmp_path, monkeypatch):

@@ -316,7 +316,7 @@ class VectorizedEngine(SecondOrderEngine):
         total = arithmetic.norm(adapted.given) + adapted.losses.sum()
         if bool(total.isfinite()):
             return None, rows
-        norms = arithmetic.squared_norm(adapted.given, stacked=True).tolist()
+        norms = arithmetic.norm(adapted.given, stacked=True).tolist()
         kept = finite_tasks(rows, norms, first, place, self.inner.skip_nonfinite)
         return kept, [rows[row] for row in kept]
 

@@ -25,7 +25,7 @@ from koi.inner.functional import PureLoss
 from koi.inner.optimizers.clipping import clipped
 from koi.inner.optimizers.rules import UpdateRule
 from koi.inner.stepwise import filled
-from koi.phi.arithmetic import Tensors, mean_of, movements, squared_norm
+from koi.phi.arithmetic import Tensors, mean_of, movements, norm
 from koi.tasks import has, query_of, tensors_of, views, with_tensors
 
 TensorDict = dict[str, Tensor]
@@ -175,7 +175,9 @@ class InnerFunctions:
         start = [*of_learned(phi.params), *phi.learned]
         each = give(start, [*of_learned(self._rows(after.params)), *rates], path, gradient)
         curves = torch.stack(adapted.losses)
-        norms = squared_norm(each, stacked=self.num_tasks is not None).sqrt()
+        # by rows also where there is one: Inductor has no code of `torch._foreach_norm`
+        rows = each if self.num_tasks is not None else [t.unsqueeze(0) for t in each]
+        norms = norm(rows, stacked=True)
         kept = curves.isfinite().all(0) & norms.isfinite()
         split = self.rule.num_slots * len(phi.params)
         moments = self._means(after.moments[:split], kept, phi.weights)
@@ -184,7 +186,7 @@ class InnerFunctions:
         count = len(self.inner.learned.buffers)
         moved = movements(after.buffers[:count], phi.buffers[:count])
         way = algorithm.meta_gradient(start, mean)
-        distance = squared_norm(way, stacked=False).sqrt()
+        distance = norm([t.unsqueeze(0) for t in way], stacked=True)
         figures = [curves.flatten(), norms.flatten(), distance.flatten()]
         return TrainOutput(
             mean,

@@ -151,7 +151,7 @@ def train(
             f"{learner.iteration:,} meta-iterations, where {found}"
         )
     if test_tasks:
-        _measure(run, list(chosen.adaptations), test_tasks, console)
+        _measure(run, list(chosen.adaptations), test_tasks, console, compile=compile)
 
 
 def evaluate(
@@ -202,10 +202,12 @@ def _shown(path: Path) -> str:
     return printable(str(path))
 
 
-def _measure(run: Run, shots: list[int], num_tasks: int, console: Console) -> None:
+def _measure(
+    run: Run, shots: list[int], num_tasks: int, console: Console, *, compile: bool = False
+) -> None:
     console.print(f"Adapting to {num_tasks:,} test tasks")
     for num_shots in shots:
-        runs.measure(run, num_shots, num_tasks)
+        runs.measure(run, num_shots, num_tasks, compile=compile)
     plots.save(plots.learning_curve(run.validations(), run.results()), run.picture)
     runs.write_card(run)
     _print_table([run], console)
