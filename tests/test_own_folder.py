@@ -45,7 +45,7 @@ class TestTrain:
         assert run.results()[1]["iteration"] == config.recipe.num_iterations == 5
         checkpoint = newest_checkpoint(run)
         learner = Koi.load(checkpoint, config.recipe.model(), **config.recipe.code())
-        assert [learner.num_steps, learner.step_size] == [5, 0.001]
+        assert [learner.num_steps, learner.step_size] == [1, 0.4]
 
     def test_the_card_says_how_to_make_such_a_run(self, trained):
         card = (trained / "README.md").read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ class TestAdaptAndPredict:
         """By hand, without Koi's reader: the plain weights, one forward."""
         paths = [place / "new" / name / "3.png" for name in ("ring", "bar")]
         tensors = safetensors.torch.load_file(adapted)
-        model = omniglot_net(3)
+        model = omniglot_net(3, torch_defaults=True)
         prefix = "weights."
         model.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

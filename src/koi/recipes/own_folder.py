@@ -1,4 +1,4 @@
-"""A few-shot recipe for any folder of images: that of the paper which is nearest."""
+"""A few-shot recipe for any folder of images: the nearest of those that there are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from koi import allowed
 from koi.errors import ConfigurationError, DataError, did_you_mean
 from koi.fewshot import LabelledData
 from koi.fewshot.sources import class_folders
-from koi.recipes.fewshot import NETWORKS, RECIPES, FewShotRecipe
+from koi.recipes.fewshot import BESIDE, NETWORKS, RECIPES, Adaptation, FewShotRecipe
 
 # "train", "validation" and "test" -> the names of the classes.
 Parts = dict[str, list[str]]
@@ -34,11 +34,12 @@ def own_folder(
 ) -> tuple[FewShotRecipe, Parts]:
     """Return a recipe for a folder of class folders, and its classes in three parts.
 
-    All settings but two are those of the paper's Reptile recipe with this network and the nearest
-    number of ways: there are 10,000 meta-iterations, and 6 validations in a row without a better
-    one end the training. Training episodes have as many shots as there, if each class has as many
-    images and one more. No class is in two parts: a fifth of them, and at least num_ways, are for
-    the test; as many are for validation, unless fewer than half would be left to learn from.
+    Its settings are those of the recipe with this network and the nearest number of ways, of our
+    own if there is one, else of the paper; but for the length: there are 10,000 meta-iterations,
+    and 6 validations in a row without a better one end the training. The paper's Reptile trains
+    with as many shots as there, ours with one and 4 queries, if each class has so many images. No
+    class is in two parts: a fifth of them, and at least num_ways, are for the test; as many are for
+    validation, unless fewer than half would be left to learn from.
 
     Args:
         folder: a folder of images for each class; the images are not read.
@@ -58,8 +59,8 @@ def own_folder(
     ...         for number in range(4):
     ...             Path(root, name, f"{number}.png").touch()
     ...     recipe, parts = own_folder(root, num_ways=2)
-    >>> recipe.num_ways, recipe.num_shots, recipe.step_size
-    (2, 3, 0.001)
+    >>> recipe.num_ways, recipe.num_shots, recipe.num_queries, recipe.algorithm
+    (2, 1, 3, 'maml')
     >>> {part: len(names) for part, names in parts.items()}
     {'train': 4, 'validation': 2, 'test': 2}
     """
@@ -74,21 +75,38 @@ def own_folder(
         raise ConfigurationError([f"there is no network {network!r}{near} (networks: {known})"])
     counts = {name: len(files) for name, files in class_folders(Path(folder)).items()}
     _check(folder, counts, num_ways, num_shots)
-    nearest = min(  # the first of those that are equally near, which is the paper's
-        (r for r in RECIPES.values() if r.network == network),
-        key=lambda recipe: abs(recipe.num_ways - num_ways),
-    )
     recipe = replace(
-        nearest,
+        _nearest(network, num_ways, num_shots, min(counts.values())),
         name=f"folder-{num_ways}way",
         problem="folder",
         num_iterations=_NUM_ITERATIONS,
         patience=_PATIENCE,
         num_ways=num_ways,
-        num_shots=min(max(nearest.num_shots, num_shots), min(counts.values()) - 1),
-        adaptations={num_shots: nearest.adaptation(num_shots)},
     )
     return recipe, _parts(list(counts), num_ways, seed)
+
+
+def _nearest(network: str, num_ways: int, num_shots: int, fewest: int) -> FewShotRecipe:
+    """Return the nearest recipe for test tasks of so many shots, with ``fewest`` images of a class.
+
+    Of the paper's, training episodes have as many shots as there, or more if the test has; ours
+    learn from one example of each class, and adapt to all that there are at each step.
+    """
+    recipes = [recipe for recipe in RECIPES.values() if recipe.network == network]
+    ours = [recipe for recipe in recipes if recipe.name in BESIDE]
+    # the first of those that are equally near
+    nearest = min(ours or recipes, key=lambda recipe: abs(recipe.num_ways - num_ways))
+    adaptation = nearest.adaptation(num_shots)
+    if not ours:
+        shots = min(max(nearest.num_shots, num_shots), fewest - 1)
+        return replace(nearest, num_shots=shots, adaptations={num_shots: adaptation})
+    all_of_them = max(adaptation.batch_size, num_ways * num_shots)
+    return replace(
+        nearest,
+        num_queries=min(nearest.num_queries, fewest - nearest.num_shots),
+        batch_size=all_of_them,
+        adaptations={num_shots: Adaptation(all_of_them, adaptation.num_steps)},
+    )
 
 
 def _check(

@@ -114,8 +114,8 @@ def train(
     """Train an experiment of the paper, or the like on your own images, and measure it.
 
     An experiment is set beside the paper's numbers. For your own images (--data FOLDER and no
-    recipe) every setting but the number of meta-iterations is that of the recipe with the same
-    network and the nearest number of ways. A fifth of the classes is kept for the test, and a fifth
+    recipe) settings are those of the recipe with the same network and the nearest number of ways,
+    of our own if there is one. A fifth of the classes is kept for the test, and a fifth
     for validation if there are enough. Training ends after 10,000 meta-iterations, or when 6
     validations in a row, one every 500, were no better than the best before them; the best weights
     are kept. With --iterations it takes that many.
@@ -265,6 +265,6 @@ def _description(recipe: FewShotRecipe, classes: Parts) -> str:
     sizes = ", ".join(f"{len(names)} for {part}" for part, names in classes.items())
     return (
         f"Classes: {sizes}. Images: {form.size} × {form.size} pixels, "
-        f"{'grey' if form.mode == 'L' else 'in colour'}, {recipe.num_shots} of each class in a "
-        "training task"
+        f"{'grey' if form.mode == 'L' else 'in colour'}, in a training task {recipe.num_shots} of "
+        f"each class to adapt to and {recipe.num_queries} to be asked"
     )
