@@ -272,7 +272,8 @@ OMNIGLOT_20WAY_KOI = replace(
     name="omniglot-20way-koi",
     num_ways=20,
     batch_size=100,
-    adaptations={1: Adaptation(100, 3), 5: Adaptation(100, 3)},
+    num_iterations=20_000,
+    adaptations={1: Adaptation(100, 10), 5: Adaptation(100, 10)},
     meta_batch_size=5,
 )
 
