@@ -25,12 +25,11 @@ from koi.tasks import TaskBatch, has_own_loop, is_tensor_task
 log = logging.getLogger("koi")
 Result = TypeVar("Result")
 
-# Measured on the CPU, uncompiled: two tasks at once take half as long again as one by one,
-# and with more parameters than these the weights of all tasks leave the cache: twice as long.
+# Measured on the CPU: uncompiled, two tasks at once take half as long again as one by one; with
+# more parameters than these the weights of all tasks leave the cache, which takes twice as long,
+# compiled up to half as long again.
 _FEW_TASKS = 2
 _MOST_PARAMETERS = 2**17
-# Compiled, up to so many numbers of a task times parameters it is its calls that take the time.
-_MOST_WORK = 2**27
 # Gathered, the patches of an image of more numbers leave the cache.
 _LARGE_IMAGE = 2**12
 
@@ -217,17 +216,17 @@ def why_one_by_one(
         len(shape) > 3 and shape[1:].numel() > _LARGE_IMAGE for shape in shapes
     ):
         return "torch's convolution of images as large as these takes one task at a time"
-    if compiled:
-        if nn.Conv2d not in kinds and size * sum(shape.numel() for shape in shapes) > _MOST_WORK:
-            return "each task is work enough"
-        alone = nn.Conv2d in kinds and torch.get_num_threads() == 1
+    if compiled and nn.Conv2d in kinds:
+        alone = torch.get_num_threads() == 1
         return (
             "on one thread a task's convolutions keep its patches in the cache" if alone else None
         )
-    if num_tasks <= _FEW_TASKS:
+    if not compiled and num_tasks <= _FEW_TASKS:
         return f"{num_tasks} tasks at once take longer"
     if size > _MOST_PARAMETERS:
         return f"with {size:,} parameters each task is work enough"
+    if compiled:
+        return None
     # torch's kernel of a whole sequence, which cannot be mapped, is near the processor's rate; it
     # cannot be differentiated twice in good time
     if nn.LSTM in kinds and not inner.algorithm.second_order and params[0].dtype is torch.float32:
