@@ -20,6 +20,10 @@ class Failed(NamedTuple):
     text: str
 
 
+NOT_JOINED = Failed("NotJoined", "the ranks found no way to each other")
+_TRIES = 3  # gloo's connections were seen to close as they were made, on a busy machine
+
+
 class Pool:
     """Runs a function on several ranks at once: ``pool(4, function, argument, …)``.
 
@@ -44,11 +48,15 @@ class Pool:
 
     def __call__(self, size, function, *arguments, patience=300, **options):
         """``patience``: seconds after which a collective times out."""
-        name = str(next(self._names))
-        for rank, pipe in enumerate(self._pipes[:size]):
-            work = functools.partial(function, rank, *arguments, **options)
-            pipe.send((work, name, rank, size, patience))
-        return [pipe.recv() for pipe in self._pipes[:size]]
+        for _ in range(_TRIES):
+            name = str(next(self._names))
+            for rank, pipe in enumerate(self._pipes[:size]):
+                work = functools.partial(function, rank, *arguments, **options)
+                pipe.send((work, name, rank, size, patience))
+            answers = [pipe.recv() for pipe in self._pipes[:size]]
+            if not isinstance(answers[0], Failed) or answers[0] != NOT_JOINED:
+                return answers
+        raise RuntimeError(NOT_JOINED.text)
 
     def close(self):
         for process in self._processes:
@@ -66,13 +74,9 @@ def serve(pipe, port):
     while True:
         function, name, rank, size, patience = pipe.recv()
         torch.manual_seed(100 + rank)  # ranks have nothing in common but what they are given
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore(name, store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=patience),
-        )
+        if not joined(store, name, rank, size, patience):
+            pipe.send(NOT_JOINED)
+            continue
         try:
             answer = function()
         except BaseException as error:
@@ -83,3 +87,24 @@ def serve(pipe, port):
         # a sharded module refers to itself and to its groups, each of which has threads that poll
         gc.collect()
         pipe.send(answer)
+
+
+def joined(store, name, rank, size, patience):
+    """Make the group of all ranks; return whether every one of them could."""
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(name, store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=patience),
+        )
+    except RuntimeError:
+        store.set(f"{name} {rank}", "no")
+    else:
+        store.set(f"{name} {rank}", "yes")
+    if all(store.get(f"{name} {other}") == b"yes" for other in range(size)):
+        return True
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return False
