@@ -1,5 +1,6 @@
 """Where labelled data come from: tensors, datasets, columns, folders of images; what cannot be."""
 
+import os
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from data_toys import Pairs, assert_same, everything
 from koi import ConfigurationError, DataError
 from koi.fewshot import LabelledData, labelled
+from koi.lab.cli.classifier import _files
 
 
 class Columns:
@@ -197,6 +199,24 @@ class TestFolder:
         (tmp_path / "c").mkdir()
         with pytest.raises(DataError, match=r"class folder .*c has no images"):
             labelled(tmp_path)
+
+    def test_a_folder_that_cannot_be_read_is_named(self, tmp_path, monkeypatch):
+        """It would be a class less, without a word."""
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            Image.new("L", (2, 2)).save(tmp_path / name / "1.png")
+        original = os.scandir
+
+        def scandir(path):
+            if str(path).endswith("b"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(DataError, match=r"b cannot be read \(Permission denied\): make it"):
+            labelled(tmp_path)
+        with pytest.raises(DataError, match="b cannot be read"):
+            list(_files(tmp_path))
 
     def test_images_beside_the_class_folders(self, tmp_path):
         draw_images(tmp_path, ["a", "b"])

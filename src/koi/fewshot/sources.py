@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,22 @@ def from_folder(root: Path, images: ImageForm, max_bytes: int) -> Found:
     return from_files(paths, images, max_bytes), labels, list(files)
 
 
+def walked(root: Path, *, followlinks: bool = False) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Go through a folder and what lies in it, as `os.walk`, which leaves out what it cannot read.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or "
+            "take it out"
+        ) from error
+
+    return os.walk(root, onerror=refuse, followlinks=followlinks)
+
+
 def class_folders(root: Path) -> dict[str, list[Path]]:
     """Return the image files of each class, by the name of the class, both in sorted order.
 
@@ -154,14 +170,14 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
     it lies in, without an end, nor where one makes a second class of the same images.
 
     Raises:
-        DataError: there is no such folder, or no images, or a class without any, or a link to a
-            folder that is read already.
+        DataError: there is no such folder, or no images, or a class without any, or a folder that
+            cannot be read, or a link to one that is read already.
     """
     if not root.is_dir():
         raise DataError(f"{root} is no folder: give one that has a folder of images for each class")
     classes: dict[str, list[Path]] = {}
     read: dict[str, str] = {}
-    for place, folders, files in os.walk(root, followlinks=True):
+    for place, folders, files in walked(root, followlinks=True):
         before = read.setdefault(os.path.realpath(place), place)
         if before != place:
             raise DataError(

@@ -11,6 +11,7 @@ import typer
 
 from koi.errors import DataError, printable
 from koi.fewshot.images import IMAGE_SUFFIXES, Unread
+from koi.fewshot.sources import walked
 from koi.lab import runs
 from koi.lab.cli.fewshot import RunFolder
 from koi.lab.runs import Classifier, Run
@@ -85,14 +86,15 @@ def _files(given: Path) -> Iterator[Path]:
     """Yield an image, or those in a folder.
 
     Raises:
-        DataError: the folder has none.
+        DataError: the folder has none, or a folder in it cannot be read.
     """
     if not given.is_dir():
         yield given
         return
+    paths = (Path(place, name) for place, _, files in walked(given) for name in files)
     found = [
         path
-        for path in sorted(given.rglob("*"))
+        for path in sorted(paths)
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
     if not found:
