@@ -33,6 +33,8 @@ def test_sine_prints_its_table_and_draws_its_picture(tmp_path):
         (["sine", "--iterations", "-3"], "--iterations"),
         (["sine", "--out", "nowhere/sine.png"], "nowhere"),
         (["sinus"], "sinus"),
+        (["train", "omniglot-5way", "--test-tasks", "1"], "one task has no interval"),
+        (["evaluate", ".", "--tasks", "1"], "greater than or equal to 2"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):

@@ -20,8 +20,19 @@ from koi.recipes import IMAGE_FORMS, RECIPES, FewShotRecipe, Parts, own_folder, 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that koi train made.")]
 _OWN = "Your own folder (--data FOLDER, and no recipe)"
+
+
+def _not_one(num_tasks: int) -> int:
+    if num_tasks == 1:
+        raise typer.BadParameter("one task has no interval: take 2 or more, or 0 not to measure")
+    return num_tasks
+
+
 TestTasks = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Test tasks to measure on; the paper: 10000.")
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Test tasks to measure on; the paper: 10000.", callback=_not_one
+    ),
 ]
 
 
@@ -162,7 +173,7 @@ def evaluate(
     ] = None,
     more_shots: Annotated[list[int] | None, typer.Argument(min=1, hidden=True)] = None,
     tasks: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Test tasks to measure on; the paper: 10000.")
+        int, typer.Option(min=2, metavar="N", help="Test tasks to measure on; the paper: 10000.")
     ] = 1000,
 ) -> None:
     """Measure a run on its test classes, both ways, and keep the result in its folder."""
