@@ -2,6 +2,7 @@
 
 import itertools
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import naive
-from koi import Koi, TaskError
+from koi import EngineError, Koi, TaskError, tensor_task
 from toys import InTurn, Regression, assert_close, small_net
 
 SETTINGS = {"step_size": 0.05, "num_steps": 3, "num_iterations": 2, "meta_step_size": 0.4}
@@ -219,3 +220,44 @@ def test_everything_inside_no_grad():
             Koi(model, algorithm=algorithm, **SETTINGS).train(InTurn(task))
             assert not torch.is_grad_enabled()
     assert_close(model, plain)
+
+
+@tensor_task
+@dataclass
+class Moving:
+    """A window that each call of the loss moves on."""
+
+    t: torch.Tensor
+
+    def loss(self, model):
+        self.t += 0.1
+        return (model(self.t) - self.t.sin()).square().mean()
+
+
+class Windows:
+    """The same three, again and again."""
+
+    def __init__(self):
+        self.all = [Moving(torch.full((3, 1), float(start))) for start in range(3)]
+        self.number = 0
+
+    def sample(self):
+        self.number += 1
+        return self.all[self.number % 3]
+
+
+def trained_on_windows(vectorize):
+    torch.manual_seed(0)
+    learner = Koi(
+        nn.Linear(1, 1), 0.01, 3, num_iterations=4, meta_batch_size=3, vectorize=vectorize, seed=0
+    )
+    learner.train(Windows())
+    return learner
+
+
+def test_what_a_loss_changes_in_place_is_kept_or_refused():
+    alone, auto = trained_on_windows(False), trained_on_windows("auto")
+    assert auto.engine == "eager"
+    assert torch.equal(auto.model.weight, alone.model.weight)
+    with pytest.raises(EngineError, match="changes the task's own tensors in place"):
+        trained_on_windows(True)

@@ -91,7 +91,7 @@ class VectorizedEngine(SecondOrderEngine):
         """Adapt to all tasks, chunk by chunk."""
         means = OutcomeMean()
         for first, chunk in self._chunks(phi, batch):
-            with explained(place, first, len(chunk)), self._running():
+            with explained(place, first, len(chunk)), self._running(chunk):
                 place.set("inner", first or None)
                 steps = self._views(chunk, num_steps, place, first)
                 adapted = self.run(phi, chunk.stacked, steps, num_steps)
@@ -119,7 +119,7 @@ class VectorizedEngine(SecondOrderEngine):
         curves = []
         for first, chunk in self._chunks(phi, batch):
             curve: Tensors = []
-            with explained(place, first, len(chunk)), self._running():
+            with explained(place, first, len(chunk)), self._running(chunk):
                 place.set("inner", first or None)
                 steps = self._views(chunk, num_steps, place, first)
                 self.adapt_to(phi, steps, partial(self._measure, chunk.stacked, curve))
@@ -133,7 +133,7 @@ class VectorizedEngine(SecondOrderEngine):
         """Return ``metric(adapted module, task)`` of each task that is not skipped."""
         values: Tensors = []
         for first, chunk in self._chunks(phi, batch):
-            with explained(place, first, len(chunk)), self._running():
+            with explained(place, first, len(chunk)), self._running(chunk):
                 place.set("inner", first or None)
                 self.adapt_to(phi, self._views(chunk, num_steps, place, first))
             for row, task in enumerate(chunk.tasks):
@@ -268,9 +268,14 @@ class VectorizedEngine(SecondOrderEngine):
             yield first, chunk
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Run the tasks, and check that they have left nothing behind in the module."""
+    def _running(self, chunk: TaskBatch) -> Iterator[None]:
+        """Run the tasks, and check that they have left nothing behind in the module or themselves.
+
+        What a stack's tensors become does not reach the tasks that it is of.
+        """
         self.copy.watch()
+        own = tensors_of(chunk.stacked).values()
+        versions = [tensor._version for tensor in own]
         device = self.params[0].device.type
         padding = EmbeddingPadding() if self._padded else nullcontext()
         try:
@@ -280,6 +285,11 @@ class VectorizedEngine(SecondOrderEngine):
             self.copy.untouched()  # names what torch meets as a tensor that has escaped
             raise
         self.copy.untouched()
+        if versions != [tensor._version for tensor in own]:
+            raise EngineError(
+                "the loss changes the task's own tensors in place, and all tasks at once change a "
+                "copy of them: use vectorize=False"
+            )
 
     def _prepare(self, module: nn.Module) -> None:
         map_normalisation(module, self.inner.autocast is not None, join=True)
